@@ -1,0 +1,297 @@
+"""The param groups that share a rule, and what the rule remembers of their layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .functional import Group, apply, choose_backend, elr_sgd, measure
+from .rules import RADIAL_TESTS, Hyper, LayerControls, LayerStats, RuleState, decide, radial_test
+
+ROW_STATE_KEYS = ("sphere_grad_norm", "radius", "tracked")
+RULE_STATE_KEYS = (*ROW_STATE_KEYS, "handed_over")
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+@dataclasses.dataclass
+class StepRecord:
+    """What a step measured and applied: `params[i]` owns the next `row_counts[i]` rows of every vector."""
+
+    params: list[Tensor]
+    row_counts: list[int]
+    lrs: list[float | Tensor]
+    per_filter: bool
+    stats: LayerStats
+    controls: LayerControls
+    tracked: Tensor
+
+
+def rule_key(group: Mapping[str, Any]) -> tuple[str | None, str, bool]:
+    """What the groups of one ensemble have in common."""
+    return group["rule"], group["granularity"], group["project"]
+
+
+def count_rows(p: Tensor, group: Mapping[str, Any]) -> int:
+    """Rows of a parameter in the rule's vectors; 0 if the rule never concerns it."""
+    wanted = group.get("scale_invariant")
+    if wanted is False or (wanted is None and (p.dim() < 2 or not p.is_floating_point())):
+        return 0
+    return p.shape[0] if group["granularity"] == "filter" and p.dim() > 0 else 1
+
+
+class Ensemble:
+    """Several param groups, decided jointly: one row per tracked tensor (or filter), numbered through the groups.
+
+    The rule's memory lives in packed float32 vectors on one device; `optimizer.state` holds views of them, so
+    that saving, loading and copying an optimizer need nothing of their own.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], state: State) -> None:
+        self.groups = list(groups)
+        self.key = rule_key(self.groups[0])
+        self.rule, self.granularity, self.project = self.key
+        self.per_filter = self.granularity == "filter"
+        self._decision = {"rule": self.rule, "granularity": self.granularity, "project": self.project}
+        self.row_counts = {p: count_rows(p, group) for group in self.groups for p in group["params"]}
+        self.flags = [group.get("scale_invariant") for group in self.groups]
+        self.device = next((p.device for p, count in self.row_counts.items() if count), torch.device("cpu"))
+        self.memory: RuleState | None = None
+        self.last: StepRecord | None = None
+        self._cache: dict[str, tuple[object, Any]] = {}
+        if sum(self.row_counts.values()) and (self.rule is not None or self.project):
+            self._remember(state)
+
+    def is_outdated(self) -> bool:
+        """Whether somebody changed a group's rule or flag since this was built."""
+        return any(
+            rule_key(group) != self.key or group.get("scale_invariant") is not flag
+            for group, flag in zip(self.groups, self.flags, strict=True)
+        )
+
+    def _remember(self, state: State) -> None:
+        """Pack what `state` holds of each row (zeros where it holds nothing) and leave views there."""
+        counts = {p: n for p, n in self.row_counts.items() if n}
+        packed = torch.zeros(len(ROW_STATE_KEYS), sum(counts.values()), device=self.device)
+        handed_over = torch.zeros((), device=self.device)
+        always = {p for group in self.groups if group.get("scale_invariant") for p in group["params"]}
+        first = 0
+        for p, count in counts.items():
+            views = {key: packed[i, first : first + count] for i, key in enumerate(ROW_STATE_KEYS)}
+            for key, view in views.items():
+                old = state[p].get(key)
+                if old is not None and old.numel() == count:
+                    view.copy_(old.view(count), non_blocking=True)
+            if p in always:
+                views["tracked"].fill_(RADIAL_TESTS)
+            if "handed_over" in state[p]:
+                handed_over.copy_(torch.maximum(handed_over, state[p]["handed_over"].to(self.device)))
+            state[p].update(views, handed_over=handed_over)
+            first += count
+        self.memory = RuleState(*packed, handed_over)
+        self._watch = HandOverWatch(handed_over)
+
+    def prepare(self, state: State) -> list[Group]:
+        """The groups' tensors that have a gradient. Changes nothing.
+
+        Raises:
+            RuntimeError: a gradient that the rule or the backend cannot take.
+        """
+        prepared = []
+        for group in self.groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            for p in params:
+                _check_gradient(p, group, has_rows=self.row_counts[p] > 0)
+            buffers = [state.get(p, {}).get("momentum_buffer") if group["momentum"] != 0 else None for p in params]
+            prepared.append(
+                Group(
+                    params,
+                    grads,
+                    buffers,
+                    [self.row_counts[p] for p in params],
+                    lr=_scalar(group["lr"], params[0].device),
+                    momentum=group["momentum"],
+                    dampening=group["dampening"],
+                    weight_decay=_scalar(group["weight_decay"], params[0].device),
+                    nesterov=group["nesterov"],
+                    maximize=group["maximize"],
+                    backend=choose_backend(
+                        params,
+                        grads,
+                        buffers,
+                        foreach=group["foreach"],
+                        fused=group["fused"],
+                        differentiable=group["differentiable"],
+                    ),
+                )
+            )
+        return prepared
+
+    def step(self, groups: list[Group], *, record: bool) -> None:
+        """Update the prepared groups in place. `record` asks for `last` where the rule itself measures nothing."""
+        self.last = None
+        if not groups:
+            return
+        if self.memory is not None and not self._is_over():
+            rows, state = self._active_memory(groups, self.memory)
+            stats, controls, after = elr_sgd(groups, state, self._hyper(groups), **self._decision)
+            self._keep(rows, after, self.memory)
+            self.last = self._record(groups, stats, controls, after.tracked)
+            return
+        if record:
+            self.last = self.measure_now(groups)
+        apply(groups, self._controls_after_hand_over())
+
+    def measure_now(self, groups: list[Group]) -> StepRecord | None:
+        """What a step would measure and apply now. Changes nothing."""
+        if not any(sum(group.row_counts) for group in groups):
+            return None
+        stats = measure(groups, self.device, per_filter=self.per_filter, with_momentum=self.project)
+        if self.memory is None:
+            untested = torch.zeros_like(stats.grad_sq)
+            return self._record(groups, stats, LayerControls(), radial_test(stats, untested, self._hyper(groups).numel))
+        _, state = self._active_memory(groups, self.memory)
+        if self._is_over():
+            return self._record(groups, stats, LayerControls(), state.tracked)
+        controls, after = decide(stats=stats, state=state, hyper=self._hyper(groups), **self._decision)
+        return self._record(groups, stats, controls, after.tracked)
+
+    def _record(
+        self, groups: list[Group], stats: LayerStats, controls: LayerControls, tracked: Tensor
+    ) -> StepRecord:
+        params = [p for group in groups for p in group.params]
+        counts = [count for group in groups for count in group.row_counts]
+        lrs = [group.lr for group in groups for _ in group.params]
+        return StepRecord(params, counts, lrs, self.per_filter, stats, controls, tracked)
+
+    def _is_over(self) -> bool:
+        """Whether this rule has nothing left to do."""
+        return self.rule == "warmup" and not self.project and self._watch.warmup_is_over()
+
+    def _controls_after_hand_over(self) -> LayerControls:
+        """Plain SGD. On a GPU the step at which the host learns of the hand-over depends on timing, so there the
+        arithmetic of the steps before it is kept, with a factor of one."""
+        if self.memory is None or self.device.type == "cpu":
+            return LayerControls()
+        return LayerControls(lr_factor=torch.ones((), device=self.device))
+
+    def _active_memory(self, groups: list[Group], memory: RuleState) -> tuple[slice | Tensor, RuleState]:
+        """Where the rows of the tensors that have a gradient lie in the memory, and what it holds there."""
+        active = {p for group in groups for p in group.params}
+        mask = [p in active for p, count in self.row_counts.items() for _ in range(count)]
+        rows = slice(None)
+        if not all(mask):
+            rows = self._cached("rows", tuple(mask), lambda: _upload(np.flatnonzero(mask), self.device))
+        return rows, RuleState(*(vector[rows] for vector in memory[:-1]), memory.handed_over)
+
+    def _keep(self, rows: slice | Tensor, after: RuleState, memory: RuleState) -> None:
+        for kept, new in zip(memory[:-1], after[:-1], strict=True):
+            kept[rows] = new
+        memory.handed_over.copy_(after.handed_over)
+        self._watch.look()
+
+    def _hyper(self, groups: list[Group]) -> Hyper:
+        """The groups' hyper-parameters by row; uploaded only when one of them changed."""
+        columns = [
+            (
+                0.0 if isinstance(group.lr, Tensor) else group.lr,
+                0.0 if isinstance(group.weight_decay, Tensor) else group.weight_decay,
+                *momentum_coefficients(group, has_buffer=m is not None),
+                p.numel() / count,
+                count,
+            )
+            for group in groups
+            for p, m, count in zip(group.params, group.momentum_buffers, group.row_counts, strict=True)
+            if count
+        ]
+        hyper = self._cached("hyper", tuple(columns), lambda: _hyper_vectors(columns, self.device))
+        first = 0
+        for group in groups:
+            count = sum(group.row_counts)
+            for row_values, value in ((hyper.lr, group.lr), (hyper.weight_decay, group.weight_decay)):
+                if isinstance(value, Tensor):
+                    row_values[first : first + count] = value
+            first += count
+        return hyper
+
+    def _cached(self, name: str, key: object, build: Callable[[], Any]) -> Any:
+        if self._cache.get(name, (None, None))[0] != key:
+            self._cache[name] = key, build()
+        return self._cache[name][1]
+
+
+class HandOverWatch:
+    """Tells the host that the warm-up is over, without ever waiting for the device.
+
+    On the CPU the flag is read in memory. On a GPU each look enqueues a copy into pinned memory; the host learns of
+    it at the first step after the copy has arrived, and until then measures without effect.
+    """
+
+    def __init__(self, flag: Tensor) -> None:
+        self.flag = flag
+        self.copy = torch.zeros((), pin_memory=True) if flag.is_cuda else flag
+        self.value = self.copy.numpy()
+        self.arrival: torch.cuda.Event | None = None
+
+    def look(self) -> None:
+        """Ask for the flag; at most one question is under way."""
+        if self.flag.is_cuda and self.arrival is None and not torch.cuda.is_current_stream_capturing():
+            self.copy.copy_(self.flag, non_blocking=True)
+            self.arrival = torch.cuda.Event()
+            self.arrival.record()
+
+    def warmup_is_over(self) -> bool:
+        """Whether the flag is known to be set."""
+        if self.arrival is not None and self.arrival.query():
+            self.arrival = None
+        return self.arrival is None and bool(self.value > 0)
+
+
+def momentum_coefficients(group: Group, *, has_buffer: bool) -> tuple[float, float, float]:
+    """Long-run gain of a constant gradient, ∂u/∂g̃ and ∂u/∂m for this step's update u."""
+    μ, d = group.momentum, group.dampening
+    if μ == 0:
+        return 1.0, 1.0, 0.0
+    per_grad, per_momentum = (1 - d, μ) if has_buffer else (1.0, 0.0)
+    if group.nesterov:
+        per_grad, per_momentum = 1 + μ * per_grad, μ * per_momentum
+    return (1 - d) / (1 - μ), per_grad, per_momentum
+
+
+def _hyper_vectors(columns: list[tuple[float, ...]], device: torch.device) -> Hyper:
+    *values, counts = np.array(columns, dtype=np.float32).T
+    return Hyper(*_upload(np.repeat(np.stack(values), counts.astype(np.int64), axis=1), device))
+
+
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> float | Tensor:
+    """A tensor hyper-parameter as a 0-dim tensor on the device of the parameters."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.squeeze().to(device, non_blocking=True)
+
+
+def _check_gradient(p: Tensor, group: Mapping[str, Any], has_rows: bool) -> None:
+    grad = p.grad
+    if grad is not None and grad.layout != torch.strided and (group["rule"] is not None or group["project"]):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(p.shape)} has a {grad.layout} gradient, which only plain SGD can apply: "
+            "put it in a param group of its own with rule=None and project=False"
+        )
+    if p.is_complex() and has_rows:
+        raise RuntimeError(
+            f"a complex parameter of shape {tuple(p.shape)} is in a group with scale_invariant=True; "
+            "only real parameters can be tracked: move it to a group with scale_invariant=False"
+        )

@@ -1,0 +1,146 @@
+"""One ELRSGD step without an optimizer: measure → decide → update."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import foreach as foreach_backend
+from . import kernels as triton_backend
+from . import reference as reference_backend
+from .rules import Hyper, LayerControls, LayerStats, RuleState, decide
+
+__all__ = ["Group", "apply", "choose_backend", "elr_sgd", "measure"]
+
+
+@dataclasses.dataclass
+class Group:
+    """The tensors of one param group that have a gradient, and the group's hyper-parameters.
+
+    Attributes:
+        params, grads: tensors of equal shapes.
+        momentum_buffers: one per parameter, None before its first step; `elr_sgd` fills them in.
+        row_counts: for each parameter the number of rows it has in the rule's vectors: 0 if the rule leaves it
+            alone, 1, or with granularity "filter" the size of its dimension 0.
+        backend: a module with `measure` and `update`, see `choose_backend`.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    momentum_buffers: list[Tensor | None]
+    row_counts: list[int]
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float | Tensor
+    nesterov: bool
+    maximize: bool
+    backend: ModuleType
+
+
+def elr_sgd(
+    groups: Sequence[Group],
+    state: RuleState,
+    hyper: Hyper,
+    *,
+    rule: str | None,
+    granularity: str = "layer",
+    project: bool = False,
+) -> tuple[LayerStats, LayerControls, RuleState]:
+    """One step in place over all groups that share a rule. Rows are numbered through the groups in order.
+
+    Args:
+        groups: what to update.
+        state, hyper: the rule's memory and the groups' hyper-parameters, by row.
+        rule, granularity, project: as in `ELRSGD`.
+
+    Returns:
+        What was measured, what was applied, and the rule's memory after the step.
+    """
+    stats = measure(groups, state.radius.device, per_filter=granularity == "filter", with_momentum=project)
+    controls, state = decide(rule, stats, state, hyper, granularity=granularity, project=project)
+    apply(groups, controls)
+    return stats, controls, state
+
+
+def measure(groups: Sequence[Group], device: torch.device, *, per_filter: bool, with_momentum: bool) -> LayerStats:
+    """The sums over every row of all groups, gathered on one device."""
+    sums = [torch.empty(4, 0, device=device)]
+    for group in groups:
+        measured = (i for i, count in enumerate(group.row_counts) if count)
+        for _, run in itertools.groupby(measured, key=lambda i: group.params[i].device):
+            run = list(run)
+            part = group.backend.measure(
+                [group.params[i] for i in run],
+                [group.grads[i] for i in run],
+                [group.momentum_buffers[i] for i in run] if with_momentum else None,
+                per_filter=per_filter,
+            )
+            if group.maximize:
+                part[2].neg_()
+            sums.append(part.to(device, non_blocking=True))
+    return LayerStats(*torch.cat(sums, dim=1))
+
+
+def apply(groups: Sequence[Group], controls: LayerControls) -> None:
+    """Update every group. Without controls this is plain SGD."""
+    by_row = any(vector is not None for vector in controls[1:])
+    first = 0
+    for group in groups:
+        rows: list[tuple[int, int] | None] = []
+        for count in group.row_counts:
+            rows.append((first, count) if count else None)
+            first += count
+        group.backend.update(
+            group.params,
+            group.grads,
+            group.momentum_buffers,
+            lr=group.lr,
+            momentum=group.momentum,
+            dampening=group.dampening,
+            weight_decay=group.weight_decay,
+            nesterov=group.nesterov,
+            maximize=group.maximize,
+            rows=rows if by_row else None,
+            **controls._asdict(),
+        )
+
+
+def choose_backend(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    *,
+    foreach: bool | None,
+    fused: bool | None,
+    differentiable: bool = False,
+) -> ModuleType:
+    """The module that updates these tensors, as torch chooses: what is asked for; else on CUDA fused where every
+    tensor qualifies and foreach otherwise; else one tensor after the other.
+
+    Raises:
+        RuntimeError: ``fused=True`` but a tensor does not qualify.
+    """
+    tensors = params, grads, momentum_buffers
+    if fused and not triton_backend.can_use(*tensors):
+        raise RuntimeError(
+            "fused=True needs triton and dense float32, bfloat16 or float16 parameters on one CUDA device, with gradients "
+            f"of the same strides, but the group holds {_describe(params)}"
+            f"{'' if triton_backend.available() else ', and triton is not installed'}. Use fused=None to let ELRSGD choose."
+        )
+    on_cuda = foreach is None and fused is None and not differentiable and all(p.is_cuda for p in params)
+    if fused or (on_cuda and triton_backend.can_use(*tensors)):
+        return triton_backend
+    if (foreach or on_cuda) and foreach_backend.can_use(*tensors):
+        return foreach_backend
+    return reference_backend
+
+
+def _describe(params: Sequence[Tensor]) -> str:
+    kinds = sorted({f"{str(p.dtype).removeprefix('torch.')} on {p.device}" for p in params})
+    return ", ".join(kinds)

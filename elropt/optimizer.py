@@ -1,0 +1,275 @@
+"""ELRSGD: validates, holds state, picks a backend. The arithmetic is in `functional` and below."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
+
+from .ensemble import RULE_STATE_KEYS, Ensemble, StepRecord, rule_key
+from .rules import GRANULARITIES
+
+__all__ = ["ELRSGD"]
+
+
+class ELRSGD(Optimizer):
+    r"""`torch.optim.SGD` that measures and controls the effective learning rate (ELR) of every layer.
+
+    In front of a normalization only the direction of a weight w matters, and one SGD step turns it by about
+    λ·E radians, E = ‖g‖/‖w‖. ELRSGD measures E for every such layer and lets a *rule* act on it::
+
+        measure   ‖w‖², ‖g‖², ⟨w,g⟩ of every tracked layer
+        decide    the rule's κ, s, a, p from these numbers alone
+        update    ŵ = a·w ;  g̃ = s·g + ω·ŵ ;  m ← μ·m + (1−d)·g̃ ;  u = nesterov ? g̃ + μ·m : m
+                  u ← u − p·ŵ (with project) ;  w ← ŵ − κ·λ·u
+
+    With ``rule=None`` this is `torch.optim.SGD`, bit for bit. A layer is *tracked* if its group has
+    ``scale_invariant=True`` (see `elropt.param_groups`), or, in groups without that key, if it has two or more
+    dimensions and its gradient has been orthogonal to it in each of its first 8 steps.
+    All other parameters see plain SGD (and κ).
+
+    Args:
+        params: parameters, named parameters or param groups, as in `torch.optim.SGD`.
+        lr: learning rate λ ≥ 0, a float or a one-element tensor. Its unit for the tracked layers depends on the rule:
+            ``None``, "warmup" and "uniform": SGD's; "angle": radians per plain SGD step; "sphere": learning rate on the
+            unit sphere. (Set ``tracked_lr`` of `elropt.param_groups` to give it to the tracked layers alone.)
+            A scheduler owns ``group["lr"]``; no rule writes it.
+        momentum: μ, 0 ≤ μ < 1 (any μ ≥ 0 with ``rule=None``).
+        dampening: d.
+        weight_decay: ω ≥ 0, L2 decay inside the gradient. It is radial, so ``project`` removes its effect on tracked
+            layers, and "angle" and "sphere" undo it.
+        nesterov: Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
+        rule:
+            "warmup" (default): κ = min(1, critical learning rate / λ) until the cap first stops binding, then plain SGD.
+            "uniform": s = Ē/E, Ē the geometric mean: all tracked layers turn by the same angle.
+            "angle": every tracked layer turns by ``lr`` radians per plain SGD step and keeps its initial norm.
+            "sphere": SGD with learning rate ``lr`` on the unit sphere (Kodryan et al., NeurIPS 2022), norm kept.
+            None: plain SGD.
+            In "angle" and "sphere" the stored weight is one step ahead of its sphere: each step first brings it back
+            (a = radius/‖w‖), then moves it; its direction is exactly that of training on the sphere.
+        project: remove the radial part of the update of tracked layers.
+        granularity: what one norm is taken over: "layer" (a tensor), "filter" (each index of its dimension 0; for
+            "uniform", "angle" and "sphere") or "network" (all tracked tensors together; "angle" and "sphere").
+        maximize: maximize the objective.
+        foreach, fused: as in torch: `torch._foreach_*` or the Triton kernels; None for both chooses fused on CUDA where
+            every tensor of the group qualifies, else foreach on CUDA, else one tensor after the other.
+        differentiable: let autograd run through the step; needs ``rule=None`` and ``project=False``.
+
+    Raises:
+        ValueError: an argument, here or in a param group, outside the ranges above.
+
+    What else can happen, by name:
+        - a tracked layer whose weight or gradient is zero or not finite gets plain SGD's update at that step, and has no
+          influence on the others (a NaN stays in its own layer);
+        - sparse gradients and complex parameters are never tracked; sparse ones need ``rule=None``;
+        - nothing to track: the rule does nothing, and "warmup" stays armed;
+        - layers that join after the hand-over of the warm-up see plain SGD.
+    State of a parameter: `momentum_buffer`, and with a rule or `project` the float32 tensors `sphere_grad_norm` (c,
+    smoothed), `radius`, `tracked` and `handed_over`.
+
+    Source: derived, docs/theory.md; the model is that of Mehmeti-Göpel & Wand, ICML 2024 (arXiv 2306.00700).
+
+    Example:
+        >>> optimizer = ELRSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        rule: str | None = "warmup",
+        project: bool = False,
+        granularity: str = "layer",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "rule": rule,
+            "project": project,
+            "granularity": granularity,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        validate(defaults)
+        self._ensembles: list[Ensemble] | None = None
+        self._recording = False
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the group's own hyper-parameters are checked before it is added."""
+        if isinstance(param_group, dict):
+            validate({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self._ensembles = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in _SGD_DEFAULTS.items():
+                group.setdefault(key, self.defaults.get(key, value))
+        self._ensembles = None
+        self._recording = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, except that the rule's state stays float32 whatever the dtype of the parameters, and that what
+        `torch.optim.SGD` does not know (rule, granularity, scale_invariant …) stays as it is here if not in the dict.
+
+        Raises:
+            ValueError: groups, shapes or hyper-parameters that do not fit; nothing has been changed then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def complete(_: Optimizer, final: dict[str, Any]) -> None:
+            final["param_groups"] = [
+                {**{k: v for k, v in mine.items() if k not in _SGD_KEYS}, **theirs}
+                for mine, theirs in zip(self.param_groups, final["param_groups"], strict=False)
+            ] + final["param_groups"][len(self.param_groups) :]
+            self._check_loaded(final)
+            loaded.update(final)
+
+        handle = self.register_load_state_dict_pre_hook(complete)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for index, p in self._params_by_index(loaded):
+            for key in RULE_STATE_KEYS:
+                value = loaded["state"].get(index, {}).get(key)
+                if value is not None:
+                    self.state[p][key] = value.detach().to(p.device, torch.float32, copy=True)
+
+    def _params_by_index(self, state_dict: Mapping[str, Any]) -> list[tuple[int, Tensor]]:
+        """(index in a state dict, parameter here), by position."""
+        indices = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        return list(zip(indices, params, strict=False))
+
+    def _check_loaded(self, state_dict: Mapping[str, Any]) -> None:
+        for group in state_dict["param_groups"]:
+            validate({**self.defaults, **group})
+        for index, p in self._params_by_index(state_dict):
+            buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
+            if buffer is not None and buffer.shape != p.shape:
+                raise ValueError(
+                    f"the loaded momentum_buffer of parameter {index} has shape {tuple(buffer.shape)}, the parameter "
+                    f"{tuple(p.shape)}: the state dict belongs to another model, or its parameters are in another order"
+                )
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. Never waits for the device.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: a gradient that cannot be applied, see the class; nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        prepared = [(ensemble, ensemble.prepare(self.state)) for ensemble in self._current_ensembles()]
+        for ensemble, groups in prepared:
+            ensemble.step(groups, record=self._recording)
+            for group in groups:
+                if group.momentum != 0:
+                    for p, buffer in zip(group.params, group.momentum_buffers, strict=True):
+                        self.state[p]["momentum_buffer"] = buffer
+        self._recording = False
+        return loss
+
+    def record_next_step(self) -> None:
+        """Have the next step measure the layers even where its rule does not need it. The step computes the same."""
+        self._recording = True
+
+    @torch.no_grad()
+    def layer_records(self) -> list[StepRecord]:
+        """What the last step measured and applied; where it measured nothing, the weights and gradients as they are now.
+        `elropt.layer_stats` makes a table of it."""
+        records = [e.last or e.measure_now(e.prepare(self.state)) for e in self._current_ensembles()]
+        return [record for record in records if record is not None]
+
+    def _current_ensembles(self) -> list[Ensemble]:
+        if self._ensembles is None or any(ensemble.is_outdated() for ensemble in self._ensembles):
+            together: dict[Any, list[dict[str, Any]]] = {}
+            for group in self.param_groups:
+                validate(group)
+                together.setdefault(rule_key(group), []).append(group)
+            self._ensembles = [Ensemble(groups, self.state) for groups in together.values()]
+        return self._ensembles
+
+
+_SGD_KEYS = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "differentiable", "fused")
+_SGD_DEFAULTS = {
+    "nesterov": False,
+    "maximize": False,
+    "foreach": None,
+    "differentiable": False,
+    "fused": None,
+    "rule": None,
+    "project": False,
+    "granularity": "layer",
+}
+
+
+def validate(group: Mapping[str, Any]) -> None:
+    """Check the hyper-parameters of one param group.
+
+    Raises:
+        ValueError: names the value, what is allowed and the remedy.
+        RuntimeError: a combination of foreach, fused and differentiable that torch refuses too.
+    """
+    lr, momentum, dampening, weight_decay = (group[k] for k in ("lr", "momentum", "dampening", "weight_decay"))
+    rule, granularity = group["rule"], group["granularity"]
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; it must be a float or have one element")
+    for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+        if not 0 <= float(value) < math.inf:
+            raise ValueError(f"{name}={value} is not valid: it must be finite and at least 0")
+    if not math.isfinite(dampening):
+        raise ValueError(f"dampening={dampening} is not valid: it must be finite")
+    if group["nesterov"] and (momentum == 0 or dampening != 0):
+        raise ValueError(
+            f"nesterov=True needs momentum > 0 and dampening=0, not momentum={momentum}, dampening={dampening}"
+        )
+    if rule not in GRANULARITIES:
+        raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(map(repr, GRANULARITIES))}")
+    if granularity not in GRANULARITIES[rule]:
+        allowed = ", ".join(map(repr, GRANULARITIES[rule]))
+        raise ValueError(f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of {allowed}")
+    if rule is not None and momentum >= 1:
+        raise ValueError(f"momentum={momentum} is not valid with rule={rule!r}: it must be below 1, or use rule=None")
+    if group.get("scale_invariant") not in (None, True, False):
+        raise ValueError(
+            f"scale_invariant={group['scale_invariant']!r} is not valid: True, False, or leave it out to have it measured"
+        )
+    if group["differentiable"] and (rule is not None or group["project"]):
+        raise ValueError("differentiable=True needs rule=None and project=False: rules do not take part in autograd")
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("fused=True does not support differentiable=True; use fused=False")
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("fused and foreach cannot both be True; choose one")
