@@ -6,5 +6,10 @@ from .monitor import Recorder as Recorder
 from .monitor import effective_lrs as effective_lrs
 from .monitor import layer_stats as layer_stats
 from .optimizer import ELRSGD as ELRSGD
+from .scale_invariance import Invariance as Invariance
+from .scale_invariance import equalize_ as equalize_
+from .scale_invariance import explain_scale_invariance as explain_scale_invariance
+from .scale_invariance import find_scale_invariant as find_scale_invariant
+from .scale_invariance import param_groups as param_groups
 
 __version__ = "0.1.0"

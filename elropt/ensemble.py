@@ -110,7 +110,9 @@ class Ensemble:
             grads = [p.grad for p in params]
             for p in params:
                 _check_gradient(p, group, has_rows=self.row_counts[p] > 0)
-            buffers = [state.get(p, {}).get("momentum_buffer") if group["momentum"] != 0 else None for p in params]
+            buffers = [
+                state.get(p, {}).get("momentum_buffer") if group["momentum"] != 0 else None for p in params
+            ]
             prepared.append(
                 Group(
                     params,
@@ -157,7 +159,9 @@ class Ensemble:
         stats = measure(groups, self.device, per_filter=self.per_filter, with_momentum=self.project)
         if self.memory is None:
             untested = torch.zeros_like(stats.grad_sq)
-            return self._record(groups, stats, LayerControls(), radial_test(stats, untested, self._hyper(groups).numel))
+            return self._record(
+                groups, stats, LayerControls(), radial_test(stats, untested, self._hyper(groups).numel)
+            )
         _, state = self._active_memory(groups, self.memory)
         if self._is_over():
             return self._record(groups, stats, LayerControls(), state.tracked)

@@ -16,7 +16,9 @@ from .reference import Rows, factor_for, is_low_precision, upcast
 __all__ = ["can_use", "measure", "update"]
 
 
-def can_use(params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None]) -> bool:
+def can_use(
+    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None]
+) -> bool:
     """Whether every tensor is a plain dense one (no subclass, no sparse gradient)."""
     plain = (Tensor, torch.nn.Parameter)
     present = [*params, *grads, *(m for m in momentum_buffers if m is not None)]
@@ -106,7 +108,9 @@ def _update_alike(
     maximize: bool,
 ) -> None:
     """The update of tensors that share a device, a dtype and the kinds of factors. Fills in `bufs`."""
-    plain = s is None and a is None and p is None and (not isinstance(λ, Tensor) or not is_low_precision(ws[0]))
+    plain = (
+        s is None and a is None and p is None and (not isinstance(λ, Tensor) or not is_low_precision(ws[0]))
+    )
     ŵs, gs = (ws, gs) if plain else ([upcast(w) for w in ws], [upcast(g) for g in gs])
     if a is not None:
         ŵs = torch._foreach_mul(ŵs, a)
@@ -133,7 +137,12 @@ def _update_alike(
 
 
 def _advance_momentum(
-    gs: list[Tensor], bufs: list[Tensor | None], plain: bool, dtype: torch.dtype, momentum: float, dampening: float
+    gs: list[Tensor],
+    bufs: list[Tensor | None],
+    plain: bool,
+    dtype: torch.dtype,
+    momentum: float,
+    dampening: float,
 ) -> list[Tensor]:
     """m ← μ·m + (1−d)·g̃ in the dtype of the arithmetic, m ← g̃ where there is no buffer; stores into `bufs`."""
     ms: list[Tensor] = []
@@ -165,5 +174,7 @@ def _products_with_present(ws: list[Tensor], ms: list[Tensor | None]) -> list[Te
 
 
 def _row_sums(ts: Sequence[Tensor], per_filter: bool) -> Tensor:
-    sums = [t.reshape(t.shape[0], -1).sum(1) if per_filter and t.dim() > 0 else t.sum().reshape(1) for t in ts]
+    sums = [
+        t.reshape(t.shape[0], -1).sum(1) if per_filter and t.dim() > 0 else t.sum().reshape(1) for t in ts
+    ]
     return torch.cat(sums).float()

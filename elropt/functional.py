@@ -68,7 +68,9 @@ def elr_sgd(
     return stats, controls, state
 
 
-def measure(groups: Sequence[Group], device: torch.device, *, per_filter: bool, with_momentum: bool) -> LayerStats:
+def measure(
+    groups: Sequence[Group], device: torch.device, *, per_filter: bool, with_momentum: bool
+) -> LayerStats:
     """The sums over every row of all groups, gathered on one device."""
     sums = [torch.empty(4, 0, device=device)]
     for group in groups:

@@ -67,7 +67,9 @@ class LayerTable:
 
     def __getitem__(self, column: str) -> np.ndarray:
         if column not in LayerRow.__dataclass_fields__:
-            raise KeyError(f"no column {column!r}; the columns are {', '.join(LayerRow.__dataclass_fields__)}")
+            raise KeyError(
+                f"no column {column!r}; the columns are {', '.join(LayerRow.__dataclass_fields__)}"
+            )
         return np.array([getattr(row, column) for row in self.rows])
 
     def _tracked_elrs(self) -> np.ndarray:
@@ -88,7 +90,15 @@ class LayerTable:
 
     def __str__(self) -> str:
         width = max([len(row.name) for row in self.rows], default=4)
-        columns = ("weight_norm", "grad_norm", "radial_cosine", "relative_grad", "elr", "grad_factor", "weight_factor")
+        columns = (
+            "weight_norm",
+            "grad_norm",
+            "radial_cosine",
+            "relative_grad",
+            "elr",
+            "grad_factor",
+            "weight_factor",
+        )
         lines = [f"{'name':<{width}}  tracked  " + "  ".join(f"{c:>13}" for c in columns)]
         for row in self.rows:
             values = "  ".join(f"{getattr(row, c):>13.4g}" for c in columns)
@@ -110,7 +120,9 @@ def layer_stats(optimizer: ELRSGD) -> LayerTable:
     """
     records = optimizer.layer_records()
     if not records:
-        raise RuntimeError("no layer has a gradient yet: call layer_stats after loss.backward() or after a step")
+        raise RuntimeError(
+            "no layer has a gradient yet: call layer_stats after loss.backward() or after a step"
+        )
     names = _parameter_names(optimizer)
     values = torch.cat([_as_matrix(record).to(records[0].stats.grad_sq.device) for record in records], dim=1)
     columns = values.double().cpu().numpy().T
@@ -203,7 +215,9 @@ def _as_matrix(record: StepRecord) -> torch.Tensor:
     like = torch.ones_like(weight_sq)
     lr = torch.cat(
         [
-            like.new_empty(count).copy_(value) if isinstance(value, torch.Tensor) else like.new_full((count,), value)
+            like.new_empty(count).copy_(value)
+            if isinstance(value, torch.Tensor)
+            else like.new_full((count,), value)
             for value, count in zip(record.lrs, record.row_counts, strict=True)
         ]
     )

@@ -45,7 +45,9 @@ class ELRSGD(Optimizer):
             layers, and "angle" and "sphere" undo it.
         nesterov: Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
         rule:
-            "warmup" (default): κ = min(1, critical learning rate / λ) until the cap first stops binding, then plain SGD.
+            "warmup" (default): all tracked layers turn by the same angle while their weights are rescaled, which
+            does not change the network's function, until plain SGD turns them by the same angle too (to a factor of 2);
+            from then on it is plain SGD. Meanwhile κ caps λ at the critical learning rate. No hyper-parameters.
             "uniform": s = Ē/E, Ē the geometric mean: all tracked layers turn by the same angle.
             "angle": every tracked layer turns by ``lr`` radians per plain SGD step and keeps its initial norm.
             "sphere": SGD with learning rate ``lr`` on the unit sphere (Kodryan et al., NeurIPS 2022), norm kept.
@@ -222,7 +224,18 @@ class ELRSGD(Optimizer):
         return self._ensembles
 
 
-_SGD_KEYS = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "differentiable", "fused")
+_SGD_KEYS = (
+    "params",
+    "lr",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+    "maximize",
+    "foreach",
+    "differentiable",
+    "fused",
+)
 _SGD_DEFAULTS = {
     "nesterov": False,
     "maximize": False,
@@ -242,11 +255,15 @@ def validate(group: Mapping[str, Any]) -> None:
         ValueError: names the value, what is allowed and the remedy.
         RuntimeError: a combination of foreach, fused and differentiable that torch refuses too.
     """
-    lr, momentum, dampening, weight_decay = (group[k] for k in ("lr", "momentum", "dampening", "weight_decay"))
+    lr, momentum, dampening, weight_decay = (
+        group[k] for k in ("lr", "momentum", "dampening", "weight_decay")
+    )
     rule, granularity = group["rule"], group["granularity"]
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; it must be a float or have one element")
+            raise ValueError(
+                f"{name} is a tensor of shape {tuple(value.shape)}; it must be a float or have one element"
+            )
     for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         if not 0 <= float(value) < math.inf:
             raise ValueError(f"{name}={value} is not valid: it must be finite and at least 0")
@@ -260,15 +277,21 @@ def validate(group: Mapping[str, Any]) -> None:
         raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(map(repr, GRANULARITIES))}")
     if granularity not in GRANULARITIES[rule]:
         allowed = ", ".join(map(repr, GRANULARITIES[rule]))
-        raise ValueError(f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of {allowed}")
+        raise ValueError(
+            f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of {allowed}"
+        )
     if rule is not None and momentum >= 1:
-        raise ValueError(f"momentum={momentum} is not valid with rule={rule!r}: it must be below 1, or use rule=None")
+        raise ValueError(
+            f"momentum={momentum} is not valid with rule={rule!r}: it must be below 1, or use rule=None"
+        )
     if group.get("scale_invariant") not in (None, True, False):
         raise ValueError(
             f"scale_invariant={group['scale_invariant']!r} is not valid: True, False, or leave it out to have it measured"
         )
     if group["differentiable"] and (rule is not None or group["project"]):
-        raise ValueError("differentiable=True needs rule=None and project=False: rules do not take part in autograd")
+        raise ValueError(
+            "differentiable=True needs rule=None and project=False: rules do not take part in autograd"
+        )
     if group["fused"] and group["differentiable"]:
         raise RuntimeError("fused=True does not support differentiable=True; use fused=False")
     if group["fused"] and group["foreach"]:

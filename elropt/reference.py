@@ -17,7 +17,9 @@ __all__ = ["can_use", "measure", "update"]
 Rows = Sequence[tuple[int, int] | None]
 
 
-def can_use(params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None]) -> bool:
+def can_use(
+    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None]
+) -> bool:
     """The reference takes every tensor that torch can add and multiply."""
     return True
 
@@ -86,7 +88,9 @@ def update(
         row = None if rows is None else rows[i]
         s, a, p = (factor_for(w, row, vector) for vector in (grad_factor, weight_factor, radial))
         λ = lr if lr_factor is None else lr * lr_factor
-        plain = s is None and a is None and p is None and (not isinstance(λ, Tensor) or not is_low_precision(w))
+        plain = (
+            s is None and a is None and p is None and (not isinstance(λ, Tensor) or not is_low_precision(w))
+        )
         ŵ, g, m = (t if t is None or plain else upcast(t) for t in (w, g, momentum_buffers[i]))
 
         if a is not None:

@@ -8,14 +8,12 @@ granularity "filter" one index of its dimension 0. Derivations: docs/theory.md.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, get_args, Literal
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Rule = Literal["warmup", "uniform", "angle", "sphere"]
-Granularity = Literal["layer", "network", "filter"]
-RULES: tuple[str | None, ...] = (None, *get_args(Rule))
 GRANULARITIES: dict[str | None, tuple[str, ...]] = {
     None: ("layer",),
     "warmup": ("layer",),
@@ -24,8 +22,10 @@ GRANULARITIES: dict[str | None, tuple[str, ...]] = {
     "sphere": ("layer", "network", "filter"),
 }
 
-SMOOTHING = 0.9
-RADIAL_TESTS = 8
+SMOOTHING = 0.9  # of c during the warm-up, per step
+RADIAL_TESTS = 8  # steps after which a layer counts as scale-invariant for good
+EQUALIZATION_RATE = 0.3  # share of the remaining distance, in log E, that the warm-up rescales away per step
+EQUALIZED_SPREAD = 2.0  # max/min of E at which the warm-up hands over
 
 
 class LayerStats(NamedTuple):
@@ -49,8 +49,8 @@ class LayerControls(NamedTuple):
 class RuleState(NamedTuple):
     """What a rule remembers from step to step, float32. Zero means "not yet seen"."""
 
-    sphere_grad_norm: Tensor  # [R] c = ‖g‖·‖w‖, smoothed over steps
-    radius: Tensor  # [R] ‖w‖ when it was first seen
+    sphere_grad_norm: Tensor  # [R] c = ‖g‖·‖w‖, smoothed over steps during the warm-up
+    radius: Tensor  # [R] ‖w‖ that "angle" and "sphere" keep
     tracked: Tensor  # [R] radial-cosine tests passed so far, up to RADIAL_TESTS; -1 once one has failed
     handed_over: Tensor  # 0-dim: 1 once the warm-up has ended
 
@@ -81,36 +81,92 @@ def decide(
     have no influence on the others.
     """
     tracked = radial_test(stats, state.tracked, hyper.numel)
-    has_direction = (tracked > 0) & torch.isfinite(stats.weight_sq) & (stats.weight_sq > 0)
-    moves = has_direction & torch.isfinite(stats.grad_sq) & (stats.grad_sq > 0)
-    weight_norm, grad_norm = stats.weight_sq.sqrt(), stats.grad_sq.sqrt()
-    radius = torch.where((state.radius == 0) & has_direction, weight_norm, state.radius)
-    c = torch.where(moves, smooth(state.sphere_grad_norm, weight_norm * grad_norm), state.sphere_grad_norm)
-    log_relative_grad = torch.where(moves, c.log() - stats.weight_sq.log(), 0.0)
-    handed_over = state.handed_over
-    lr_factor = s = a = p = None
-
+    directed = (tracked > 0) & torch.isfinite(stats.weight_sq) & (stats.weight_sq > 0)
+    moving = directed & torch.isfinite(stats.grad_sq) & (stats.grad_sq > 0)
+    state = state._replace(tracked=tracked)
+    controls = LayerControls()
     if rule == "warmup":
-        lr_factor, handed_over = warmup_factor(
-            log_relative_grad + (hyper.lr * hyper.momentum_gain).log(), moves, handed_over
-        )
+        controls, state = warmup(stats, state, hyper, moving)
     elif rule == "uniform":
-        s = uniform_factor(log_relative_grad, moves)
-    elif rule in ("angle", "sphere"):
-        if granularity == "network":
-            weight_norm, grad_norm, radius_now = (
-                torch.where(mask, norm, 0.0).square().sum().sqrt().expand_as(norm)
-                for norm, mask in ((weight_norm, has_direction), (grad_norm, moves), (radius, has_direction))
-            )
-        else:
-            radius_now = radius
-        a = torch.where(has_direction, radius_now / weight_norm, 1.0)
-        s = torch.where(moves, radius_now / grad_norm if rule == "angle" else radius_now * weight_norm, 1.0)
-
+        controls = LayerControls(grad_factor=uniform_factor(log_relative_grad(stats, moving), moving))
+    elif rule == "angle" or rule == "sphere":
+        radius = torch.where((state.radius == 0) & directed, stats.weight_sq.sqrt(), state.radius)
+        controls, radius = on_sphere(rule, stats, radius, directed, moving, whole=granularity == "network")
+        state = state._replace(radius=radius)
     if project:
-        p = radial_coefficient(stats, hyper, s, a)
-        p = torch.where(has_direction & torch.isfinite(p), p, 0.0)
-    return LayerControls(lr_factor, s, a, p), RuleState(c, radius, tracked, handed_over)
+        p = radial_coefficient(stats, hyper, controls.grad_factor, controls.weight_factor)
+        controls = controls._replace(radial=torch.where(directed & torch.isfinite(p), p, 0.0))
+    return controls, state
+
+
+def warmup(
+    stats: LayerStats,
+    state: RuleState,
+    hyper: Hyper,
+    moving: Tensor,
+    critical: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[LayerControls, RuleState]:
+    """Equalize the ELRs without changing the network's function, then hand over to plain SGD.
+
+    All layers turn by the same angle λκĒ, Ē the geometric mean of E and κ the cap at the critical learning
+    rate. Meanwhile each weight is rescaled a little at every step, by a = (E/Ē)^(EQUALIZATION_RATE/2); as E ∝ 1/‖w‖²
+    the E of all layers approach Ē and the factors of the gradients approach 1. Once the spread of E is below
+    EQUALIZED_SPREAD, every layer has passed its radial tests and the cap does not bind, the rest of the
+    rescaling is done in one step and the warm-up is over. The norms' geometric mean is kept.
+    E comes from a smoothed c, which a rescaled weight does not change.
+
+    `critical` is `monotone` (default) or `balance`; they differ only if the groups' learning rates do. Derived,
+    docs/theory.md §9.
+    """
+    c = torch.where(
+        moving,
+        smooth(state.sphere_grad_norm, (stats.weight_sq * stats.grad_sq).sqrt()),
+        state.sphere_grad_norm,
+    )
+    log_e = torch.where(moving, c.log() - stats.weight_sq.log(), 0.0)
+    log_mean = masked_mean(log_e, moving)
+    offset = torch.where(moving, log_e - log_mean, 0.0)
+    log_cap = (critical or monotone)(log_mean + (hyper.lr * hyper.momentum_gain).log(), moving).clamp(max=0)
+    tested = state.tracked == RADIAL_TESTS
+    active = state.handed_over == 0
+    ends = (
+        moving.any()
+        & (tested | ~moving).all()
+        & (offset.amax() - offset.amin() < math.log(EQUALIZED_SPREAD))
+        & (log_cap == 0)
+    )
+    log_a = torch.where(tested, offset / 2 * torch.where(ends, 1.0, EQUALIZATION_RATE), 0.0)
+    log_s = log_a - offset
+    κ, s, a = (torch.where(active, value, 0.0).exp() for value in (log_cap, log_s, log_a))
+    handed_over = torch.where(ends, 1.0, state.handed_over)
+    return LayerControls(κ, s, a), state._replace(sphere_grad_norm=c, handed_over=handed_over)
+
+
+def on_sphere(
+    rule: str, stats: LayerStats, radius: Tensor, directed: Tensor, moving: Tensor, *, whole: bool
+) -> tuple[LayerControls, Tensor]:
+    """Back to the sphere (a = radius/‖w‖), then a step on it: of `lr` radians ("angle") or of SGD on the unit sphere.
+
+    The gradient at ŵ = a·w is g/a. "angle" makes it as long as ŵ, "sphere" multiplies it by ‖ŵ‖². With `whole`
+    the sphere is that of all rows together; their shares of its radius are what `radius` returns.
+    """
+    weight_norm, grad_norm, sphere = stats.weight_sq.sqrt(), stats.grad_sq.sqrt(), radius
+    if whole:
+        weight_norm, grad_norm, sphere = (
+            torch.where(moving, norm, 0.0).square().sum().sqrt().expand_as(norm)
+            for norm in (weight_norm, grad_norm, sphere)
+        )
+        directed = moving
+    a = torch.where(directed, sphere / weight_norm, 1.0)
+    s = torch.where(moving, sphere / grad_norm if rule == "angle" else sphere * weight_norm, 1.0)
+    if whole:
+        radius = torch.where(directed, a * stats.weight_sq.sqrt(), radius)
+    return LayerControls(grad_factor=s, weight_factor=a), radius
+
+
+def log_relative_grad(stats: LayerStats, moving: Tensor) -> Tensor:
+    """log E of the rows that move, 0 elsewhere."""
+    return torch.where(moving, (stats.grad_sq.log() - stats.weight_sq.log()) / 2, 0.0)
 
 
 def radial_test(stats: LayerStats, passed: Tensor, numel: Tensor) -> Tensor:
@@ -132,20 +188,6 @@ def smooth(average: Tensor, value: Tensor) -> Tensor:
     return torch.where(average == 0, value, torch.lerp(value, average, SMOOTHING))
 
 
-def warmup_factor(log_elr: Tensor, ok: Tensor, handed_over: Tensor) -> tuple[Tensor, Tensor]:
-    """Cap of the learning rate at the critical one, as a factor ≤ 1 (0-dim), and the latch.
-
-    Args:
-        log_elr: log λE of each row, [R].
-        ok: rows that count, [R] bool.
-        handed_over: 1 if the warm-up has ended, 0-dim.
-    """
-    log_critical = balance(log_elr, ok)
-    binding = ok.any() & (log_critical < 0) & (handed_over == 0)
-    ended = torch.where(ok.any() & ~binding, 1.0, handed_over)
-    return torch.where(binding, log_critical.exp(), 1.0), ended
-
-
 def balance(log_elr: Tensor, ok: Tensor) -> Tensor:
     """log of the factor 1/√(λE_max · λE_min): the largest and the smallest swap places."""
     high = torch.where(ok, log_elr, -math.inf).amax()
@@ -159,10 +201,14 @@ def monotone(log_elr: Tensor, ok: Tensor) -> Tensor:
     return -(top[0] + torch.where(torch.isfinite(top[-1]), top[-1], top[0])) / 2
 
 
-def uniform_factor(log_relative_grad: Tensor, ok: Tensor) -> Tensor:
+def masked_mean(values: Tensor, ok: Tensor) -> Tensor:
+    """Mean over the rows that count; 0 if none does."""
+    return torch.where(ok, values, 0.0).sum() / ok.sum().clamp(min=1)
+
+
+def uniform_factor(log_e: Tensor, ok: Tensor) -> Tensor:
     """s = Ē/E with Ē the geometric mean over the rows that count; 1 elsewhere."""
-    log_mean = torch.where(ok, log_relative_grad, 0.0).sum() / ok.sum().clamp(min=1)
-    return torch.where(ok, (log_mean - log_relative_grad).exp(), 1.0)
+    return torch.where(ok, (masked_mean(log_e, ok) - log_e).exp(), 1.0)
 
 
 def radial_coefficient(stats: LayerStats, hyper: Hyper, s: Tensor | None, a: Tensor | None) -> Tensor:

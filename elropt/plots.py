@@ -1,0 +1,211 @@
+"""Plots of runs and of learning-rate sweeps, on axes that the caller gives. Works without a display.
+
+fig = Figure(layout="constrained")
+elr_over_steps(fig.subplots(), run.steps, run.elr)
+save(fig, "elr.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .report import RunHistory
+
+try:
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ModuleNotFoundError as error:
+    raise ImportError('elropt.plots needs matplotlib: pip install "elropt[cli]"') from error
+
+__all__ = [
+    "accuracy_against_lr",
+    "elr_over_steps",
+    "lr_over_steps",
+    "run_figure",
+    "save",
+    "spread_over_steps",
+]
+
+SUFFIXES = (".png", ".svg", ".pdf")
+# Okabe & Ito, "Color Universal Design" (2008), without its yellow, which is too pale for lines on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "osD^vPX"
+# Viridis without its palest part; the first layer is dark.
+DEPTH = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)))
+
+
+def elr_over_steps(ax: Axes, steps: ArrayLike, elrs: ArrayLike) -> None:
+    """Effective learning rate of every layer over the steps, log scale, coloured by depth.
+
+    Args:
+        ax: where to draw; a colorbar is put beside it.
+        steps: [T].
+        elrs: [T, L], rad; L layers from the first to the last. What is not positive and finite leaves a gap.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    steps, elrs = _columns(steps, elrs, ndim=2)
+    depth = elrs.shape[1]
+    ax.set_yscale("log")
+    ax.set_prop_cycle(color=DEPTH(np.linspace(0, 1, depth)))
+    ax.plot(steps, _positive(elrs), linewidth=1.2, marker=_marker(steps))
+    ax.set(xlabel="step", ylabel="effective learning rate (rad)")
+    _finish(ax)
+    if depth > 1:
+        bar = ax.figure.colorbar(ScalarMappable(Normalize(1, depth), DEPTH), ax=ax, pad=0.02, aspect=30)
+        bar.set_label("layer, first to last")
+        bar.locator = MaxNLocator(6, integer=True)
+        bar.outline.set_visible(False)
+
+
+def spread_over_steps(ax: Axes, spreads: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> None:
+    """ELR spread over the steps, log scale, one line for each run.
+
+    Args:
+        ax: where to draw.
+        spreads: name of a run → (steps [T], spreads [T]). With a single run there is no legend.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    ax.set_yscale("log")
+    for index, (name, (steps, spread)) in enumerate(spreads.items()):
+        steps, spread = _columns(steps, spread, ndim=1)
+        ax.plot(
+            steps, _positive(spread), label=name, color=COLORS[index % len(COLORS)], marker=_marker(steps)
+        )
+    ax.axhline(1, color="0.6", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="step", ylabel="ELR spread (max / min)")
+    _finish(ax)
+    if len(spreads) > 1:
+        ax.legend(frameon=False)
+
+
+def lr_over_steps(ax: Axes, steps: ArrayLike, lrs: ArrayLike) -> None:
+    """Applied learning rate over the steps: one line if it is the same for all layers, else coloured by depth.
+
+    Args:
+        ax: where to draw.
+        steps: [T].
+        lrs: [T, L], the group's lr times the factor of the rule.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    steps, lrs = _columns(steps, lrs, ndim=2)
+    recorded = np.ma.masked_invalid(lrs)
+    mean = recorded.mean(axis=1, keepdims=True)
+    if np.ma.allclose(recorded, mean, rtol=1e-6, atol=0):
+        lrs = np.ma.filled(mean, np.nan)
+        ax.set_prop_cycle(color=["0.2"])
+    else:
+        ax.set_prop_cycle(color=DEPTH(np.linspace(0, 1, lrs.shape[1])))
+    ax.plot(steps, lrs, linewidth=1.2, marker=_marker(steps))
+    ax.set_ylim(bottom=0)
+    ax.set(xlabel="step", ylabel="applied learning rate")
+    _finish(ax)
+
+
+def accuracy_against_lr(
+    ax: Axes,
+    results: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]],
+    *,
+    xlabel: str = "learning rate",
+) -> None:
+    """Accuracy against the learning rate, log scale, a line with a band for each optimizer.
+
+    Learning rates of different units (see `ELRSGD`) belong into different axes.
+
+    Args:
+        ax: where to draw.
+        results: name of an optimizer → (lrs, mean, low, high), each [N]; low and high bound the band, for
+            example the worst and the best seed. In any order of lr; NaN leaves a gap.
+        xlabel: says the unit of the learning rates.
+
+    Raises:
+        ValueError: shapes that do not fit, or learning rates that are not positive.
+    """
+    ax.set_xscale("log")
+    for index, (name, (lrs, *curves)) in enumerate(results.items()):
+        lrs, curves = _columns(lrs, np.transpose(curves), ndim=2)
+        if not (lrs > 0).all():
+            raise ValueError(
+                f"the learning rates of {name!r} must be positive on a log axis, got {lrs.min()}"
+            )
+        order = np.argsort(lrs)
+        lrs, (mean, low, high) = lrs[order], curves[order].T
+        color = COLORS[index % len(COLORS)]
+        ax.plot(lrs, mean, label=name, color=color, marker=MARKERS[index % len(MARKERS)], markersize=4.5)
+        ax.fill_between(lrs, low, high, color=color, alpha=0.15, linewidth=0)
+    ax.set(xlabel=xlabel, ylabel="test accuracy")
+    _finish(ax)
+    ax.legend(frameon=False)
+
+
+def run_figure(run: RunHistory) -> Figure:
+    """A recorded run in three panels: ELR of every layer, their spread, and the applied learning rate."""
+    fig = Figure(figsize=(7.5, 8), layout="constrained")
+    top, middle, bottom = fig.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
+    elr_over_steps(top, run.steps, run.elr)
+    spread_over_steps(middle, {"run": (run.steps, run.elr_spread)})
+    lr_over_steps(bottom, run.steps, run.applied_lr)
+    for ax in (top, middle):
+        ax.set_xlabel("")
+    return fig
+
+
+def save(fig: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, SVG or PDF; missing folders are made.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    check_suffix(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+
+
+def check_suffix(path: Path) -> None:
+    """Raises ValueError if `save` does not write files of this name."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path.name!r} has the suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
+
+
+def _columns(
+    x: ArrayLike, values: ArrayLike, *, ndim: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """x [T] and values [T] or [T, L] as float64."""
+    x, values = np.asarray(x, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or values.ndim != ndim or len(x) != len(values) or values.size == 0:
+        wanted = "[T]" if ndim == 1 else "[T, L]"
+        raise ValueError(
+            f"need T > 0 points [T] and values {wanted}, got {list(x.shape)} and {list(values.shape)}"
+        )
+    return x, values
+
+
+def _positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+
+
+def _marker(steps: NDArray[np.float64]) -> str:
+    """A line through a single point is invisible."""
+    return "o" if len(steps) == 1 else ""
+
+
+def _finish(ax: Axes) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="0.9", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.margins(x=0.02)

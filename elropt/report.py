@@ -1,0 +1,376 @@
+"""What a model's layers look like before training, and what a Recorder wrote down during it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .dynamics import balance_lr, elr_spread, monotone_lr
+from .monitor import _finite
+from .rules import warmup_factor
+from .scale_invariance import (
+    Kind,
+    _deepcopy,
+    _random_state_kept,
+    _run,
+    _tensors_in,
+    explain_scale_invariance,
+)
+
+__all__ = ["ModelReport", "RunHistory", "WeightReport", "inspect_model", "random_label_loss", "read_run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightReport:
+    """One weight of two or more dimensions, as `inspect_model` found it. What cannot be measured is NaN.
+
+    Attributes:
+        name, shape: as in `model.named_parameters()`.
+        invariance: "channel", "tensor" or None, see `elropt.find_scale_invariant`.
+        reason: why, in words.
+        tracked: whether it counts in the spread and in the critical learning rates: it is scale-invariant and
+            trainable, and its weight and gradient are neither zero nor infinite.
+        weight_norm, grad_norm: ‖w‖, ‖g‖.
+        radial_cosine: cos(w, g); zero for a scale-invariant weight.
+        relative_grad: E = ‖g‖/‖w‖, in 1/lr.
+        elr: λE, the effective learning rate of plain SGD: tangent of the angle that its first step turns w by.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    invariance: Kind
+    reason: str
+    tracked: bool
+    weight_norm: float
+    grad_norm: float
+    radial_cosine: float
+    relative_grad: float
+    elr: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReport:
+    """What `inspect_model` found. What the tracked weights are too few for is NaN.
+
+    Attributes:
+        weights: all weights of two or more dimensions, in the order of `model.named_parameters()`.
+        loss: value of the loss.
+        lr, momentum: the λ and μ asked about.
+        elr_spread: max E / min E over the tracked weights.
+        log_elr_std: standard deviation of log E over the tracked weights.
+        balance_lr, monotone_lr: (1−μ)/√(E_max·E_min) and (1−μ)/√(E_(1)·E_(2)), the critical learning rates of
+            `elropt.dynamics` for heavy-ball momentum, which acts like λ/(1−μ) in the long run.
+        warmup_start_lr: the learning rate that the first step of ``ELRSGD(lr=λ, momentum=μ)`` takes.
+    """
+
+    weights: list[WeightReport]
+    loss: float
+    lr: float
+    momentum: float
+    elr_spread: float
+    log_elr_std: float
+    balance_lr: float
+    monotone_lr: float
+    warmup_start_lr: float
+
+    @property
+    def tracked(self) -> list[WeightReport]:
+        """The weights that count in the spread, the largest E first."""
+        return sorted((w for w in self.weights if w.tracked), key=lambda w: -w.relative_grad)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as numbers, strings, lists and dicts, `weights` by name; NaN and infinity become None, so
+        that the result is strict JSON."""
+        values = dataclasses.asdict(self)
+        values["weights"] = {weight.pop("name"): weight for weight in values["weights"]}
+        return _finite(values)
+
+    def summary(self) -> str:
+        """What the numbers mean for the chosen learning rate, in a few sentences."""
+        return " ".join(self._sentences())
+
+    def _sentences(self) -> Iterator[str]:
+        tracked = self.tracked
+        if not tracked:
+            yield (
+                "No trainable weight with a gradient is scale-invariant, so there is no effective learning rate to "
+                "control: ELRSGD is plain SGD here. Put a normalization behind the weights that are to be tracked."
+            )
+        elif len(tracked) == 1:
+            yield (
+                f"At lr = {self.lr:.3g} the first step of SGD turns {tracked[0].name}, the only tracked weight, by "
+                f"{math.atan(tracked[0].elr):.2g} rad."
+            )
+        else:
+            fast, slow = tracked[0], tracked[-1]
+            yield (
+                f"At lr = {self.lr:.3g} the first step of SGD turns the fastest layer, {fast.name}, by "
+                f"{math.atan(fast.elr):.2g} rad and the slowest, {slow.name}, by {math.atan(slow.elr):.2g} rad; "
+                f"their effective learning rates are a factor of {self.elr_spread:.3g} apart."
+            )
+            if self.momentum:
+                yield (
+                    f"In the long run momentum {self.momentum:g} turns them {1 / (1 - self.momentum):.3g} times as "
+                    "far per step, which the critical learning rates allow for."
+                )
+            if self.lr > self.balance_lr:
+                yield (
+                    f"The chosen lr is {self.lr / self.balance_lr:.3g} times the critical learning rate "
+                    f"{self.balance_lr:.3g}: the model predicts that the fastest layer overshoots and falls behind "
+                    "the slowest."
+                )
+            elif self.lr > self.monotone_lr:
+                yield (
+                    f"The chosen lr is below the critical learning rate {self.balance_lr:.3g}, so the spread "
+                    f"shrinks, but above {self.monotone_lr:.3g}, where fast layers begin to change places."
+                )
+            else:
+                yield (
+                    f"The chosen lr is below both critical learning rates, {self.balance_lr:.3g} and "
+                    f"{self.monotone_lr:.3g}: no layer overtakes another, and the spread shrinks by itself, the "
+                    "slower the smaller lr is."
+                )
+        if self.warmup_start_lr < self.lr:
+            yield f"ELRSGD's warm-up would start at lr = {self.warmup_start_lr:.3g}."
+        elif tracked:
+            yield "ELRSGD's warm-up would have nothing to do and end at its first step."
+        left_out = [weight.name for weight in self.weights if weight.invariance and not weight.tracked]
+        if left_out:
+            yield (
+                "Left out, since they are frozen or their weight or gradient is zero or not finite: "
+                f"{', '.join(left_out)}."
+            )
+
+
+def random_label_loss(outputs: Any) -> Tensor:
+    """Cross-entropy of the first tensor in `outputs` against labels drawn from torch's global random state.
+
+    Raises:
+        ValueError: that tensor is not [batch, classes] with at least 2 classes.
+    """
+    logits = next(_tensors_in(outputs), None)
+    if logits is None or logits.ndim != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+        found = "no tensor" if logits is None else f"a {logits.dtype} tensor of shape {list(logits.shape)}"
+        raise ValueError(
+            "the default loss, cross-entropy against random labels, needs logits of shape [batch, classes], "
+            f"classes at least 2, but the model returns {found}: give a loss of your own"
+        )
+    return F.cross_entropy(logits, torch.randint(logits.shape[1], (len(logits),)).to(logits.device))
+
+
+def inspect_model(
+    model: nn.Module,
+    *inputs: Any,
+    loss: Callable[[Any], Tensor] = random_label_loss,
+    lr: float,
+    momentum: float = 0.0,
+) -> ModelReport:
+    """Measure every weight of two or more dimensions on one batch, and what that means for a learning rate.
+
+    Which weights are scale-invariant is the answer of `elropt.explain_scale_invariance`; norms and gradients come
+    from one forward and backward pass of ``loss(model(*inputs))`` in training mode. Both run on copies: parameters,
+    buffers, gradients, modes and the random state of `model` stay as they are.
+
+    Args:
+        model: any module.
+        inputs: the positional arguments of `model`: a batch of at least 8 different samples, best real data.
+        loss: maps the outputs of `model` to a scalar.
+        lr: learning rate λ > 0 to judge.
+        momentum: μ, 0 ≤ μ < 1.
+
+    Raises:
+        ValueError: lr, momentum or what `loss` returns is not as above; what `elropt.find_scale_invariant` raises.
+
+    Source: derived, docs/theory.md §1 (invariance), §4 (critical learning rates) and §6 (momentum).
+    """
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr} is not valid: it must be finite and above 0")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum={momentum} is not valid: it must be at least 0 and below 1")
+    explained = explain_scale_invariance(model, *inputs)
+    twin = _deepcopy(model).train()
+    with _random_state_kept(twin), torch.enable_grad():
+        value = loss(_run(twin, tree_map_only(Tensor, torch.clone, inputs)))
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(
+                f"loss returned {found}; it must be a scalar tensor that depends on the parameters"
+            )
+        named = {name: param for name, param in twin.named_parameters() if param.ndim >= 2}
+        trainable = {name: param for name, param in named.items() if param.requires_grad}
+        grads = torch.autograd.grad(value.sum(), list(trainable.values()), allow_unused=True)
+    grad_of = dict(zip(trainable, grads, strict=True))
+
+    weights = []
+    for name, param in named.items():
+        weight_norm, grad_norm, radial_cosine = _norms_and_cosine(param.detach(), grad_of.get(name))
+        relative_grad = grad_norm / weight_norm if weight_norm > 0 else math.nan
+        invariance = explained[name].kind
+        tracked = invariance is not None and 0 < relative_grad < math.inf
+        weights.append(
+            WeightReport(
+                name,
+                tuple(param.shape),
+                invariance,
+                explained[name].reason,
+                tracked,
+                weight_norm,
+                grad_norm,
+                radial_cosine,
+                relative_grad,
+                lr * relative_grad,
+            )
+        )
+    E = np.array([weight.relative_grad for weight in weights if weight.tracked])
+    return ModelReport(
+        weights,
+        loss=value.item(),
+        lr=lr,
+        momentum=momentum,
+        elr_spread=float(elr_spread(E)) if len(E) else math.nan,
+        log_elr_std=float(np.log(E).std()) if len(E) else math.nan,
+        balance_lr=float((1 - momentum) * balance_lr(E)) if len(E) else math.nan,
+        monotone_lr=float((1 - momentum) * monotone_lr(E)) if len(E) > 1 else math.nan,
+        warmup_start_lr=_warmup_start_lr(E, lr, momentum),
+    )
+
+
+def _norms_and_cosine(weight: Tensor, grad: Tensor | None) -> tuple[float, float, float]:
+    w = weight.double().flatten()
+    if grad is None:
+        return float(w.norm()), math.nan, math.nan
+    g = grad.to_dense().double().flatten()
+    weight_norm, grad_norm, dot = torch.stack([w.norm(), g.norm(), w @ g]).tolist()
+    size = weight_norm * grad_norm
+    return weight_norm, grad_norm, dot / size if size > 0 else math.nan
+
+
+def _warmup_start_lr(E: NDArray[np.float64], lr: float, momentum: float) -> float:
+    """What the optimizer's own rule makes of lr at its first step."""
+    if not len(E):
+        return lr
+    log_elr = torch.from_numpy(np.log(E)) + math.log(lr / (1 - momentum))
+    factor, _ = warmup_factor(log_elr, torch.ones_like(log_elr, dtype=torch.bool), torch.zeros(()))
+    return lr * float(factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunHistory:
+    """What a `Recorder` wrote about the tracked layers during one run. What was not recorded is NaN.
+
+    Attributes:
+        steps: [T], increasing.
+        names: of the L layers that were tracked in every record that they are in.
+        elr: applied effective learning rates, [T, L].
+        applied_lr: lr·lr_factor of each layer, [T, L].
+        elr_spread: max / min of `elr` over those layers, [T].
+        notes: what was left out of the file, in words.
+    """
+
+    steps: NDArray[np.int64]
+    names: list[str]
+    elr: NDArray[np.float64]
+    applied_lr: NDArray[np.float64]
+    elr_spread: NDArray[np.float64]
+    notes: list[str]
+
+
+def read_run(path: str | Path) -> RunHistory:
+    """Read the JSONL file of a `Recorder`.
+
+    A line that is cut off, as a killed run leaves it, is skipped with a note. Where the steps start again, a new
+    run begins (a Recorder appends): the last one is returned, with a note.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no complete record, or something else, or no layer that is tracked.
+    """
+    records, notes = _parse_records(Path(path))
+    starts = [0] + [i for i in range(1, len(records)) if records[i]["step"] <= records[i - 1]["step"]]
+    if len(starts) > 1:
+        notes.append(f"{path} holds {len(starts)} runs; this is the last")
+        records = records[starts[-1] :]
+
+    tracked: dict[str, bool] = {}
+    for record in records:
+        for name, layer in record["layers"].items():
+            tracked[name] = tracked.get(name, True) and layer["tracked"]
+    names = [name for name, always in tracked.items() if always]
+    if not names:
+        raise ValueError(
+            f"{path} has no layer that was tracked throughout: give the optimizer the groups of elropt.param_groups, "
+            "and see `elropt inspect` for which weights are scale-invariant"
+        )
+    elr = np.full((len(records), len(names)), np.nan)
+    applied_lr = elr.copy()
+    for t, record in enumerate(records):
+        for i, name in enumerate(names):
+            if layer := record["layers"].get(name):
+                elr[t, i] = _number(layer["elr"])
+                applied_lr[t, i] = _number(layer["lr"]) * _number(layer["lr_factor"])
+    elr[~(elr > 0)] = np.nan
+    has_elr = ~np.isnan(elr).all(axis=1)
+    spread = np.full(len(records), np.nan)
+    spread[has_elr] = np.nanmax(elr[has_elr], axis=1) / np.nanmin(elr[has_elr], axis=1)
+    steps = np.array([record["step"] for record in records])
+    return RunHistory(steps, names, elr, applied_lr, spread, notes)
+
+
+def _parse_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not a text file; give the JSONL file that elropt.Recorder wrote"
+        ) from error
+    records = []
+    notes = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number < len(lines) and not line.startswith('{"step":'):
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); {_EXPECTED}") from error
+            notes.append(f"{path}, line {number}: cut off, skipped")
+            continue
+        if not _is_record(record):
+            raise ValueError(f"{path}, line {number}: not a record of elropt.Recorder; {_EXPECTED}")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path} holds no complete record; {_EXPECTED}")
+    return records, notes
+
+
+_EXPECTED = (
+    'each line must be {"step": …, "layers": {name: {"elr": …, "lr": …, "lr_factor": …, "tracked": …}}}'
+)
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return False
+    layers = record.get("layers")
+    return isinstance(layers, dict) and all(
+        isinstance(layer, dict)
+        and isinstance(layer.get("tracked"), bool)
+        and all(
+            key in layer and isinstance(layer[key], int | float | None) for key in ("elr", "lr", "lr_factor")
+        )
+        for layer in layers.values()
+    )
+
+
+def _number(value: float | None) -> float:
+    """JSON's null stands for NaN."""
+    return math.nan if value is None else value

@@ -1,0 +1,780 @@
+"""The reference is the definition : rescale a parameter in float64 and see whether the outputs change."""
+
+import copy
+import math
+import random
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD, lr_scheduler
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from elropt.scale_invariance import (
+    equalize_,
+    explain_scale_invariance,
+    find_scale_invariant,
+    param_groups,
+)
+from tests.architectures import ARCHITECTURES, PreActivationResNet, Prediction
+
+# With every eps at 1e-30, rescaling an invariant weight moves the outputs by rounding or, where an eps is
+# written into the forward of a test model, by about 1e-5; any other weight here moves them by 1e-2 or more.
+UNCHANGED = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def leaves(output: Any) -> Iterator[Tensor]:
+    match output:
+        case Tensor():
+            yield output.detach().double()
+        case dict():
+            for value in output.values():
+                yield from leaves(value)
+        case tuple() | list():
+            for value in output:
+                yield from leaves(value)
+        case Prediction():
+            yield from leaves([output.logits, output.hidden])
+
+
+def as_double(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+
+
+def run(model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+    """All outputs as one float64 vector, with the same dropout masks at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return torch.cat([leaf.flatten() for leaf in leaves(model(*inputs))])
+
+
+def without_eps(model: nn.Module) -> nn.Module:
+    """A float64 copy in which every norm has a negligible eps."""
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if hasattr(module, "eps"):
+            setattr(module, "eps", 1e-30)  # noqa: B010
+    return model
+
+
+def somewhere_else(model: nn.Module, seed: int = 3) -> nn.Module:
+    """The model with normal noise on all parameters: no bias or gain has its special initial value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.3 * torch.randn(param.shape, generator=generator, dtype=param.dtype))
+    return model
+
+
+def change(model: nn.Module, inputs: tuple[Any, ...], factors: dict[str, Tensor]) -> float:
+    """Relative change of the outputs when parameters are multiplied by factors."""
+    before = run(model, inputs)
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, factor in factors.items():
+            scaled.get_parameter(name).mul_(factor)
+    return float((run(scaled, inputs) - before).norm() / before.norm())
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything that must not change, with the bits of tensors."""
+    return {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "grads": [(id(p.grad), None if p.grad is None else p.grad.clone()) for p in model.parameters()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "modes": [m.training for m in model.modules()],
+        "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()),  # noqa: NPY002
+    }
+
+
+def assert_same(after: Any, before: Any, path: str = "") -> None:
+    if isinstance(before, dict):
+        assert after.keys() == before.keys(), path
+        for key in before:
+            assert_same(after[key], before[key], f"{path}/{key}")
+    elif isinstance(before, list | tuple):
+        assert len(after) == len(before), path
+        for i, (a, b) in enumerate(zip(after, before, strict=True)):
+            assert_same(a, b, f"{path}/{i}")
+    elif isinstance(before, Tensor | np.ndarray):
+        torch.testing.assert_close(
+            torch.as_tensor(after), torch.as_tensor(before), rtol=0, atol=0, equal_nan=True, msg=path
+        )
+    else:
+        assert after == before, path
+
+
+def disturbed(model: nn.Module) -> nn.Module:
+    """Some gradients, one submodule in the other mode: a state in which a change would show."""
+    for i, param in enumerate(model.parameters()):
+        if i % 2:
+            param.grad = torch.full_like(param, 0.25)
+    next(m for m in model.modules() if m is not model).eval()
+    return model
+
+
+@every_architecture
+def test_finds_what_was_worked_out_by_hand(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.build()
+    found = find_scale_invariant(model, *architecture.inputs())
+    assert found == architecture.kinds()
+    assert list(found) == [n for n, _ in model.named_parameters()]
+
+
+@every_architecture
+def test_claims_invariance_exactly_where_rescaling_changes_nothing(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    inputs = architecture.inputs()
+    explained = explain_scale_invariance(architecture.build(), *inputs)
+    model, inputs = somewhere_else(without_eps(architecture.build())), as_double(inputs)
+    generator = torch.Generator().manual_seed(7)
+    for param_name, param in model.named_parameters():
+        whole = max(change(model, inputs, {param_name: torch.tensor(k)}) for k in (0.5, 3.0))
+        rows = 0.3 + 3 * torch.rand(param.shape[:1], generator=generator, dtype=torch.float64)
+        by_row = change(model, inputs, {param_name: rows.reshape(-1, *[1] * (param.ndim - 1))})
+        found = explained[param_name]
+        if found.kind == "channel" or found.reason in ("no effect on the output", "unused: no gradient"):
+            assert whole < UNCHANGED, param_name
+            assert by_row < UNCHANGED, param_name
+        elif found.kind == "tensor":
+            assert whole < UNCHANGED < by_row, param_name
+        else:
+            assert whole > UNCHANGED, param_name
+        if found.reason.startswith("only jointly with"):
+            partner = found.reason.split("'")[1]
+            both = {param_name: torch.tensor(3.0), partner: torch.tensor(3.0)}
+            assert change(model, inputs, both) < UNCHANGED, param_name
+
+
+@every_architecture
+def test_reasons(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    explained = explain_scale_invariance(architecture.build(), *architecture.inputs())
+    ineffective = {
+        n
+        for n, found in explained.items()
+        if found.reason in ("no effect on the output", "unused: no gradient")
+    }
+    assert ineffective == set(architecture.no_effect)
+    for first, second in architecture.jointly:
+        assert explained[first].reason == f"only jointly with {second!r}"
+        assert explained[second].reason == f"only jointly with {first!r}"
+    for found in explained.values():
+        if found.kind is None and found.reason.startswith("not: radial cosine "):
+            assert 0 < float(found.reason.split()[-1]) <= 1
+
+
+@every_architecture
+def test_nothing_is_changed(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model, inputs = disturbed(architecture.build()), architecture.inputs()
+    before, inputs_before = state_of(model), copy.deepcopy(inputs)
+    find_scale_invariant(model, *inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        param_groups(model, *inputs)
+    assert_same(state_of(model), before)
+    assert_same(inputs, inputs_before)
+
+
+@every_architecture
+def test_the_mode_does_not_matter(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.build().eval()
+    assert find_scale_invariant(model, *architecture.inputs()) == architecture.kinds()
+    assert not any(module.training for module in model.modules())
+
+
+@every_architecture
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_dtype_does_not_matter(name: str, dtype: torch.dtype) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.build().to(dtype)
+    inputs = tree_map_only(
+        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, architecture.inputs()
+    )
+    assert find_scale_invariant(model, *inputs) == architecture.kinds()
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+NORMS = {
+    "channel": lambda width, eps: nn.BatchNorm1d(width, eps=eps),
+    "tensor": lambda width, eps: nn.LayerNorm(width, eps=eps),
+    None: lambda width, eps: nn.Identity(),
+}
+
+
+@given(
+    kind=st.sampled_from(list(NORMS)),
+    depth=st.integers(1, 6),
+    width=st.integers(3, 17),
+    samples=st.integers(6, 20),
+    weight_scale=st.sampled_from([1e-4, 1e-2, 1.0, 100.0]),
+    offset=st.sampled_from([0.0, 1.0, 100.0]),
+    eps=st.sampled_from([1e-12, 1e-5, 1e-2]),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=40)
+def test_neither_depth_nor_scales_nor_eps_decide(
+    kind: str | None,
+    depth: int,
+    width: int,
+    samples: int,
+    weight_scale: float,
+    offset: float,
+    eps: float,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        linear = nn.Linear(width, width, bias=False)
+        with torch.no_grad():
+            linear.weight.copy_(weight_scale * torch.randn(width, width, generator=generator))
+        layers += [linear, NORMS[kind](width, eps), nn.Softplus()]
+    model = nn.Sequential(*layers, nn.Linear(width, 2))
+    found = find_scale_invariant(model, offset + torch.randn(samples, width, generator=generator))
+    assert {n: k for n, k in found.items() if k} == (
+        {f"{3 * i}.weight": kind for i in range(depth)} if kind else {}
+    )
+
+
+class RadialZeroByChance(nn.Module):
+    """f = (‖w‖² − 1)² + ⟨x, w/‖w‖⟩: at ‖w‖ = 1 the radial derivative is exactly zero, only there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.arange(1.0, 13.0), dim=0).reshape(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.weight.norm()
+        return (norm**2 - 1) ** 2 + (x * self.weight / norm).sum()
+
+
+def test_a_radial_zero_at_the_present_weights_alone_does_not_count() -> None:
+    model = RadialZeroByChance()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    model(x).backward()
+    assert model.weight.grad is not None
+    assert (
+        abs(float((model.weight.detach() * model.weight.grad).sum())) < 1e-6 < float(model.weight.grad.norm())
+    )
+    assert find_scale_invariant(model, x) == {"weight": None}
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 255.0, 1e5])
+def test_a_bias_counts_however_small_it_is_beside_the_activations(scale: float) -> None:
+    model = nn.Sequential(nn.Linear(20, 10), nn.LayerNorm(10), nn.Linear(10, 2))
+    explained = explain_scale_invariance(model, scale * torch.rand(8, 20))
+    assert explained["0.weight"].reason == "only jointly with '0.bias'"
+    assert explained["0.bias"].reason == "only jointly with '0.weight'"
+
+
+def test_the_answer_does_not_depend_on_the_random_state() -> None:
+    architecture = ARCHITECTURES["dropout"]
+    model = architecture.build()
+    answers = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        answers.append(explain_scale_invariance(model, *architecture.inputs()))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(6, 6)
+            linear = nn.Linear(6, 6)
+            with torch.no_grad():
+                linear.weight.mul_(0.01)
+            self.block = nn.Sequential(linear, nn.BatchNorm1d(6), nn.Tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, self.stem(x), use_reentrant=use_reentrant)
+
+    found = find_scale_invariant(Checkpointed(), *ARCHITECTURES["plain"].inputs())
+    assert found["block.0.weight"] == "channel"
+
+
+class Float32Inside(nn.Module):
+    """Attention whose RMSNorm and softmax compute in float32 whatever comes in, like many language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).float()
+        q = (q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        scores = q @ self.k(x).transpose(1, 2)
+        return scores.softmax(-1, dtype=torch.float32).to(x.dtype) @ x
+
+
+def test_norms_computed_in_float32() -> None:
+    explained = explain_scale_invariance(Float32Inside(), *ARCHITECTURES["attention"].inputs())
+    assert explained["q.weight"].kind == "tensor"
+    assert explained["k.weight"].reason.startswith("not: radial cosine")
+    assert explained["k.bias"].reason == "no effect on the output"
+
+
+class StochasticDepth(nn.Module):
+    """Draws from the generators of Python, NumPy and torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4, bias=False)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
+        return scale * self.norm(self.linear(x)).relu()
+
+
+def test_no_random_generator_is_advanced() -> None:
+    model, x = StochasticDepth(), torch.randn(8, 6)
+    before = state_of(model)
+    find_scale_invariant(model, x)
+    assert_same(state_of(model), before)
+    equalize_(model, x, loss=lambda y: y.sum())
+    assert_same(state_of(model)["random"], before["random"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda() -> None:
+    for name, architecture in ARCHITECTURES.items():
+        model = architecture.build().cuda()
+        inputs = tree_map_only(Tensor, Tensor.cuda, architecture.inputs())
+        before, cuda_random_state = state_of(model), torch.cuda.get_rng_state()
+        assert find_scale_invariant(model, *inputs) == architecture.kinds(), name
+        assert_same(state_of(model), before)
+        assert torch.equal(torch.cuda.get_rng_state(), cuda_random_state), name
+
+
+def test_weight_norm_by_hooks_after_a_forward_pass() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        first = nn.utils.weight_norm(nn.Linear(6, 5))
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(5, 2))
+    x = torch.randn(8, 6)
+    model(x)
+    found = find_scale_invariant(model, x)
+    assert {name for name, kind in found.items() if kind} == {"0.weight_v"}
+
+
+def test_outputs_that_are_integers_or_detached_are_ignored() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6, bias=False)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            y = self.linear(x)
+            return [y.argmax(1), y.detach(), F.normalize(y, dim=1)]
+
+    assert find_scale_invariant(Head(), torch.randn(8, 6)) == {"linear.weight": "tensor"}
+
+
+def test_hooks_on_parameters_are_not_fired() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+    fired = []
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(fired.append)
+    x = torch.randn(8, 6)
+    find_scale_invariant(model, x)
+    equalize_(model, x, loss=lambda y: y.exp().sum())
+    assert not fired
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, partial(torch.autocast, "cpu", torch.bfloat16)], ids=["no_grad", "autocast"]
+)
+def test_works_in_contexts(context: Any) -> None:
+    architecture = ARCHITECTURES["conv + BatchNorm"]
+    with context():
+        assert find_scale_invariant(architecture.build(), *architecture.inputs()) == architecture.kinds()
+
+
+def test_embeddings_with_sparse_gradients() -> None:
+    model = nn.Sequential(nn.Embedding(9, 6, sparse=True), nn.LayerNorm(6), nn.Linear(6, 2))
+    found = find_scale_invariant(model, torch.arange(5).reshape(1, 5))
+    assert {name: kind for name, kind in found.items() if kind} == {"0.weight": "channel"}
+
+
+def test_a_model_without_parameters() -> None:
+    assert find_scale_invariant(nn.ReLU(), torch.ones(2)) == {}
+
+
+def test_inputs_without_variety_give_no_effect() -> None:
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    assert explain_scale_invariance(model, torch.zeros(8, 6))["0.weight"].reason == "no effect on the output"
+
+
+def test_a_non_finite_gradient_is_named() -> None:
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4))
+    found = explain_scale_invariance(model, torch.full((8, 6), math.nan))["0.weight"]
+    assert found.kind is None
+    assert found.reason == "not measured: its gradient is not finite"
+
+
+def test_errors_say_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"lazy parameters have no shape yet: 0\.weight, 0\.bias; run model"):
+        find_scale_invariant(nn.Sequential(nn.LazyLinear(3)), torch.ones(8, 2))
+    with pytest.raises(ValueError, match="no floating-point output that depends on a parameter"):
+        find_scale_invariant(nn.Sequential(nn.Linear(2, 2), nn.Flatten(), _Argmax()), torch.ones(8, 2))
+    with pytest.raises(ValueError, match="more than 1 value per channel") as one_value:
+        find_scale_invariant(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), torch.ones(1, 2))
+    assert "pass at least 8 samples" in one_value.value.__notes__[0]
+    uncopyable = nn.Linear(2, 2)
+    uncopyable.register_forward_hook(_Uncopyable().hook)
+    with pytest.raises(TypeError, match="not me") as not_copied:
+        find_scale_invariant(uncopyable, torch.ones(8, 2))
+    assert "copy.deepcopy" in not_copied.value.__notes__[0]
+
+
+class _Argmax(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.argmax(1)
+
+
+class _Uncopyable:
+    def hook(self, *_: object) -> None: ...
+
+    def __deepcopy__(self, memo: object) -> "_Uncopyable":
+        raise TypeError("not me")
+
+
+def test_param_groups_of_a_resnet() -> None:
+    model = PreActivationResNet()
+    x = ARCHITECTURES["pre-activation ResNet"].inputs()
+    model.block2.conv2.requires_grad_(False)
+    groups = param_groups(model, *x, weight_decay=5e-4, tracked_lr=0.01, exclude=["block2.conv?.weight"])
+    params = dict(model.named_parameters())
+    vectors = [n for n, p in params.items() if p.ndim < 2]
+    expected: list[dict[str, Any]] = [
+        {
+            "name": "scale_invariant",
+            "param_names": ["block1.conv1.weight"],
+            "scale_invariant": True,
+            "weight_decay": 5e-4,
+            "lr": 0.01,
+        },
+        {
+            "name": "other",
+            "param_names": ["stem.weight", "block1.conv2.weight", "block2.conv1.weight", "head.weight"],
+            "scale_invariant": False,
+            "weight_decay": 5e-4,
+        },
+        {"name": "no_decay", "param_names": vectors, "scale_invariant": False, "weight_decay": 0.0},
+    ]
+    for group, wanted in zip(groups, expected, strict=True):
+        assert {k: v for k, v in group.items() if k != "params"} == wanted
+        assert [id(p) for p in group["params"]] == [id(params[n]) for n in wanted["param_names"]]
+
+
+@every_architecture
+def test_param_groups_hold_every_trainable_parameter_once(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        groups = param_groups(model, *architecture.inputs(), weight_decay=0.1)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    kinds = architecture.kinds()
+    for group in groups:
+        assert group["params"]
+        assert "lr" not in group
+        for param_name, param in zip(group["param_names"], group["params"], strict=True):
+            assert param is model.get_parameter(param_name)
+            assert group["scale_invariant"] == (kinds[param_name] is not None and param.ndim >= 2)
+            assert group["weight_decay"] == (0.1 if param.ndim >= 2 else 0.0)
+
+
+SCHEDULERS: dict[str, Any] = {
+    "LambdaLR": partial(lr_scheduler.LambdaLR, lr_lambda=lambda t: 0.5**t),
+    "MultiplicativeLR": partial(lr_scheduler.MultiplicativeLR, lr_lambda=lambda t: 0.5),
+    "StepLR": partial(lr_scheduler.StepLR, step_size=1),
+    "MultiStepLR": partial(lr_scheduler.MultiStepLR, milestones=[1]),
+    "ConstantLR": partial(lr_scheduler.ConstantLR, total_iters=1),
+    "LinearLR": lr_scheduler.LinearLR,
+    "ExponentialLR": partial(lr_scheduler.ExponentialLR, gamma=0.5),
+    "PolynomialLR": partial(lr_scheduler.PolynomialLR, total_iters=4),
+    "CosineAnnealingLR": partial(lr_scheduler.CosineAnnealingLR, T_max=4),
+    "CosineAnnealingWarmRestarts": partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=4),
+    "CyclicLR": partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1),
+    "OneCycleLR": partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=4),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_param_groups_work_with_sgd_and_every_scheduler(scheduler: str) -> None:
+    architecture = ARCHITECTURES["linear + BatchNorm"]
+    model, (x,) = architecture.build(), architecture.inputs()
+    optimizer = SGD(param_groups(model, x, weight_decay=0.1, tracked_lr=0.02), lr=0.04, momentum=0.9)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.02, 0.04, 0.04]
+    assert [g["momentum"] for g in optimizer.param_groups] == [0.9] * 3
+    schedule = SCHEDULERS[scheduler](optimizer)
+    start = [g["lr"] for g in optimizer.param_groups]
+    for _ in range(2):
+        model(x).square().sum().backward()
+        optimizer.step()
+        schedule.step()
+    assert all(
+        now != then for now, then in zip([g["lr"] for g in optimizer.param_groups], start, strict=True)
+    )
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [g["name"] for g in optimizer.param_groups] == ["scale_invariant", "other", "no_decay"]
+
+
+def test_param_groups_warn_when_nothing_is_tracked() -> None:
+    plain, bn = ARCHITECTURES["plain"], ARCHITECTURES["linear + BatchNorm"]
+    with pytest.warns(UserWarning, match=r"no parameter is tracked.*explain_scale_invariance"):
+        groups = param_groups(plain.build(), *plain.inputs())
+    assert [g["name"] for g in groups] == ["other", "no_decay"]
+    with pytest.warns(UserWarning, match="no parameter is tracked"):
+        groups = param_groups(bn.build(), *bn.inputs(), exclude=("*.weight",))
+    assert [g["name"] for g in groups] == ["other", "no_decay"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"exclude": ["head"]}, ValueError, r"exclude has 'head', which matches no parameter.*'head\.\*'"),
+        ({"exclude": "0.weight"}, TypeError, r"exclude is the string '0\.weight'; pass an iterable"),
+        ({"weight_decay": -1.0}, ValueError, r"weight_decay is -1\.0; it must be finite and >= 0"),
+        ({"weight_decay": math.nan}, ValueError, "weight_decay is nan; it must be finite and >= 0"),
+        ({"tracked_lr": -0.1}, ValueError, r"tracked_lr is -0\.1; it must be finite and >= 0"),
+    ],
+)
+def test_param_groups_reject(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    architecture = ARCHITECTURES["linear + BatchNorm"]
+    with pytest.raises(error, match=message):
+        param_groups(architecture.build(), *architecture.inputs(), **arguments)
+
+
+def test_param_groups_of_a_frozen_model() -> None:
+    architecture = ARCHITECTURES["linear + BatchNorm"]
+    with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
+        param_groups(architecture.build().requires_grad_(False), *architecture.inputs())
+
+
+def loss_of(output: Any) -> Tensor:
+    """A loss with a different gradient for every output."""
+    total = torch.zeros((), dtype=torch.float64)
+    for leaf in leaves_with_grad(output):
+        target = torch.linspace(-1, 1, leaf.numel(), dtype=torch.float64).reshape(leaf.shape)
+        total = total + (leaf.double() - target).square().mean()
+    return total
+
+
+def leaves_with_grad(output: Any) -> list[Tensor]:
+    match output:
+        case Tensor():
+            return [output] if output.requires_grad else []
+        case dict():
+            return [leaf for value in output.values() for leaf in leaves_with_grad(value)]
+        case Prediction():
+            return [output.logits, *output.hidden]
+    raise TypeError(type(output))
+
+
+def relative_grads(model: nn.Module, inputs: tuple[Any, ...], names: Any) -> dict[str, float]:
+    """E = ‖g‖/‖w‖ by plain autograd on a copy."""
+    model = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        loss_of(model(*inputs)).backward()
+    params = dict(model.named_parameters())
+    return {
+        name: float(
+            torch.as_tensor(params[name].grad).double().norm() / params[name].detach().double().norm()
+        )
+        for name in names
+    }
+
+
+def tracked_names(name: str) -> set[str]:
+    architecture = ARCHITECTURES[name]
+    model = architecture.build()
+    return {
+        n
+        for n in (*architecture.channel, *architecture.tensor)
+        if model.get_parameter(n).ndim >= 2 and model.get_parameter(n).requires_grad
+    }
+
+
+WITH_TRACKED = [name for name in ARCHITECTURES if tracked_names(name)]
+
+
+@pytest.mark.parametrize("name", WITH_TRACKED)
+def test_equalize_makes_all_relative_gradients_equal_and_keeps_the_outputs(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model, inputs = somewhere_else(without_eps(architecture.build())), as_double(architecture.inputs())
+    names = tracked_names(name)
+    with torch.no_grad():
+        for i, param_name in enumerate(sorted(names)):
+            model.get_parameter(param_name).mul_(10.0**i)
+    before, outputs = relative_grads(model, inputs, names), run(model, inputs)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    factors = equalize_(model, *inputs, loss=loss_of)
+
+    assert factors.keys() == names
+    mean = math.exp(sum(map(math.log, before.values())) / len(before))
+    assert factors == pytest.approx({n: math.sqrt(e / mean) for n, e in before.items()}, rel=1e-9)
+    assert relative_grads(model, inputs, names) == pytest.approx(dict.fromkeys(names, mean), rel=1e-3)
+    assert float((run(model, inputs) - outputs).norm()) < UNCHANGED * float(outputs.norm())
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[n] * factors.get(n, 1.0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", WITH_TRACKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equalize_as_a_user_calls_it(name: str, dtype: torch.dtype) -> None:
+    """With the usual eps and precision: outputs equal to rounding, and nothing else touched."""
+    architecture = ARCHITECTURES[name]
+    model = somewhere_else(architecture.build()).to(dtype)
+    inputs = tree_map_only(
+        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, architecture.inputs()
+    )
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 0.25)
+    before, outputs = state_of(model), run(copy.deepcopy(model), inputs)
+
+    factors = equalize_(model, *inputs, loss=loss_of)
+
+    tolerance = 1e-3 if dtype == torch.float32 else 0.05
+    assert float((run(copy.deepcopy(model), inputs) - outputs).norm()) < tolerance * float(outputs.norm())
+    after = state_of(model)
+    for n, tensor in model.state_dict(keep_vars=True).items():
+        factor = next((f for tracked, f in factors.items() if model.get_parameter(tracked) is tensor), None)
+        if factor is not None:
+            rescaled = (before["state"].pop(n).double() * factor).to(dtype)
+            torch.testing.assert_close(
+                after["state"].pop(n), rescaled, rtol=2 * torch.finfo(dtype).eps, atol=0
+            )
+    assert_same(after, before)
+
+
+def test_equalize_closes_a_large_spread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers: list[nn.Module] = []
+    for i in range(12):
+        linear = nn.Linear(16, 16)
+        with torch.no_grad():
+            linear.weight.copy_(10 ** (i / 4 - 1) * torch.randn(16, 16, generator=generator))
+        layers += [linear, nn.BatchNorm1d(16), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(16, 3)).double()
+    x = torch.randn(32, 16, generator=generator, dtype=torch.float64)
+    names = [f"{3 * i}.weight" for i in range(12)]
+    before = relative_grads(model, (x,), names).values()
+    assert max(before) / min(before) > 1e4
+    assert equalize_(model, x, loss=loss_of).keys() == set(names)
+    after = relative_grads(model, (x,), names).values()
+    assert max(after) / min(after) < 1.01
+
+
+class TwoBranches(nn.Module):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.loud = nn.Linear(32, 32, bias=False)
+        self.soft = nn.Linear(32, 32, bias=False)
+        self.norm = nn.LayerNorm(32, eps=eps, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm(self.loud(x)), self.norm(self.soft(x))
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-4])
+def test_eps_moves_the_outputs_of_equalize_as_documented(eps: float) -> None:
+    torch.manual_seed(0)
+    model, x = TwoBranches(eps).double(), torch.randn(16, 32, dtype=torch.float64)
+    variance = model.soft(x).var(1, correction=0, keepdim=True).detach()
+    target = torch.randn(2, 16, 32, dtype=torch.float64)
+    before = model(x)[1].detach()
+    factors = equalize_(model, x, loss=lambda y: (y[0] * target[0]).sum() + (y[1] * target[1]).sum() / 1e4)
+    assert factors["soft.weight"] < 0.2
+    relative = model(x)[1].detach() / before - 1
+    predicted = (0.5 * eps / variance * (1 - 1 / factors["soft.weight"] ** 2)).expand_as(relative)
+    torch.testing.assert_close(relative, predicted, rtol=0.1, atol=0)
+
+
+def test_equalize_in_eval_mode_keeps_the_outputs_of_eval_mode() -> None:
+    batch_norm, layer_norm = ARCHITECTURES["linear + BatchNorm"], ARCHITECTURES["attention with QK-norm"]
+    model, inputs = somewhere_else(batch_norm.build()).eval(), batch_norm.inputs()
+    before = state_of(model)
+    with pytest.warns(UserWarning, match=r"equalize_ changed nothing.*call model\.train\(\) first"):
+        assert equalize_(model, *inputs, loss=loss_of) == {}
+    assert_same(state_of(model), before)
+
+    model, inputs = layer_norm.build().eval(), layer_norm.inputs()
+    outputs = run(model, inputs)
+    assert equalize_(model, *inputs, loss=loss_of).keys() == {"q.weight", "k.weight"}
+    torch.testing.assert_close(run(model, inputs), outputs, rtol=1e-3, atol=1e-5)
+
+
+def test_equalize_leaves_zero_weights_and_zero_gradients_alone() -> None:
+    torch.manual_seed(0)
+    branches = TwoBranches(1e-5)
+    with pytest.warns(UserWarning, match=r"left alone.*: soft\.weight\. "):
+        assert equalize_(branches, torch.randn(8, 32), loss=lambda y: y[0].exp().sum()) == {
+            "loud.weight": 1.0,
+            "soft.weight": 1.0,
+        }
+    nn.init.zeros_(branches.loud.weight)
+    before = state_of(branches)
+    with pytest.warns(UserWarning, match=r"left alone.*: loud\.weight, soft\.weight\. "):
+        equalize_(branches, torch.randn(8, 32), loss=lambda y: (y[0] + math.nan * y[1]).sum())
+    before["random"] = state_of(branches)["random"]
+    assert_same(state_of(branches), before)
+
+
+def test_equalize_leaves_alone_what_a_zero_gain_cuts_off() -> None:
+    architecture = ARCHITECTURES["norm behind the addition"]
+    model = architecture.build()
+    before = state_of(model)
+    with pytest.warns(UserWarning, match=r"left alone.*: conv1\.weight, conv2\.weight\. "):
+        factors = equalize_(model, *architecture.inputs(), loss=loss_of)
+    assert factors == {"conv1.weight": 1.0, "conv2.weight": 1.0}
+    assert_same(state_of(model), before)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda y: y, r"loss returned a tensor of shape \(8, 3\); it must be a scalar"),
+        (
+            lambda y: y.detach().sum(),
+            r"loss returned a tensor of shape \(\); it must be a scalar tensor that depends",
+        ),
+        (lambda y: 1.5, r"loss returned 1\.5; it must be a scalar"),
+    ],
+)
+def test_equalize_rejects_a_loss_before_it_changes_anything(loss: Any, message: str) -> None:
+    architecture = ARCHITECTURES["linear + BatchNorm"]
+    model = architecture.build()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        equalize_(model, *architecture.inputs(), loss=loss)
+    assert_same(state_of(model), before)
