@@ -132,6 +132,7 @@ class Ensemble:
                         foreach=group["foreach"],
                         fused=group["fused"],
                         differentiable=group["differentiable"],
+                        per_filter=self.per_filter,
                     ),
                 )
             )

@@ -17,7 +17,11 @@ __all__ = ["can_use", "measure", "update"]
 
 
 def can_use(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None]
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    *,
+    per_filter: bool = False,
 ) -> bool:
     """Whether every tensor is a plain dense one (no subclass, no sparse gradient)."""
     plain = (Tensor, torch.nn.Parameter)

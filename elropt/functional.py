@@ -121,6 +121,7 @@ def choose_backend(
     foreach: bool | None,
     fused: bool | None,
     differentiable: bool = False,
+    per_filter: bool = False,
 ) -> ModuleType:
     """The module that updates these tensors, as torch chooses: what is asked for; else on CUDA fused where every
     tensor qualifies and foreach otherwise; else one tensor after the other.
@@ -129,16 +130,16 @@ def choose_backend(
         RuntimeError: ``fused=True`` but a tensor does not qualify.
     """
     tensors = params, grads, momentum_buffers
-    if fused and not triton_backend.can_use(*tensors):
+    if fused and not triton_backend.can_use(*tensors, per_filter=per_filter):
         raise RuntimeError(
             "fused=True needs triton and dense float32, bfloat16 or float16 parameters on one CUDA device, with gradients "
             f"of the same strides, but the group holds {_describe(params)}"
             f"{'' if triton_backend.available() else ', and triton is not installed'}. Use fused=None to let ELRSGD choose."
         )
     on_cuda = foreach is None and fused is None and not differentiable and all(p.is_cuda for p in params)
-    if fused or (on_cuda and triton_backend.can_use(*tensors)):
+    if fused or (on_cuda and triton_backend.can_use(*tensors, per_filter=per_filter)):
         return triton_backend
-    if (foreach or on_cuda) and foreach_backend.can_use(*tensors):
+    if (foreach or on_cuda) and foreach_backend.can_use(*tensors, per_filter=per_filter):
         return foreach_backend
     return reference_backend
 

@@ -160,6 +160,20 @@ def run_figure(run: RunHistory) -> Figure:
     lr_over_steps(bottom, run.steps, run.applied_lr)
     for ax in (top, middle):
         ax.set_xlabel("")
+    fig.align_ylabels()
+    return fig
+
+
+def relative_grad_figure(relative_grads: ArrayLike) -> Figure:
+    """What `elropt.dynamics.simulate` returns, [steps + 1, L], in two panels: E of every layer, and their spread."""
+    E = np.asarray(relative_grads, dtype=np.float64)
+    steps = np.arange(len(E))
+    fig = Figure(figsize=(7.5, 6), layout="constrained")
+    top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    elr_over_steps(top, steps, E)
+    top.set(xlabel="", ylabel="E = ‖g‖ / ‖w‖ (1/lr)")
+    spread_over_steps(bottom, {"run": (steps, E.max(axis=1) / E.min(axis=1))})
+    fig.align_ylabels()
     return fig
 
 

@@ -18,7 +18,11 @@ Rows = Sequence[tuple[int, int] | None]
 
 
 def can_use(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None]
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    *,
+    per_filter: bool = False,
 ) -> bool:
     """The reference takes every tensor that torch can add and multiply."""
     return True

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from .dynamics import balance_lr, elr_spread, monotone_lr
 from .monitor import _finite
-from .rules import warmup_factor
+from .rules import RADIAL_TESTS, Hyper, LayerStats, RuleState, decide
 from .scale_invariance import (
     Kind,
     _deepcopy,
@@ -71,7 +71,9 @@ class ModelReport:
         log_elr_std: standard deviation of log E over the tracked weights.
         balance_lr, monotone_lr: (1−μ)/√(E_max·E_min) and (1−μ)/√(E_(1)·E_(2)), the critical learning rates of
             `elropt.dynamics` for heavy-ball momentum, which acts like λ/(1−μ) in the long run.
-        warmup_start_lr: the learning rate that the first step of ``ELRSGD(lr=λ, momentum=μ)`` takes.
+        warmup_lr, warmup_elr: the learning rate λκ and the effective learning rate, the same for all tracked
+            weights, at the first step of ``ELRSGD(lr=λ, momentum=μ)``.
+        warmup_ends: whether its warm-up finds nothing to do and ends at that step.
     """
 
     weights: list[WeightReport]
@@ -82,7 +84,9 @@ class ModelReport:
     log_elr_std: float
     balance_lr: float
     monotone_lr: float
-    warmup_start_lr: float
+    warmup_lr: float
+    warmup_elr: float
+    warmup_ends: bool
 
     @property
     def tracked(self) -> list[WeightReport]:
@@ -141,10 +145,13 @@ class ModelReport:
                     f"{self.monotone_lr:.3g}: no layer overtakes another, and the spread shrinks by itself, the "
                     "slower the smaller lr is."
                 )
-        if self.warmup_start_lr < self.lr:
-            yield f"ELRSGD's warm-up would start at lr = {self.warmup_start_lr:.3g}."
+        if self.warmup_ends:
+            yield "ELRSGD's warm-up would find nothing to do and end at its first step."
         elif tracked:
-            yield "ELRSGD's warm-up would have nothing to do and end at its first step."
+            yield (
+                f"ELRSGD's warm-up would start at lr = {self.warmup_lr:.3g} and turn every tracked layer by "
+                f"{math.atan(self.warmup_elr):.2g} rad."
+            )
         left_out = [weight.name for weight in self.weights if weight.invariance and not weight.tracked]
         if left_out:
             yield (
@@ -242,7 +249,7 @@ def inspect_model(
         log_elr_std=float(np.log(E).std()) if len(E) else math.nan,
         balance_lr=float((1 - momentum) * balance_lr(E)) if len(E) else math.nan,
         monotone_lr=float((1 - momentum) * monotone_lr(E)) if len(E) > 1 else math.nan,
-        warmup_start_lr=_warmup_start_lr(E, lr, momentum),
+        **_first_warmup_step([weight for weight in weights if weight.tracked], lr, momentum),
     )
 
 
@@ -256,13 +263,28 @@ def _norms_and_cosine(weight: Tensor, grad: Tensor | None) -> tuple[float, float
     return weight_norm, grad_norm, dot / size if size > 0 else math.nan
 
 
-def _warmup_start_lr(E: NDArray[np.float64], lr: float, momentum: float) -> float:
-    """What the optimizer's own rule makes of lr at its first step."""
-    if not len(E):
-        return lr
-    log_elr = torch.from_numpy(np.log(E)) + math.log(lr / (1 - momentum))
-    factor, _ = warmup_factor(log_elr, torch.ones_like(log_elr, dtype=torch.bool), torch.zeros(()))
-    return lr * float(factor)
+def _first_warmup_step(tracked: list[WeightReport], lr: float, momentum: float) -> dict[str, Any]:
+    """What the optimizer's own rule makes of it, as the last fields of a ModelReport."""
+    if not tracked:
+        return {"warmup_lr": lr, "warmup_elr": math.nan, "warmup_ends": False}
+    weight_norm, grad_norm, numel = (
+        torch.tensor(column, dtype=torch.float64)
+        for column in zip(*((w.weight_norm, w.grad_norm, math.prod(w.shape)) for w in tracked), strict=True)
+    )
+    zero, one = torch.zeros_like(numel), torch.ones_like(numel)
+    controls, after = decide(
+        "warmup",
+        LayerStats(weight_norm**2, grad_norm**2, zero, zero),
+        RuleState(sphere_grad_norm=zero, radius=zero, tracked=RADIAL_TESTS * one, handed_over=torch.zeros(())),
+        Hyper(lr * one, zero, one / (1 - momentum), one, zero, numel),
+    )
+    κ, s, a = (one if factor is None else factor for factor in controls[:3])
+    elr = lr * κ * s * grad_norm / (a * weight_norm)
+    return {
+        "warmup_lr": lr * float(κ.max()),
+        "warmup_elr": float(elr.mean()),
+        "warmup_ends": bool(after.handed_over > 0),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,19 +22,24 @@ def available() -> bool:
 
 
 def can_use(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None]
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    *,
+    per_filter: bool = False,
 ) -> bool:
     """Whether the kernels take these tensors.
 
     They do if all of them are plain strided tensors on one CUDA device (on the CPU under TRITON_INTERPRET=1),
     each parameter is float32, bfloat16 or float16, its gradient and its buffer have its dtype or float32, and
-    the three have equal shapes and the same dense memory order (contiguous, channels_last, transposed, …).
+    the three have equal shapes and the same dense memory order (contiguous, channels_last, transposed, …). With
+    `per_filter` (a row per index of dimension 0) dimension 0 must be the outermost in memory.
     """
     if not available():
         return False
     from .tables import all_supported
 
-    return all_supported(params, grads, momentum_buffers)
+    return all_supported(params, grads, momentum_buffers, per_filter=per_filter)
 
 
 if available():

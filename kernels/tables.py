@@ -174,17 +174,29 @@ def why_not_rows(w: Layout, row: Row, n_rows: int) -> str | None:
         return f"it is given {count} rows, allowed are 1 or, by its dimension 0, {size}"
     if first < 0 or first + count > n_rows:
         return f"its rows {first} to {first + count - 1} are not among the {n_rows} that there are"
-    if count > 1 and 0 not in w.shape and w.stride[0] * size != math.prod(w.shape):
+    if count > 1 and _is_interleaved(w):
         return f"a row per index of dimension 0 needs it outermost in memory, but the strides are {w.stride}"
     return None
 
 
 def all_supported(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None]
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    *,
+    per_filter: bool,
 ) -> bool:
     """`can_use`, where triton is installed."""
     triples = triples_of(params, grads, momentum_buffers)
-    return all(why_not(triple, triples[0].w.device) is None for triple in triples)
+    return all(
+        why_not(triple, triples[0].w.device) is None and not (per_filter and _is_interleaved(triple.w))
+        for triple in triples
+    )
+
+
+def _is_interleaved(w: Layout) -> bool:
+    """Whether indices of dimension 0 are not contiguous blocks of memory, one after the other."""
+    return len(w.shape) > 0 and w.shape[0] > 1 and 0 not in w.shape and w.stride[0] * w.shape[0] != math.prod(w.shape)
 
 
 def tables_for(

@@ -257,6 +257,45 @@ class Zero(nn.Module):
         return torch.zeros(())
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks", "strides", "side"),
+    [
+        ("resnet-18-w4", (2, 2, 2, 2), (2, 1), 40),
+        ("resnet-18-w4", (2, 2, 2, 2), (2, 1), 72),
+        ("resnet-50-w4", (3, 4, 6, 3), (1, 2, 1), 72),
+    ],
+)
+def test_imagenet_resnets_against_the_formula(name, blocks, strides, side):
+    torch.manual_seed(0)
+    model = build(name, in_shape=(3, side, side), classes=5).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    weights = dict(model.named_parameters())
+
+    def layer(x, path, stride):
+        kernel, gain, bias = (weights[f"{path}.{key}"] for key in ("conv.weight", "norm.weight", "norm.bias"))
+        x = F.conv2d(x, kernel, stride=stride, padding=(kernel.shape[-1] - 1) // 2)
+        mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        return (x - mean) / (variance + 1e-5).sqrt() * gain.view(-1, 1, 1) + bias.view(-1, 1, 1)
+
+    images = torch.randn(3, 3, side, side, dtype=torch.float64)
+    x = layer(images, "stem", 2 if side > 64 else 1).relu()
+    if side > 64:
+        x = F.max_pool2d(x, 3, 2, 1)
+    for stage, count in enumerate(blocks, start=1):
+        for index in range(1, count + 1):
+            path, halve = f"stage{stage}_block{index}", stage > 1 and index == 1
+            branch = x
+            for position, stride in enumerate(strides):
+                branch = layer(branch, f"{path}.branch.{position}", stride if halve else 1)
+                if position < len(strides) - 1:
+                    branch = branch.relu()
+            changes = f"{path}.shortcut.conv.weight" in weights
+            assert changes == (branch.shape != x.shape)
+            x = (branch + (layer(x, f"{path}.shortcut", 2 if halve else 1) if changes else x)).relu()
+    torch.testing.assert_close(model(images), x.mean((2, 3)) @ model.head.weight.T + model.head.bias)
+
+
 def test_resnet_stem_follows_the_image_size():
     small, large = on_meta("resnet-18", (3, 64, 64), 10), on_meta("resnet-18", (3, 65, 65), 10)
     assert small.stem.conv.kernel_size == (3, 3)

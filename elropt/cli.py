@@ -1,0 +1,366 @@
+"""The `elropt` command: inspect a model, simulate layers, plot a run, describe the machine."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from . import dynamics, env_report
+from .report import ModelReport, inspect_model, random_label_loss, read_run
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+except ModuleNotFoundError as error:
+    raise ImportError('the elropt command needs typer and rich: pip install "elropt[cli]"') from error
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="See and control the effective learning rate (ELR) of every layer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+TABLE_ROWS = 25
+
+
+@app.command(
+    epilog="Example: elropt inspect mypackage.models:build --input-shape 64,3,32,32 --lr 0.1 --momentum 0.9"
+)
+def inspect(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="PKG.MODULE:FACTORY or path/to/file.py:FACTORY. FACTORY is called without arguments and returns a "
+            "model, (model, inputs) or (model, inputs, loss): inputs a tensor or a tuple of the model's positional "
+            "arguments, loss a function of the model's outputs.",
+        ),
+    ],
+    input_shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N,…",
+            help="Shape of a standard normal input, batch first, for a FACTORY that returns no inputs. Repeat it for "
+            "further inputs. Real data tell more.",
+        ),
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate to judge.")] = 0.1,
+    momentum: Annotated[float, typer.Option(help="Momentum to judge it with.")] = 0.9,
+    seed: Annotated[int, typer.Option(help="Seeds initialization, random inputs and random labels.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to measure, such as cpu or cuda.")] = "cpu",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report to FILE, too.")
+    ] = None,
+) -> None:
+    """Show which weights of a model are scale-invariant, how far a step turns each, and what that means for lr.
+
+    Without a loss, that is cross-entropy against random labels; the model must then return [batch, classes].
+    """
+    with _messages().status(f"measuring {target} …"):
+        torch.manual_seed(seed)
+        model, inputs, loss = _build(target)
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            _fail(f"--device {device}: {error}")
+        if input_shape and inputs is not None:
+            _fail(f"{target} returns inputs itself: leave out --input-shape")
+        if inputs is None:
+            inputs = _random_inputs(input_shape or [], model, target)
+        inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
+        try:
+            report = inspect_model(model, *inputs, loss=loss or random_label_loss, lr=lr, momentum=momentum)
+        except Exception as error:
+            _fail(f"cannot measure {target}: {_in_words(error)}")
+    if json_file is not None:
+        _write(json_file, json.dumps(report.to_dict(), allow_nan=False, indent=2) + "\n")
+    console = _console()
+    console.print(_weight_table(report))
+    if not report.tracked:
+        _fail(report.summary())
+    console.print(_summary_table(report))
+    console.print(Text(report.summary()))
+
+
+@app.command(epilog='Example: elropt simulate --e0 "100,10,1" --lr balance --steps 6 --out spread.png')
+def simulate(
+    e0: Annotated[
+        str | None, typer.Option(metavar="E,…", help="E = ‖g‖/‖w‖ of the layers at the start, comma-separated.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Number of layers, instead of --e0; needs --factor.")] = None,
+    factor: Annotated[
+        float | None, typer.Option(help="E of a layer divided by that of the next; the last has E = 1.")
+    ] = None,
+    lr: Annotated[
+        str, typer.Option(help="A number, or the critical learning rate of each step: balance or monotone.")
+    ] = "balance",
+    steps: Annotated[int, typer.Option(help="Number of steps.")] = 10,
+    momentum: Annotated[float, typer.Option(help="Heavy-ball momentum.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="L2 weight decay.")] = 0.0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plot E and the spread; .png, .svg or .pdf.")
+    ] = None,
+) -> None:
+    """Simulate how the spread of effective learning rates closes, by the model of elropt.dynamics."""
+    E0 = _initial_relative_grads(e0, depth, factor)
+    save_plot = _plot_writer(out) if out else None
+    try:
+        rule = _lr_rule(lr, momentum)
+        E = dynamics.simulate(E0, rule, steps, momentum, weight_decay)
+    except ValueError as error:
+        _fail(str(error))
+    spread = dynamics.elr_spread(E)
+    table = Table("step", "lr", "largest E", "smallest E", "spread", title="E in 1/lr")
+    for column in table.columns:
+        column.justify = "right"
+    for step in np.unique(np.linspace(0, steps, min(steps + 1, TABLE_ROWS)).round().astype(int)):
+        lr_text = _short(rule(E[step])) if step < steps else ""
+        table.add_row(str(step), lr_text, *map(_short, (E[step].max(), E[step].min(), spread[step])))
+    _console().print(table)
+    if save_plot:
+        from .plots import relative_grad_figure
+
+        save_plot(relative_grad_figure(E))
+
+
+@app.command(epilog="Example: elropt plot runs/elr.jsonl --out runs/elr.png")
+def plot(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN.jsonl", exists=True, dir_okay=False, help="What elropt.Recorder wrote.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A .png, .svg or .pdf file. [default: RUN.png]", show_default=False),
+    ] = None,
+) -> None:
+    """Draw a recorded run: ELR of every layer, their spread and the applied learning rate, over the steps."""
+    out = out or run.with_suffix(".png")
+    save_plot = _plot_writer(out)
+    try:
+        history = read_run(run)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    for note in history.notes:
+        _messages().print(Text(f"note: {note}"), soft_wrap=True)
+    from .plots import run_figure
+
+    save_plot(run_figure(history))
+
+
+@app.command(epilog="Example: elropt env --json > environment.json")
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, hardware and usable backends: what to put into a bug report or beside a result."""
+    found = env_report.collect()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    table = Table(show_header=False)
+    for key, value in found.items():
+        table.add_row(key, _in_one_line(value))
+    _console().print(table)
+
+
+def _console() -> Console:
+    """Standard output; what is not a terminal gets lines as long as they need to be."""
+    return Console(width=None if sys.stdout.isatty() else 240, highlight=False)
+
+
+def _messages() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def _fail(message: str) -> NoReturn:
+    _messages().print(Text(f"error: {message}", style="red"), soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def _in_words(error: BaseException) -> str:
+    """An exception of somebody's code: what, where, and the notes on it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return "\n".join([f"{type(error).__name__}{where}: {error}", *getattr(error, "__notes__", [])])
+
+
+def _build(target: str) -> tuple[nn.Module, tuple[Any, ...] | None, Callable[[Any], Tensor] | None]:
+    """Import TARGET's factory and call it: model, inputs and loss."""
+    module_name, _, name = target.rpartition(":")
+    if not module_name or not name:
+        _fail(f"{target!r} is not PKG.MODULE:FACTORY or path/to/file.py:FACTORY")
+    try:
+        module = _import(module_name)
+    except Exception as error:
+        _fail(f"cannot import {module_name}: {_in_words(error)}")
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        defined = sorted(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
+        what = "is not callable" if hasattr(module, name) else "does not exist"
+        _fail(f"{name} {what} in {module_name}, which has {', '.join(defined) or 'nothing to call'}")
+    try:
+        built = factory()
+    except Exception as error:
+        _fail(f"{target}() failed: {_in_words(error)}")
+    model, inputs, loss = (*built, None, None)[:3] if isinstance(built, tuple) and built else (built, None, None)
+    if not isinstance(model, nn.Module) or (isinstance(built, tuple) and len(built) > 3):
+        _fail(
+            f"{target}() returned {_kinds(built)}; it must return a model (torch.nn.Module), (model, inputs) or "
+            "(model, inputs, loss)"
+        )
+    if loss is not None and not callable(loss):
+        _fail(f"{target}() returned a loss of type {type(loss).__name__}; it must be a function of the outputs")
+    if inputs is not None:
+        inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    return model, inputs, loss
+
+
+def _import(name: str) -> Any:
+    """A module by its name, looked for in the working directory first, or a file by its path."""
+    if not name.endswith(".py"):
+        sys.path.insert(0, "")
+        return importlib.import_module(name)
+    path = Path(name).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {name}")
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _random_inputs(shapes: list[str], model: nn.Module, target: str) -> tuple[Tensor, ...]:
+    if not shapes:
+        _fail(f"{target} returns no inputs: give --input-shape, such as 64,3,32,32, or return (model, inputs)")
+    like = next((param for param in model.parameters() if param.is_floating_point()), torch.empty(0))
+    inputs = []
+    for shape in shapes:
+        sizes = _numbers("--input-shape", shape, int)
+        if min(sizes) < 1:
+            _fail(f"--input-shape {shape}: every size must be at least 1")
+        inputs.append(torch.randn(sizes, dtype=like.dtype))
+    return tuple(inputs)
+
+
+def _initial_relative_grads(e0: str | None, depth: int | None, factor: float | None) -> list[float]:
+    if e0 is not None:
+        if depth is not None or factor is not None:
+            _fail("give either --e0 or --depth with --factor, not both")
+        return _numbers("--e0", e0, float)
+    if depth is None or factor is None:
+        _fail("give --e0, such as --e0 100,10,1, or --depth with --factor")
+    if depth < 1 or not 0 < factor < math.inf:
+        _fail(f"--depth {depth} --factor {factor:g}: the depth must be at least 1, the factor positive and finite")
+    return list(factor ** np.arange(depth - 1.0, -1.0, -1.0))
+
+
+def _lr_rule(lr: str, momentum: float) -> Callable[[np.ndarray], float]:
+    """The learning rate of a step as a function of E."""
+    critical = {"balance": dynamics.balance_lr, "monotone": dynamics.monotone_lr}.get(lr)
+    if critical is not None:
+        return lambda E: float((1 - momentum) * critical(E))
+    constant, *more = _numbers("--lr", lr, float, "or balance or monotone")
+    if more:
+        _fail(f"--lr {lr}: give one number, or balance or monotone")
+    return lambda E: constant
+
+
+def _numbers[Number: (int, float)](
+    option: str, text: str, kind: type[Number], otherwise: str = ""
+) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        example = "64,3,32,32" if kind is int else "100,10,1"
+        _fail(f"{option} {text}: not comma-separated numbers such as {example}{otherwise and ', ' + otherwise}")
+
+
+def _plot_writer(out: Path) -> Callable[[Any], None]:
+    """Saves a figure to `out` and says so; what would prevent that is found before any work is done."""
+    try:
+        from .plots import check_suffix, save
+
+        check_suffix(out)
+    except (ImportError, ValueError) as error:
+        _fail(str(error))
+
+    def write(figure: Any) -> None:
+        try:
+            save(figure, out)
+        except OSError as error:
+            _fail(f"cannot write {out}: {error}")
+        _messages().print(Text(f"wrote {out}"), soft_wrap=True)
+
+    return write
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        _fail(f"cannot write {path}: {error}")
+
+
+def _weight_table(report: ModelReport) -> Table:
+    fastest, slowest = (report.tracked[0], report.tracked[-1]) if len(report.tracked) > 1 else (None, None)
+    table = Table("weight", "shape", "scale-invariant", title="Weights of two or more dimensions")
+    for header in ("‖w‖", "‖g‖", "cos(w, g)", "E = ‖g‖/‖w‖", f"ELR at lr {report.lr:g}"):
+        table.add_column(header, justify="right")
+    for column in table.columns:
+        column.overflow = "fold"
+    for weight in report.weights:
+        style = "bold red" if weight is fastest else "bold cyan" if weight is slowest else None
+        verdict = f"yes: {weight.reason}" if weight.invariance else weight.reason
+        numbers = (weight.weight_norm, weight.grad_norm, weight.radial_cosine, weight.relative_grad, weight.elr)
+        cells = (weight.name, "×".join(map(str, weight.shape)), verdict, *map(_short, numbers))
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+    return table
+
+
+def _summary_table(report: ModelReport) -> Table:
+    table = Table(show_header=False)
+    for label, value in (
+        ("ELR spread (max / min)", report.elr_spread),
+        ("standard deviation of log ELR", report.log_elr_std),
+        ("critical lr, balance: fastest and slowest layer swap", report.balance_lr),
+        ("critical lr, monotone: the two fastest layers swap", report.monotone_lr),
+    ):
+        table.add_row(label, _short(value))
+    return table
+
+
+def _short(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3g}"
+
+
+def _kinds(built: object) -> str:
+    if isinstance(built, tuple):
+        return f"({', '.join(type(part).__name__ for part in built)})"
+    return f"an object of type {type(built).__name__}"
+
+
+def _in_one_line(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_in_one_line(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_in_one_line, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)

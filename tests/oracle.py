@@ -1,0 +1,95 @@
+"""ELRSGD once more, in NumPy float64, written from docs/theory.md and nothing else.
+
+It keeps weights *on* their sphere after every step ("angle", "sphere"), where the package stores them one step
+ahead; so weights are compared after both are brought to the same norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def invariant_gradient(curvature: Array, per_filter: bool = False) -> Callable[[Array], Array]:
+    """Gradient of f(w) = ½ ŵᵀ D ŵ with ŵ = w/‖w‖: scale-invariant, and c is not constant. D is `curvature`, w's shape."""
+
+    def of_one(w: Array, d: Array) -> Array:
+        direction = w / np.linalg.norm(w)
+        pull = d * direction
+        return (pull - (direction * pull).sum() * direction) / np.linalg.norm(w)
+
+    if per_filter:
+        return lambda w: np.stack([of_one(row, d) for row, d in zip(w, curvature, strict=True)])
+    return lambda w: of_one(w, curvature)
+
+
+class Oracle:
+    """SGD with a rule, for weights that are all tracked."""
+
+    def __init__(
+        self,
+        weights: Sequence[Array],
+        *,
+        rule: str | None,
+        granularity: str = "layer",
+        project: bool = False,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
+    ) -> None:
+        self.weights = [np.array(w, dtype=np.float64) for w in weights]
+        self.rule, self.granularity, self.project = rule, granularity, project
+        self.momentum, self.dampening, self.weight_decay = momentum, dampening, weight_decay
+        self.nesterov, self.maximize = nesterov, maximize
+        self.buffers: list[Array | None] = [None] * len(self.weights)
+        self.radii = self.norms(self.weights)
+
+    def norms(self, tensors: Sequence[Array]) -> list[Array]:
+        """The norm that the rule sees, shaped to broadcast against each tensor."""
+        if self.granularity == "filter":
+            return [np.linalg.norm(t.reshape(len(t), -1), axis=1).reshape(-1, *[1] * (t.ndim - 1)) for t in tensors]
+        if self.granularity == "network":
+            return [np.sqrt(sum((t**2).sum() for t in tensors))] * len(tensors)
+        return [np.linalg.norm(t) for t in tensors]
+
+    def factors(self, grads: Sequence[Array]) -> list[Array]:
+        w_norms, g_norms = self.norms(self.weights), self.norms(grads)
+        if self.rule == "uniform":
+            e = [g / w for g, w in zip(g_norms, w_norms, strict=True)]
+            mean = np.exp(np.concatenate([np.log(x).ravel() for x in e]).mean())
+            return [mean / x for x in e]
+        if self.rule == "angle":
+            return [w / g for g, w in zip(g_norms, w_norms, strict=True)]
+        if self.rule == "sphere":
+            return [w**2 for w in w_norms]
+        return [np.ones(())] * len(grads)
+
+    def step(self, grads: Sequence[Array], lr: float) -> None:
+        updated = []
+        for i, (w, g, s) in enumerate(zip(self.weights, grads, self.factors(grads), strict=True)):
+            g = s * (-g if self.maximize else g) + self.weight_decay * w
+            u = g
+            if self.momentum:
+                m = self.buffers[i]
+                m = g if m is None else self.momentum * m + (1 - self.dampening) * g
+                self.buffers[i] = m
+                u = g + self.momentum * m if self.nesterov else m
+            if self.project:
+                axes = tuple(range(1, w.ndim)) if self.granularity == "filter" else None
+                u = u - (w * u).sum(axes, keepdims=True) / (w * w).sum(axes, keepdims=True) * w
+            updated.append(w - lr * u)
+        if self.rule in ("angle", "sphere"):
+            updated = [w * r / n for w, r, n in zip(updated, self.radii, self.norms(updated), strict=True)]
+        self.weights = updated
+
+    def same_norm(self, weights: Sequence[Array]) -> list[Array]:
+        """`weights` of the package, brought to the sphere as the next step would."""
+        if self.rule not in ("angle", "sphere"):
+            return list(weights)
+        return [w * r / n for w, r, n in zip(weights, self.radii, self.norms(weights), strict=True)]

@@ -1,0 +1,114 @@
+"""One contract for every backend × rule: the NumPy oracle's iterates, whatever the dtype, layout and hyper-parameters."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elropt import ELRSGD
+from elropt.rules import GRANULARITIES
+
+from .oracle import Oracle, invariant_gradient
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = {"reference": {"foreach": False}, "foreach": {"foreach": True}, "triton": {"fused": True}}
+RULES = [(rule, granularity) for rule, allowed in GRANULARITIES.items() if rule != "warmup" for granularity in allowed]
+TOLERANCES = {torch.float64: 2e-6, torch.float32: 2e-5, torch.bfloat16: 3e-2}  # factors are float32
+SHAPES = [(4, 6), (3, 2, 3, 3), (5, 3)]
+
+
+def dtypes_of(backend: str) -> list[torch.dtype]:
+    # The interpreter truncates where a GPU rounds to bfloat16, so there the kernels' bfloat16 is a GPU test.
+    if backend == "triton":
+        return [torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+    return [torch.float64, torch.float32, torch.bfloat16]
+
+
+def run_both(
+    backend: str, dtype: torch.dtype, rule: str | None, granularity: str, steps: int, lr: float, seed: int = 0, **hyper: Any
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Weights of the package and of the oracle after the same number of steps from the same weights."""
+    rng = np.random.default_rng(seed)
+    scales = (0.1, 1.0, 10.0)
+    weights = [torch.tensor(rng.normal(size=shape) * s).to(dtype) for shape, s in zip(SHAPES, scales, strict=True)]
+    gradients = [invariant_gradient(rng.normal(size=shape), granularity == "filter") for shape in SHAPES]
+    layouts = [lambda t: t, lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: t.t().contiguous().t()]
+    if (backend, granularity) == ("triton", "filter"):
+        layouts[2] = layouts[0]  # the kernels want each filter in one piece
+    params = [torch.nn.Parameter(layout(w).to(DEVICE)) for layout, w in zip(layouts, weights, strict=True)]
+    optimizer = ELRSGD(
+        [{"params": params, "scale_invariant": True}],
+        lr=lr, rule=rule, granularity=granularity, **hyper, **BACKENDS[backend],
+    )  # fmt: skip
+    hyper.pop("lr", None)
+    oracle = Oracle([w.double().numpy() for w in weights], rule=rule, granularity=granularity, **hyper)
+    for _ in range(steps):
+        for p, gradient in zip(params, gradients, strict=True):
+            p.grad = torch.empty_like(p).copy_(torch.tensor(gradient(p.detach().double().cpu().numpy())))
+        optimizer.step()
+        oracle.step([gradient(w) for w, gradient in zip(oracle.weights, gradients, strict=True)], lr)
+    ours = [p.detach().double().cpu().numpy() for p in params]
+    return oracle.same_norm(ours), oracle.weights
+
+
+def assert_same(ours: list[np.ndarray], expected: list[np.ndarray], rtol: float, message: object) -> None:
+    for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        error = np.linalg.norm(a - b) / np.linalg.norm(b)
+        assert error < rtol, f"weight {i} differs by {error:.2e} > {rtol:.0e}: {message}"
+
+
+HYPER = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
+    {"momentum": 0.5, "dampening": 0.3, "maximize": True},
+]
+
+
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("hyper", HYPER, ids=str)
+@pytest.mark.parametrize(("rule", "granularity"), RULES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), [(b, d) for b in BACKENDS for d in dtypes_of(b)], ids=str)
+def test_iterates_are_those_of_the_oracle(
+    backend: str, dtype: torch.dtype, rule: str | None, granularity: str, hyper: dict[str, Any], project: bool
+) -> None:
+    lr = 0.1 if rule == "sphere" and granularity != "network" else 0.01
+    steps = 1 if dtype == torch.bfloat16 else 5
+    ours, expected = run_both(backend, dtype, rule, granularity, steps, lr, project=project, **hyper)
+    assert_same(ours, expected, TOLERANCES[dtype], (backend, rule, granularity, hyper, project))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    backend=st.sampled_from(["reference", "foreach"]),
+    rule_granularity=st.sampled_from(RULES),
+    lr=st.floats(1e-4, 0.5),
+    momentum=st.floats(0, 0.95),
+    dampening=st.floats(0, 0.9),
+    weight_decay=st.floats(0, 0.1),
+    project=st.booleans(),
+    maximize=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_hyper_parameters(
+    backend: str,
+    rule_granularity: tuple[str | None, str],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    project: bool,
+    maximize: bool,
+    seed: int,
+) -> None:
+    hyper = dict(momentum=momentum, dampening=dampening, weight_decay=weight_decay, project=project, maximize=maximize)
+    ours, expected = run_both(backend, torch.float64, *rule_granularity, steps=3, lr=lr, seed=seed, **hyper)
+    assert_same(ours, expected, 1e-5, hyper)
+
+
