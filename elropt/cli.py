@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError('the elropt command needs typer and rich: pip install "elropt[cli]"') from error
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["app"]
 
 app = typer.Typer(
@@ -37,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 TABLE_ROWS = 25
+Number = TypeVar("Number", int, float)
 
 
 @app.command(
@@ -47,32 +51,35 @@ def inspect(
         str,
         typer.Argument(
             metavar="TARGET",
-            help="PKG.MODULE:FACTORY or path/to/file.py:FACTORY. FACTORY is called without arguments and returns a "
-            "model, (model, inputs) or (model, inputs, loss): inputs a tensor or a tuple of the model's positional "
-            "arguments, loss a function of the model's outputs.",
+            help="PKG.MODULE:FACTORY or path/to/file.py:FACTORY. FACTORY is a model, or is called without "
+            "arguments and returns a model, (model, inputs) or (model, inputs, loss): inputs a tensor or a "
+            "tuple of the model's positional arguments, loss a function of the model's outputs.",
         ),
     ],
     input_shape: Annotated[
         list[str] | None,
         typer.Option(
             metavar="N,…",
-            help="Shape of a standard normal input, batch first, for a FACTORY that returns no inputs. Repeat it for "
-            "further inputs. Real data tell more.",
+            help="Shape of a standard normal input, batch first, for a FACTORY that returns no inputs. "
+            "Repeat it for further inputs. Real data tell more.",
         ),
     ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate to judge.")] = 0.1,
     momentum: Annotated[float, typer.Option(help="Momentum to judge it with.")] = 0.9,
-    seed: Annotated[int, typer.Option(help="Seeds initialization, random inputs and random labels.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seeds initialization, random inputs and random labels.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="Where to measure, such as cpu or cuda.")] = "cpu",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the report to FILE, too.")
     ] = None,
 ) -> None:
-    """Show which weights of a model are scale-invariant, how far a step turns each, and what that means for lr.
+    """Show which weights of a model are scale-invariant, how far a step turns them, and what that means.
 
-    Without a loss, that is cross-entropy against random labels; the model must then return [batch, classes].
+    If FACTORY returns no loss, it is cross-entropy against random labels, for models that return a logit for
+    each sample and class.
     """
-    with _messages().status(f"measuring {target} …"):
+    with _messages().status(Text(f"measuring {target} …")):
         torch.manual_seed(seed)
         model, inputs, loss = _build(target)
         try:
@@ -101,9 +108,12 @@ def inspect(
 @app.command(epilog='Example: elropt simulate --e0 "100,10,1" --lr balance --steps 6 --out spread.png')
 def simulate(
     e0: Annotated[
-        str | None, typer.Option(metavar="E,…", help="E = ‖g‖/‖w‖ of the layers at the start, comma-separated.")
+        str | None,
+        typer.Option(metavar="E,…", help="E = ‖g‖/‖w‖ of the layers at the start, comma-separated."),
     ] = None,
-    depth: Annotated[int | None, typer.Option(help="Number of layers, instead of --e0; needs --factor.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Number of layers, instead of --e0; needs --factor.")
+    ] = None,
     factor: Annotated[
         float | None, typer.Option(help="E of a layer divided by that of the next; the last has E = 1.")
     ] = None,
@@ -131,7 +141,8 @@ def simulate(
         column.justify = "right"
     for step in np.unique(np.linspace(0, steps, min(steps + 1, TABLE_ROWS)).round().astype(int)):
         lr_text = _short(rule(E[step])) if step < steps else ""
-        table.add_row(str(step), lr_text, *map(_short, (E[step].max(), E[step].min(), spread[step])))
+        extremes = float(E[step].max()), float(E[step].min()), float(spread[step])
+        table.add_row(str(step), lr_text, *map(_short, extremes))
     _console().print(table)
     if save_plot:
         from .plots import relative_grad_figure
@@ -142,11 +153,14 @@ def simulate(
 @app.command(epilog="Example: elropt plot runs/elr.jsonl --out runs/elr.png")
 def plot(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN.jsonl", exists=True, dir_okay=False, help="What elropt.Recorder wrote.")
+        Path,
+        typer.Argument(metavar="RUN.jsonl", exists=True, dir_okay=False, help="What elropt.Recorder wrote."),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A .png, .svg or .pdf file. [default: RUN.png]", show_default=False),
+        typer.Option(
+            metavar="FILE", help="A .png, .svg or .pdf file. [default: RUN.png]", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Draw a recorded run: ELR of every layer, their spread and the applied learning rate, over the steps."""
@@ -191,13 +205,15 @@ def _fail(message: str) -> NoReturn:
 
 
 def _in_words(error: BaseException) -> str:
-    """An exception of somebody's code: what, where, and the notes on it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return "\n".join([f"{type(error).__name__}{where}: {error}", *getattr(error, "__notes__", [])])
+    """An exception that somebody's code may have raised: what, where, and the notes on it."""
+    raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    ours = raised.parent == Path(__file__).parent
+    place = f" in {raised.name}" if raised.suffix == ".py" else ""
+    where = "" if ours else f"{type(error).__name__}{place}: "
+    return "\n".join([f"{where}{error}", *getattr(error, "__notes__", [])])
 
 
-def _build(target: str) -> tuple[nn.Module, tuple[Any, ...] | None, Callable[[Any], Tensor] | None]:
+def _build(target: str) -> tuple[nn.Module, tuple[Any, ...] | None, Callable[[Any], Any] | None]:
     """Import TARGET's factory and call it: model, inputs and loss."""
     module_name, _, name = target.rpartition(":")
     if not module_name or not name:
@@ -212,17 +228,21 @@ def _build(target: str) -> tuple[nn.Module, tuple[Any, ...] | None, Callable[[An
         what = "is not callable" if hasattr(module, name) else "does not exist"
         _fail(f"{name} {what} in {module_name}, which has {', '.join(defined) or 'nothing to call'}")
     try:
-        built = factory()
+        built = factory if isinstance(factory, nn.Module) else factory()
     except Exception as error:
         _fail(f"{target}() failed: {_in_words(error)}")
-    model, inputs, loss = (*built, None, None)[:3] if isinstance(built, tuple) and built else (built, None, None)
+    model, inputs, loss = (
+        (*built, None, None)[:3] if isinstance(built, tuple) and built else (built, None, None)
+    )
     if not isinstance(model, nn.Module) or (isinstance(built, tuple) and len(built) > 3):
         _fail(
-            f"{target}() returned {_kinds(built)}; it must return a model (torch.nn.Module), (model, inputs) or "
-            "(model, inputs, loss)"
+            f"{target}() returned {_kinds(built)}; it must return a model (torch.nn.Module), (model, inputs) "
+            "or (model, inputs, loss)"
         )
     if loss is not None and not callable(loss):
-        _fail(f"{target}() returned a loss of type {type(loss).__name__}; it must be a function of the outputs")
+        _fail(
+            f"{target}() returned a loss of type {type(loss).__name__}; it must be a function of the outputs"
+        )
     if inputs is not None:
         inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     return model, inputs, loss
@@ -237,18 +257,19 @@ def _import(name: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {name}")
     sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"_inspected_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{name} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+        raise ImportError(f"{name} cannot be loaded as a Python file")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def _random_inputs(shapes: list[str], model: nn.Module, target: str) -> tuple[Tensor, ...]:
     if not shapes:
-        _fail(f"{target} returns no inputs: give --input-shape, such as 64,3,32,32, or return (model, inputs)")
+        _fail(
+            f"{target} returns no inputs: give --input-shape, such as 64,3,32,32, or return (model, inputs)"
+        )
     like = next((param for param in model.parameters() if param.is_floating_point()), torch.empty(0))
     inputs = []
     for shape in shapes:
@@ -267,8 +288,12 @@ def _initial_relative_grads(e0: str | None, depth: int | None, factor: float | N
     if depth is None or factor is None:
         _fail("give --e0, such as --e0 100,10,1, or --depth with --factor")
     if depth < 1 or not 0 < factor < math.inf:
-        _fail(f"--depth {depth} --factor {factor:g}: the depth must be at least 1, the factor positive and finite")
-    return list(factor ** np.arange(depth - 1.0, -1.0, -1.0))
+        _fail(
+            f"--depth {depth} --factor {factor:g}: the depth must be at least 1, "
+            "the factor positive and finite"
+        )
+    with np.errstate(over="ignore"):
+        return list(factor ** np.arange(depth - 1.0, -1.0, -1.0))
 
 
 def _lr_rule(lr: str, momentum: float) -> Callable[[np.ndarray], float]:
@@ -282,17 +307,17 @@ def _lr_rule(lr: str, momentum: float) -> Callable[[np.ndarray], float]:
     return lambda E: constant
 
 
-def _numbers[Number: (int, float)](
-    option: str, text: str, kind: type[Number], otherwise: str = ""
-) -> list[Number]:
+def _numbers(option: str, text: str, kind: type[Number], otherwise: str = "") -> list[Number]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         example = "64,3,32,32" if kind is int else "100,10,1"
-        _fail(f"{option} {text}: not comma-separated numbers such as {example}{otherwise and ', ' + otherwise}")
+        _fail(
+            f"{option} {text}: not comma-separated numbers such as {example}{otherwise and ', ' + otherwise}"
+        )
 
 
-def _plot_writer(out: Path) -> Callable[[Any], None]:
+def _plot_writer(out: Path) -> Callable[[Figure], None]:
     """Saves a figure to `out` and says so; what would prevent that is found before any work is done."""
     try:
         from .plots import check_suffix, save
@@ -301,7 +326,7 @@ def _plot_writer(out: Path) -> Callable[[Any], None]:
     except (ImportError, ValueError) as error:
         _fail(str(error))
 
-    def write(figure: Any) -> None:
+    def write(figure: Figure) -> None:
         try:
             save(figure, out)
         except OSError as error:
@@ -328,7 +353,13 @@ def _weight_table(report: ModelReport) -> Table:
     for weight in report.weights:
         style = "bold red" if weight is fastest else "bold cyan" if weight is slowest else None
         verdict = f"yes: {weight.reason}" if weight.invariance else weight.reason
-        numbers = (weight.weight_norm, weight.grad_norm, weight.radial_cosine, weight.relative_grad, weight.elr)
+        numbers = (
+            weight.weight_norm,
+            weight.grad_norm,
+            weight.radial_cosine,
+            weight.relative_grad,
+            weight.elr,
+        )
         cells = (weight.name, "×".join(map(str, weight.shape)), verdict, *map(_short, numbers))
         table.add_row(*(Text(cell) for cell in cells), style=style)
     return table

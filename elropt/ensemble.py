@@ -133,6 +133,7 @@ class Ensemble:
                         fused=group["fused"],
                         differentiable=group["differentiable"],
                         per_filter=self.per_filter,
+                        tensor_decay=isinstance(group["weight_decay"], Tensor),
                     ),
                 )
             )

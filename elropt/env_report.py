@@ -17,12 +17,18 @@ __all__ = ["collect"]
 
 
 def collect() -> dict[str, object]:
-    """Describe this machine and installation, ready for `json.dump`. Standard library, torch and NumPy only.
+    """Describe this machine and installation, ready for `json.dump`.
 
-    Keys: date (ISO 8601, UTC), elropt, python, torch, numpy, triton (versions; None if triton is not installed),
-    os, cpu, cpu_count, torch_threads, cuda (version that torch was built for, or None), gpus (name, capability,
-    memory in GiB of each; empty without CUDA), driver (of the GPUs, or None), backends (name → whether it can run
-    here), and git_commit and git_dirty (tracked files were changed) of the working directory, None outside a checkout.
+    Returns a dict with the keys:
+    - date: now, ISO 8601 in UTC;
+    - elropt, python, torch, numpy, triton: versions; None if triton is not installed;
+    - os, cpu, cpu_count, torch_threads;
+    - cuda: the version that torch was built for, or None;
+    - gpus: name, capability and memory_gib of each; empty without CUDA;
+    - driver: version of the GPUs' driver, or None;
+    - backends: name → whether it can run here;
+    - git_commit, git_dirty: of the working directory, and whether tracked files in it were changed; None
+      outside a checkout.
     """
     cuda = torch.cuda.is_available()
     commit = _output("git", "rev-parse", "HEAD")

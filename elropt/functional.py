@@ -122,6 +122,7 @@ def choose_backend(
     fused: bool | None,
     differentiable: bool = False,
     per_filter: bool = False,
+    tensor_decay: bool = False,
 ) -> ModuleType:
     """The module that updates these tensors, as torch chooses: what is asked for; else on CUDA fused where every
     tensor qualifies and foreach otherwise; else one tensor after the other.
@@ -137,7 +138,7 @@ def choose_backend(
             f"{'' if triton_backend.available() else ', and triton is not installed'}. Use fused=None to let ELRSGD choose."
         )
     on_cuda = foreach is None and fused is None and not differentiable and all(p.is_cuda for p in params)
-    if fused or (on_cuda and triton_backend.can_use(*tensors, per_filter=per_filter)):
+    if fused or (on_cuda and not tensor_decay and triton_backend.can_use(*tensors, per_filter=per_filter)):
         return triton_backend
     if (foreach or on_cuda) and foreach_backend.can_use(*tensors, per_filter=per_filter):
         return foreach_backend

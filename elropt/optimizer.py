@@ -218,7 +218,7 @@ class ELRSGD(Optimizer):
         if self._ensembles is None or any(ensemble.is_outdated() for ensemble in self._ensembles):
             together: dict[Any, list[dict[str, Any]]] = {}
             for group in self.param_groups:
-                validate(group)
+                validate_choices(group)
                 together.setdefault(rule_key(group), []).append(group)
             self._ensembles = [Ensemble(groups, self.state) for groups in together.values()]
         return self._ensembles
@@ -249,26 +249,30 @@ _SGD_DEFAULTS = {
 
 
 def validate(group: Mapping[str, Any]) -> None:
-    """Check the hyper-parameters of one param group.
+    """Check the hyper-parameters of one param group; reads tensors among them.
 
     Raises:
         ValueError: names the value, what is allowed and the remedy.
         RuntimeError: a combination of foreach, fused and differentiable that torch refuses too.
     """
-    lr, momentum, dampening, weight_decay = (
-        group[k] for k in ("lr", "momentum", "dampening", "weight_decay")
-    )
-    rule, granularity = group["rule"], group["granularity"]
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+    for name in ("lr", "weight_decay"):
+        value = group[name]
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(
                 f"{name} is a tensor of shape {tuple(value.shape)}; it must be a float or have one element"
             )
-    for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-        if not 0 <= float(value) < math.inf:
-            raise ValueError(f"{name}={value} is not valid: it must be finite and at least 0")
-    if not math.isfinite(dampening):
-        raise ValueError(f"dampening={dampening} is not valid: it must be finite")
+    for name in ("lr", "momentum", "weight_decay"):
+        if not 0 <= float(group[name]) < math.inf:
+            raise ValueError(f"{name}={group[name]} is not valid: it must be finite and at least 0")
+    if not math.isfinite(group["dampening"]):
+        raise ValueError(f"dampening={group['dampening']} is not valid: it must be finite")
+    validate_choices(group)
+
+
+def validate_choices(group: Mapping[str, Any]) -> None:
+    """The part of `validate` that reads no tensor: the rule, and what goes together. Same errors."""
+    momentum, dampening = group["momentum"], group["dampening"]
+    rule, granularity, flag = group["rule"], group["granularity"], group.get("scale_invariant")
     if group["nesterov"] and (momentum == 0 or dampening != 0):
         raise ValueError(
             f"nesterov=True needs momentum > 0 and dampening=0, not momentum={momentum}, dampening={dampening}"
@@ -277,21 +281,21 @@ def validate(group: Mapping[str, Any]) -> None:
         raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(map(repr, GRANULARITIES))}")
     if granularity not in GRANULARITIES[rule]:
         allowed = ", ".join(map(repr, GRANULARITIES[rule]))
-        raise ValueError(
-            f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of {allowed}"
-        )
+        raise ValueError(f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of {allowed}")
     if rule is not None and momentum >= 1:
         raise ValueError(
             f"momentum={momentum} is not valid with rule={rule!r}: it must be below 1, or use rule=None"
         )
-    if group.get("scale_invariant") not in (None, True, False):
+    if flag not in (None, True, False):
         raise ValueError(
-            f"scale_invariant={group['scale_invariant']!r} is not valid: True, False, or leave it out to have it measured"
+            f"scale_invariant={flag!r} is not valid: True, False, or leave it out to have it measured"
         )
     if group["differentiable"] and (rule is not None or group["project"]):
         raise ValueError(
             "differentiable=True needs rule=None and project=False: rules do not take part in autograd"
         )
+    if group["fused"] and isinstance(group["weight_decay"], Tensor):
+        raise ValueError("weight_decay as a tensor does not work with fused=True; give a float or use foreach=True")
     if group["fused"] and group["differentiable"]:
         raise RuntimeError("fused=True does not support differentiable=True; use fused=False")
     if group["fused"] and group["foreach"]:

@@ -91,7 +91,7 @@ def spread_over_steps(ax: Axes, spreads: Mapping[str, tuple[ArrayLike, ArrayLike
 
 
 def lr_over_steps(ax: Axes, steps: ArrayLike, lrs: ArrayLike) -> None:
-    """Applied learning rate over the steps: one line if it is the same for all layers, else coloured by depth.
+    """Applied learning rate over the steps: one line if all layers have the same, else coloured by depth.
 
     Args:
         ax: where to draw.
@@ -136,7 +136,8 @@ def accuracy_against_lr(
     """
     ax.set_xscale("log")
     for index, (name, (lrs, *curves)) in enumerate(results.items()):
-        lrs, curves = _columns(lrs, np.transpose(curves), ndim=2)
+        curves = np.stack([np.asarray(curve, dtype=np.float64) for curve in curves], axis=-1)
+        lrs, curves = _columns(lrs, curves, ndim=2)
         if not (lrs > 0).all():
             raise ValueError(
                 f"the learning rates of {name!r} must be positive on a log axis, got {lrs.min()}"
@@ -165,7 +166,7 @@ def run_figure(run: RunHistory) -> Figure:
 
 
 def relative_grad_figure(relative_grads: ArrayLike) -> Figure:
-    """What `elropt.dynamics.simulate` returns, [steps + 1, L], in two panels: E of every layer, and their spread."""
+    """What `elropt.dynamics.simulate` returns, [steps + 1, L]: E of every layer above their spread."""
     E = np.asarray(relative_grads, dtype=np.float64)
     steps = np.arange(len(E))
     fig = Figure(figsize=(7.5, 6), layout="constrained")

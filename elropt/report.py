@@ -44,7 +44,8 @@ class WeightReport:
         weight_norm, grad_norm: ‖w‖, ‖g‖.
         radial_cosine: cos(w, g); zero for a scale-invariant weight.
         relative_grad: E = ‖g‖/‖w‖, in 1/lr.
-        elr: λE, the effective learning rate of plain SGD: tangent of the angle that its first step turns w by.
+        elr: λE, the effective learning rate of plain SGD, the tangent of the angle that its first step turns
+            w by.
     """
 
     name: str
@@ -94,8 +95,7 @@ class ModelReport:
         return sorted((w for w in self.weights if w.tracked), key=lambda w: -w.relative_grad)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as numbers, strings, lists and dicts, `weights` by name; NaN and infinity become None, so
-        that the result is strict JSON."""
+        """Everything as strict JSON has it: `weights` as a dict by name, None for NaN and infinity."""
         values = dataclasses.asdict(self)
         values["weights"] = {weight.pop("name"): weight for weight in values["weights"]}
         return _finite(values)
@@ -108,31 +108,33 @@ class ModelReport:
         tracked = self.tracked
         if not tracked:
             yield (
-                "No trainable weight with a gradient is scale-invariant, so there is no effective learning rate to "
-                "control: ELRSGD is plain SGD here. Put a normalization behind the weights that are to be tracked."
+                "No trainable weight with a gradient is scale-invariant, so there is no effective "
+                "learning rate to control: ELRSGD is plain SGD here. Put a normalization behind the weights "
+                "to be tracked."
             )
         elif len(tracked) == 1:
             yield (
-                f"At lr = {self.lr:.3g} the first step of SGD turns {tracked[0].name}, the only tracked weight, by "
-                f"{math.atan(tracked[0].elr):.2g} rad."
+                f"At lr = {self.lr:.3g} the first step of SGD turns {tracked[0].name}, the only tracked "
+                f"weight, by {math.atan(tracked[0].elr):.2g} rad."
             )
         else:
             fast, slow = tracked[0], tracked[-1]
             yield (
                 f"At lr = {self.lr:.3g} the first step of SGD turns the fastest layer, {fast.name}, by "
-                f"{math.atan(fast.elr):.2g} rad and the slowest, {slow.name}, by {math.atan(slow.elr):.2g} rad; "
-                f"their effective learning rates are a factor of {self.elr_spread:.3g} apart."
+                f"{math.atan(fast.elr):.2g} rad and the slowest, {slow.name}, by "
+                f"{math.atan(slow.elr):.2g} rad; their effective learning rates are a factor of "
+                f"{self.elr_spread:.3g} apart."
             )
             if self.momentum:
                 yield (
-                    f"In the long run momentum {self.momentum:g} turns them {1 / (1 - self.momentum):.3g} times as "
-                    "far per step, which the critical learning rates allow for."
+                    f"In the long run momentum {self.momentum:g} turns them {1 / (1 - self.momentum):.3g} "
+                    "times as far per step, which the critical learning rates allow for."
                 )
             if self.lr > self.balance_lr:
                 yield (
                     f"The chosen lr is {self.lr / self.balance_lr:.3g} times the critical learning rate "
-                    f"{self.balance_lr:.3g}: the model predicts that the fastest layer overshoots and falls behind "
-                    "the slowest."
+                    f"{self.balance_lr:.3g}: the model predicts that the fastest layer overshoots and falls "
+                    "behind the slowest."
                 )
             elif self.lr > self.monotone_lr:
                 yield (
@@ -142,8 +144,8 @@ class ModelReport:
             else:
                 yield (
                     f"The chosen lr is below both critical learning rates, {self.balance_lr:.3g} and "
-                    f"{self.monotone_lr:.3g}: no layer overtakes another, and the spread shrinks by itself, the "
-                    "slower the smaller lr is."
+                    f"{self.monotone_lr:.3g}: no layer overtakes another, and the spread shrinks by itself, "
+                    "the slower the smaller lr is."
                 )
         if self.warmup_ends:
             yield "ELRSGD's warm-up would find nothing to do and end at its first step."
@@ -185,9 +187,9 @@ def inspect_model(
 ) -> ModelReport:
     """Measure every weight of two or more dimensions on one batch, and what that means for a learning rate.
 
-    Which weights are scale-invariant is the answer of `elropt.explain_scale_invariance`; norms and gradients come
-    from one forward and backward pass of ``loss(model(*inputs))`` in training mode. Both run on copies: parameters,
-    buffers, gradients, modes and the random state of `model` stay as they are.
+    Which weights are scale-invariant is the answer of `elropt.explain_scale_invariance`; norms and gradients
+    come from one forward and backward pass of ``loss(model(*inputs))`` in training mode. Both run on copies:
+    parameters, buffers, gradients, modes and the random state of `model` stay as they are.
 
     Args:
         model: any module.
@@ -197,7 +199,8 @@ def inspect_model(
         momentum: μ, 0 ≤ μ < 1.
 
     Raises:
-        ValueError: lr, momentum or what `loss` returns is not as above; what `elropt.find_scale_invariant` raises.
+        ValueError: lr, momentum or what `loss` returns is not as above.
+        Exception: what `elropt.find_scale_invariant` raises.
 
     Source: derived, docs/theory.md §1 (invariance), §4 (critical learning rates) and §6 (momentum).
     """
@@ -275,7 +278,9 @@ def _first_warmup_step(tracked: list[WeightReport], lr: float, momentum: float) 
     controls, after = decide(
         "warmup",
         LayerStats(weight_norm**2, grad_norm**2, zero, zero),
-        RuleState(sphere_grad_norm=zero, radius=zero, tracked=RADIAL_TESTS * one, handed_over=torch.zeros(())),
+        RuleState(
+            sphere_grad_norm=zero, radius=zero, tracked=RADIAL_TESTS * one, handed_over=torch.zeros(())
+        ),
         Hyper(lr * one, zero, one / (1 - momentum), one, zero, numel),
     )
     κ, s, a = (one if factor is None else factor for factor in controls[:3])
@@ -311,8 +316,8 @@ class RunHistory:
 def read_run(path: str | Path) -> RunHistory:
     """Read the JSONL file of a `Recorder`.
 
-    A line that is cut off, as a killed run leaves it, is skipped with a note. Where the steps start again, a new
-    run begins (a Recorder appends): the last one is returned, with a note.
+    A line that is cut off, as a killed run leaves it, is skipped with a note. Where the steps start again, a
+    new run begins (a Recorder appends): the last one is returned, with a note.
 
     Raises:
         OSError: the file cannot be read.
@@ -331,8 +336,8 @@ def read_run(path: str | Path) -> RunHistory:
     names = [name for name, always in tracked.items() if always]
     if not names:
         raise ValueError(
-            f"{path} has no layer that was tracked throughout: give the optimizer the groups of elropt.param_groups, "
-            "and see `elropt inspect` for which weights are scale-invariant"
+            f"{path} has no layer that was tracked throughout: give the optimizer the groups of "
+            "elropt.param_groups, and see `elropt inspect` for which weights are scale-invariant"
         )
     elr = np.full((len(records), len(names)), np.nan)
     applied_lr = elr.copy()

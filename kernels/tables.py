@@ -106,8 +106,8 @@ def layout(t: Tensor) -> Layout:
         oddity = f"a {type(t).__name__}"
     elif t.layout != torch.strided:
         oddity = f"a {t.layout} tensor"
-    elif t.is_neg() or t.is_conj():
-        oddity = "a lazily negated or conjugated view"
+    elif t.is_neg():
+        oddity = "a lazily negated view"
     if oddity is not None:
         return Layout(0, t.dtype, t.device, tuple(t.shape), (), oddity)
     return Layout(t.data_ptr(), t.dtype, t.device, tuple(t.shape), t.stride())
@@ -196,7 +196,12 @@ def all_supported(
 
 def _is_interleaved(w: Layout) -> bool:
     """Whether indices of dimension 0 are not contiguous blocks of memory, one after the other."""
-    return len(w.shape) > 0 and w.shape[0] > 1 and 0 not in w.shape and w.stride[0] * w.shape[0] != math.prod(w.shape)
+    return (
+        len(w.shape) > 0
+        and w.shape[0] > 1
+        and 0 not in w.shape
+        and w.stride[0] * w.shape[0] != math.prod(w.shape)
+    )
 
 
 def tables_for(

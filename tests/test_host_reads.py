@@ -1,0 +1,70 @@
+"""`step()` reads no value back to the host: every such read is an op that this file forbids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from elropt import ELRSGD
+from elropt.rules import GRANULARITIES
+
+from .nets import backward, bn_mlp
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = {"reference": {"foreach": False}, "foreach": {"foreach": True}, "triton": {"fused": True}}
+READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"}
+
+
+class ForbidReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in READS:
+            raise AssertionError(f"{name} reads a value back to the host")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_host_reads() -> Iterator[None]:
+    """Forbids reads; on a GPU the driver's own check too."""
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with ForbidReads():
+            yield
+    finally:
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_check_can_fail() -> None:
+    with pytest.raises(AssertionError, match="reads a value"), no_host_reads():
+        torch.ones(()).item()
+    with pytest.raises(AssertionError, match="reads a value"), no_host_reads():
+        bool(torch.ones(1) > 0)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize(("rule", "granularity"), [(r, g) for r, gs in GRANULARITIES.items() for g in gs], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_host_reads(backend: str, rule: str | None, granularity: str, project: bool, tensor_lr: bool) -> None:
+    # The interpreter itself reads the kernels' arguments: there only the host code around them can be checked.
+    net = bn_mlp(depth=2, width=4).to(DEVICE)
+    lr = torch.tensor(0.01, device=DEVICE) if tensor_lr else 0.01
+    optimizer = ELRSGD(
+        net.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3,
+        rule=rule, granularity=granularity, project=project, **BACKENDS[backend],
+    )  # fmt: skip
+    steps = 3 if backend == "triton" and DEVICE == "cpu" else 12  # 12: long enough for the warm-up to hand over
+    for step in range(steps):
+        backward(net, step)
+        if backend == "triton" and DEVICE == "cpu":
+            optimizer.step()
+        else:
+            with no_host_reads():
+                optimizer.step()
