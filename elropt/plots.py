@@ -29,6 +29,7 @@ __all__ = [
     "accuracy_against_lr",
     "elr_over_steps",
     "lr_over_steps",
+    "relative_grad_figure",
     "run_figure",
     "save",
     "spread_over_steps",
@@ -58,6 +59,7 @@ def elr_over_steps(ax: Axes, steps: ArrayLike, elrs: ArrayLike) -> None:
     ax.set_yscale("log")
     ax.set_prop_cycle(color=DEPTH(np.linspace(0, 1, depth)))
     ax.plot(steps, _positive(elrs), linewidth=1.2, marker=_marker(steps))
+    _keep_apart(ax, steps, elrs)
     ax.set(xlabel="step", ylabel="effective learning rate (rad)")
     _finish(ax)
     if depth > 1:
@@ -80,9 +82,9 @@ def spread_over_steps(ax: Axes, spreads: Mapping[str, tuple[ArrayLike, ArrayLike
     ax.set_yscale("log")
     for index, (name, (steps, spread)) in enumerate(spreads.items()):
         steps, spread = _columns(steps, spread, ndim=1)
-        ax.plot(
-            steps, _positive(spread), label=name, color=COLORS[index % len(COLORS)], marker=_marker(steps)
-        )
+        color = COLORS[index % len(COLORS)]
+        ax.plot(steps, _positive(spread), label=name, color=color, marker=_marker(steps))
+        _keep_apart(ax, steps, spread)
     ax.axhline(1, color="0.6", linewidth=0.8, linestyle=":")
     ax.set(xlabel="step", ylabel="ELR spread (max / min)")
     _finish(ax)
@@ -212,6 +214,13 @@ def _columns(
 
 def _positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+
+
+def _keep_apart(ax: Axes, steps: NDArray[np.float64], values: NDArray[np.float64]) -> None:
+    """Let the log axis reach a little beyond the values, so that equal ones do not fill it with rounding errors."""
+    shown = _positive(values)
+    if not np.isnan(shown).all():
+        ax.update_datalim([(steps[0], np.nanmin(shown) / 1.3), (steps[0], np.nanmax(shown) * 1.3)])
 
 
 def _marker(steps: NDArray[np.float64]) -> str:

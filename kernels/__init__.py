@@ -32,8 +32,8 @@ def can_use(
 
     They do if all of them are plain strided tensors on one CUDA device (on the CPU under TRITON_INTERPRET=1),
     each parameter is float32, bfloat16 or float16, its gradient and its buffer have its dtype or float32, and
-    the three have equal shapes and the same dense memory order (contiguous, channels_last, transposed, …). With
-    `per_filter` (a row per index of dimension 0) dimension 0 must be the outermost in memory.
+    the three have equal shapes and the same dense memory order (contiguous, channels_last, transposed, …).
+    With `per_filter` (a row per index of dimension 0) dimension 0 must also be the outermost in memory.
     """
     if not available():
         return False

@@ -87,6 +87,16 @@ def test_a_single_step_is_visible() -> None:
     assert {line.get_marker() for line in ax.get_lines()} == {"o"}
 
 
+def test_equal_values_do_not_fill_the_axis_with_rounding_errors() -> None:
+    for value in (1.0, 3e-3):
+        ax = new_axes()
+        elr_over_steps(ax, STEPS, value * (1 + 1e-7 * np.random.default_rng(0).normal(size=ELRS.shape)))
+        draw(ax)
+        low, high = ax.get_ylim()
+        assert low < value / 1.2
+        assert high > value * 1.2
+
+
 def test_spread_has_a_legend_only_for_several_runs() -> None:
     spreads = {"SGD": (STEPS, [200, 50, 20, 10, 5]), "uniform": (STEPS[:2], [1.0, 1.0])}
     ax = new_axes()

@@ -210,7 +210,7 @@ def update_cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=50)
 @given(update_cases())
 def test_update_agrees_with_float64(case: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(case["seed"])
@@ -611,6 +611,9 @@ def test_refused_arguments_change_nothing(change: dict[str, Any], error: type[Ex
 
 def test_rows_per_filter_need_dimension_0_outermost() -> None:
     w, g, m = (t.t() for t in tensors(4, 6))
+    assert kernels.can_use([w], [g], [m])
+    assert not kernels.can_use([w], [g], [m], per_filter=True)
+    assert kernels.can_use([w.t()], [g.t()], [m.t()], per_filter=True)
     with pytest.raises(ValueError, match="tensor 0: a row per index of dimension 0 needs it outermost"):
         kernels.measure([w], [g], per_filter=True)
     with pytest.raises(ValueError, match="tensor 0: a row per index of dimension 0 needs it outermost"):

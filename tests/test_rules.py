@@ -1,0 +1,216 @@
+"""The other rules against the model and against their own definition; which layers are tracked; faulty layers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from elropt import ELRSGD, dynamics, effective_lrs, layer_stats
+from elropt.rules import GRANULARITIES, RADIAL_TESTS
+
+from .nets import backward, bn_mlp, invariant_weights, train
+from .test_warmup import plane_weights, relative_grads, turning
+
+RULES = [rule for rule in GRANULARITIES if rule]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("rule", [None, "uniform"])
+def test_trajectory_of_the_model(rule: str | None, momentum: float, weight_decay: float) -> None:
+    c, lr, steps = 0.7, 0.05, 20
+    weights = plane_weights([4.0, 1.0, 0.3], c)
+    optimizer = ELRSGD(
+        [{"params": weights, "scale_invariant": True}],
+        lr=lr, momentum=momentum, weight_decay=weight_decay, rule=rule,
+    )  # fmt: skip
+
+    def uniform(e: np.ndarray) -> tuple[float, np.ndarray]:
+        return lr, np.exp(np.log(e).mean()) / e
+
+    start = relative_grads(weights, c)
+    expected = dynamics.simulate(
+        start, uniform if rule else lr, steps, momentum=momentum, weight_decay=weight_decay
+    )
+    for step in range(steps):
+        np.testing.assert_allclose(relative_grads(weights, c), expected[step], rtol=2e-5)
+        for w in weights:
+            w.grad = turning(w.detach(), c)
+        optimizer.step()
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    e=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=5),
+    lr=st.floats(1e-4, 1.0),
+    norm=st.floats(1e-2, 1e2),
+)
+def test_angle_turns_by_lr_and_keeps_the_norm(e: list[float], lr: float, norm: float) -> None:
+    """The plain step turns by atan(lr) whatever the gradient; the norm is that of the start after any number of steps."""
+    weights = plane_weights(e, norm)
+    optimizer = ELRSGD([{"params": weights, "scale_invariant": True}], lr=lr, rule="angle")
+    norms = [w.norm().item() for w in weights]
+    for _ in range(4):
+        before = [math.atan2(*w.detach().flip(0)) for w in weights]
+        for w in weights:
+            w.grad = turning(w.detach(), norm)
+        optimizer.step()
+        for w, angle, n in zip(weights, before, norms, strict=True):
+            turned = (angle - math.atan2(*w.detach().flip(0))) % (2 * math.pi)
+            assert turned == pytest.approx(math.atan(lr), rel=1e-5)
+            assert w.norm().item() == pytest.approx(n * math.sqrt(1 + lr**2), rel=1e-5)
+
+
+def test_sphere_follows_the_gradient() -> None:
+    c, lr = 0.7, 0.1
+    weights = plane_weights([4.0, 1.0, 0.3], c)
+    optimizer = ELRSGD([{"params": weights, "scale_invariant": True}], lr=lr, rule="sphere")
+    for i, w in enumerate(weights):
+        w.grad = turning(w.detach(), c * (i + 1))
+    optimizer.step()
+    np.testing.assert_allclose(list(effective_lrs(optimizer).values()), lr * c * np.array([1, 2, 3]), rtol=1e-5)
+    for i, w in enumerate(weights):
+        assert -math.atan2(*w.detach().flip(0)) == pytest.approx(math.atan(lr * c * (i + 1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["uniform", "warmup", "angle"])
+def test_applied_elrs_are_uniform_at_the_first_step(rule: str) -> None:
+    net = bn_mlp(depth=6)
+    optimizer = ELRSGD(net.named_parameters(), lr=0.01, momentum=0.9, rule=rule)
+    train(net, optimizer, range(1))
+    assert layer_stats(optimizer).elr_spread == pytest.approx(1, rel=1e-4)
+    if rule == "angle":
+        assert all(elr == pytest.approx(0.01, rel=1e-4) for elr in effective_lrs(optimizer).values())
+
+
+@pytest.mark.parametrize("rule", ["uniform", "angle", "sphere"])
+def test_untracked_parameters_see_plain_sgd(rule: str) -> None:
+    net = bn_mlp()
+    tracked = set(invariant_weights(net))
+    others = [p for p in net.parameters() if p not in tracked]
+    groups = [{"params": list(tracked), "scale_invariant": True}, {"params": others, "scale_invariant": False}]
+    optimizer = ELRSGD(groups, lr=0.1, rule=rule)
+    backward(net, 0)
+    expected = [p.detach() - 0.1 * p.grad for p in others if p.grad is not None]
+    optimizer.step()
+    for p, e in zip(others, expected, strict=True):
+        torch.testing.assert_close(p.detach(), e)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_which_layers_are_tracked_is_measured(dtype: torch.dtype, autocast: bool) -> None:
+    """Bare parameters: exactly the weights in front of a normalization, also with half-precision gradients."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(32, 32, 3, groups=32, bias=False), nn.GroupNorm(4, 32), nn.ReLU(),
+            nn.Conv2d(32, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+        ).to(dtype)  # fmt: skip
+        optimizer = ELRSGD(net.named_parameters(), lr=0.01, momentum=0.9, rule="uniform")
+        for _ in range(RADIAL_TESTS):
+            x, y = torch.randn(32, 3, 12, 12).to(dtype), torch.randint(10, (32,))
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = F.cross_entropy(net(x).float(), y)
+            loss.backward()
+            optimizer.step()
+        passed = {name for name, p in net.named_parameters() if p.dim() > 1 and optimizer.state[p]["tracked"] > 0}
+        assert passed == {"0.weight", "3.weight", "6.weight"}
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # NumPy, in the interpreter
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("fault", [math.nan, math.inf, 1e30, 0.0])
+@pytest.mark.parametrize("backend", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_a_faulty_gradient_stays_in_its_layer(rule: str, fault: float, backend: dict[str, bool]) -> None:
+    """The other layers step as if the faulty one were not tracked; it itself gets SGD's update, as torch would."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def step(flags: list[bool]) -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(4, 4, device=device) * 3**i) for i in range(4)]
+        groups = [{"params": [w], "scale_invariant": flag} for w, flag in zip(weights, flags, strict=True)]
+        optimizer = ELRSGD(groups, lr=0.05, momentum=0.9, rule=rule, **backend)
+        for _ in range(2):
+            for i, w in enumerate(weights):
+                g = torch.randn(4, 4, generator=torch.Generator().manual_seed(i)).to(device)
+                w.grad = g * fault if i == 1 else g
+            optimizer.step()
+        return weights
+
+    ours, expected = step([True] * 4), step([True, False, True, True])
+    for i in (0, 2, 3):
+        assert torch.isfinite(ours[i]).all()
+        torch.testing.assert_close(ours[i], expected[i], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[1], expected[1], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_zero_weights_start_as_under_sgd(rule: str) -> None:
+    """A weight without direction gets SGD's update; its radius is taken once it has one."""
+    zero, other = nn.Parameter(torch.zeros(3, 3)), nn.Parameter(torch.ones(3, 3))
+    optimizer = ELRSGD([{"params": [zero, other], "scale_invariant": True}], lr=0.1, rule=rule)
+    g = torch.arange(9.0).reshape(3, 3) + 1
+    zero.grad, other.grad = g.clone(), torch.tensor([[1.0, -1, 0], [0, 0, 0], [0, 0, 0]])
+    κ = 1.0
+    optimizer.step()
+    if rule == "warmup":
+        κ = layer_stats(optimizer).rows[0].lr_factor
+    torch.testing.assert_close(zero.detach(), -0.1 * κ * g)
+    optimizer.step()
+    assert torch.isfinite(zero).all()
+    assert torch.isfinite(other).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_accumulation_and_clipping_compose(rule: str) -> None:
+    """Two half batches give the step of the whole one; a clipped gradient keeps "angle" and "warmup"'s first turn."""
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 8, dtype=torch.float64), torch.randint(4, (32,))
+    nets = [nn.Sequential(nn.Linear(8, 16, bias=False), nn.LayerNorm(16), nn.Linear(16, 4)).double() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, parts in zip(nets, ([slice(0, 32)], [slice(0, 16), slice(16, 32)]), strict=True):
+        optimizer = ELRSGD(net.parameters(), lr=0.01, momentum=0.9, rule=rule)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for part in parts:
+                (F.cross_entropy(net(x[part]), y[part]) / len(parts)).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            optimizer.step()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_groups_with_different_rules_are_decided_apart() -> None:
+    net = bn_mlp(depth=4)
+    weights = invariant_weights(net)
+    groups = [
+        {"params": weights[:2], "scale_invariant": True, "rule": "angle", "lr": 0.02},
+        {"params": weights[2:], "scale_invariant": True, "rule": "uniform"},
+    ]
+    optimizer = ELRSGD(groups, lr=0.1)
+    train(net, optimizer, range(1))
+    elrs = list(effective_lrs(optimizer).values())
+    assert elrs[:2] == pytest.approx([0.02, 0.02], rel=1e-4)
+    assert elrs[2] == pytest.approx(elrs[3], rel=1e-4)
+    assert elrs[2] != pytest.approx(0.02, rel=1e-2)
+
+
+def test_a_rule_changed_between_steps_is_noticed() -> None:
+    net = bn_mlp()
+    optimizer = ELRSGD(net.named_parameters(), lr=0.02, momentum=0.9, rule=None)
+    train(net, optimizer, range(2))
+    optimizer.param_groups[0]["rule"] = "angle"
+    train(net, optimizer, range(2, 3))
+    tracked = layer_stats(optimizer)
+    assert [row.elr for row in tracked if row.tracked] == pytest.approx([0.02] * 4, rel=1e-4)

@@ -1,0 +1,184 @@
+"""rule="warmup": it equalizes without changing the function, follows its own law in the model, and hands over to SGD."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from elropt import ELRSGD, dynamics, effective_lrs, rules
+from elropt import reference as reference_backend
+
+from .nets import backward, bn_mlp, invariant_weights, train
+
+
+def turning(w: Tensor, c: float) -> Tensor:
+    """Gradient of f(w) = c·(angle of w) on the plane: ‖g‖ = c/‖w‖, orthogonal to w."""
+    return c * torch.stack([-w[1], w[0]]).reshape(w.shape) / w.square().sum()
+
+
+def plane_weights(e: list[float], c: float) -> list[nn.Parameter]:
+    """Weights [2, 1] in float64 with ‖g‖/‖w‖ = c/‖w‖² = e."""
+    return [nn.Parameter(torch.tensor([[math.sqrt(c / x)], [0.0]], dtype=torch.float64)) for x in e]
+
+
+def relative_grads(weights: list[nn.Parameter], c: float) -> np.ndarray:
+    return np.array([c / w.detach().square().sum().item() for w in weights])
+
+
+@pytest.mark.parametrize(("lr", "momentum"), [(1e-3, 0.0), (0.05, 0.0), (3.0, 0.0), (3.0, 0.9)])
+def test_law_in_the_model(lr: float, momentum: float) -> None:
+    """E' = Ē·(E/Ē)^(1-rate) / (1+(λκĒ)²) at every step, κ the cap at 1/(gain·Ē); then E' = E/(1+(λE)²)."""
+    c = 0.7
+    weights = plane_weights([100.0, 10.0, 0.3, 5.0, 1.0], c)
+    optimizer = ELRSGD([{"params": weights, "scale_invariant": True}], lr=lr, momentum=momentum)
+    for step in range(25 if momentum == 0 else 1):  # with momentum the turn of later steps is not λE
+        e = relative_grads(weights, c)
+        mean = np.exp(np.log(e).mean())
+        over = bool(optimizer.state and optimizer.state[weights[0]]["handed_over"] > 0)
+        cap = min(1.0, (1 - momentum) / (lr * mean))
+        ends = e.max() / e.min() < rules.EQUALIZED_SPREAD and cap == 1
+        share = 1.0 if ends else rules.EQUALIZATION_RATE
+        expected = mean * (e / mean) ** (1 - share) / (1 + (lr * cap * mean) ** 2)
+        if over:
+            expected = dynamics.one_step(e, lr)
+        for w in weights:
+            w.grad = turning(w.detach(), c)
+        optimizer.step()
+        np.testing.assert_allclose(relative_grads(weights, c), expected, rtol=1e-5, err_msg=f"step {step}")
+    if momentum == 0:
+        assert optimizer.state[weights[0]]["handed_over"] == 1
+        assert dynamics.elr_spread(relative_grads(weights, c)) < 1 + 1e-5
+
+
+@pytest.mark.parametrize("backend", [{"foreach": False}, {"foreach": True}], ids=str)
+def test_function_is_preserved_and_elrs_end_equal(backend: dict[str, bool]) -> None:
+    """With lr=0 only the rescaling is left: the outputs stay, and E measured by autograd ends up uniform."""
+    net = bn_mlp(depth=8, dtype=torch.float64)
+    with torch.no_grad():
+        for i, w in enumerate(invariant_weights(net)):
+            w.mul_(3.0 ** (i % 3))
+    x = torch.randn(32, 8, dtype=torch.float64)
+    optimizer = ELRSGD(net.parameters(), lr=0.0, momentum=0.9, **backend)
+    net.train()
+    before = net(x).detach()
+
+    def e_of_all() -> np.ndarray:
+        backward(net, 0)
+        return np.array([(w.grad.norm() / w.norm()).item() for w in invariant_weights(net) if w.grad is not None])
+
+    start = e_of_all()
+    norms = math.prod(w.norm().item() for w in invariant_weights(net))
+    for _ in range(30):
+        e_of_all()
+        optimizer.step()
+    assert dynamics.elr_spread(start) > 5
+    assert dynamics.elr_spread(e_of_all()) < 1.01
+    assert math.prod(w.norm().item() for w in invariant_weights(net)) == pytest.approx(norms, rel=1e-4)
+    torch.testing.assert_close(net(x).detach(), before, rtol=1e-3, atol=1e-3)  # ε of the BatchNorms
+
+
+def test_after_the_hand_over_it_is_sgd() -> None:
+    net = bn_mlp()
+    optimizer = ELRSGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    head = net[-1].weight
+    steps = 0
+    while not (optimizer.state and optimizer.state[net[0].weight]["handed_over"] > 0):
+        train(net, optimizer, range(steps, steps + 1))
+        steps += 1
+        assert steps < 100
+    assert steps >= rules.RADIAL_TESTS
+    assert optimizer.state[head]["tracked"] == -1
+    twin = copy.deepcopy(net)
+    sgd = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    sgd.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(net, optimizer, range(steps, steps + 5))
+    train(twin, sgd, range(steps, steps + 5))
+    for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_after_the_hand_over_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = bn_mlp()
+    optimizer = ELRSGD(net.parameters(), lr=0.05)
+    train(net, optimizer, range(60))
+    assert optimizer.state[net[0].weight]["handed_over"] == 1
+
+    def forbidden(*_: object, **__: object) -> Tensor:
+        raise AssertionError("measured after the hand-over")
+
+    monkeypatch.setattr(reference_backend, "measure", forbidden)
+    train(net, optimizer, range(60, 63))
+
+
+def test_the_cap_binds_at_a_huge_learning_rate() -> None:
+    """No tracked layer's long-run turn λκĒ/(1-μ) exceeds 1 rad while the warm-up is on; the head gets κλ too."""
+    net = bn_mlp()
+    lr, momentum = 1e4, 0.9
+    optimizer = ELRSGD(net.named_parameters(), lr=lr, momentum=momentum)
+    head = net[-1].bias
+    backward(net, 0)
+    assert head.grad is not None
+    before, g = head.detach().clone(), head.grad.clone()
+    optimizer.step()
+    elrs = np.array([elr for name, elr in effective_lrs(optimizer).items() if name != "12.weight"])
+    np.testing.assert_allclose(elrs / (1 - momentum), 1.0, rtol=1e-4)
+    κ = ((before - head.detach()) / (lr * g)).mean().item()
+    assert 0 < κ < 1e-2
+
+
+def test_nothing_tracked_is_plain_sgd() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    twin = copy.deepcopy(net)
+    ours = ELRSGD([{"params": net.parameters(), "scale_invariant": False}], lr=0.1, momentum=0.9)
+    theirs = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    train(net, ours, range(5))
+    train(twin, theirs, range(5))
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_late_layers_do_not_restart_it() -> None:
+    net = bn_mlp()
+    weights = invariant_weights(net)
+    optimizer = ELRSGD([{"params": weights[1:], "scale_invariant": True}], lr=0.05)
+    train(net, optimizer, range(60))
+    assert optimizer.state[weights[1]]["handed_over"] == 1
+    optimizer.add_param_group({"params": weights[:1], "scale_invariant": True})
+    backward(net, 60)
+    expected = [w.detach() - 0.05 * w.grad for w in weights if w.grad is not None]
+    optimizer.step()
+    for w, e in zip(weights, expected, strict=True):
+        torch.testing.assert_close(w.detach(), e)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_critical_factors_are_those_of_the_model(n: int) -> None:
+    e = np.random.default_rng(n).lognormal(sigma=2, size=n)
+    lr = 0.3
+    log_elr, ok = torch.tensor(np.log(lr * e)), torch.ones(n, dtype=torch.bool)
+    assert lr * rules.balance(log_elr, ok).exp().item() == pytest.approx(dynamics.balance_lr(e))
+    second = e if n > 1 else np.repeat(e, 2)
+    assert lr * rules.monotone(log_elr, ok).exp().item() == pytest.approx(dynamics.monotone_lr(second))
+    ignored = torch.cat([log_elr, torch.tensor([50.0, -50.0])]), torch.cat([ok, torch.tensor([False, False])])
+    assert rules.balance(*ignored) == rules.balance(log_elr, ok)
+    assert rules.monotone(*ignored) == rules.monotone(log_elr, ok)
+
+
+def test_both_critical_learning_rates_serve_the_warmup() -> None:
+    """With groups of different learning rates the caps differ, each by its own formula."""
+    e, lr = torch.tensor([8.0, 2.0, 1.0]), torch.tensor([1.0, 10.0, 5.0])
+    stats = rules.LayerStats(torch.ones(3), e.square(), torch.zeros(3), torch.zeros(3))
+    state = rules.RuleState(torch.zeros(3), torch.zeros(3), torch.full((3,), 8.0), torch.zeros(()))
+    ones = torch.ones(3)
+    hyper = rules.Hyper(lr, 0 * ones, ones, ones, 0 * ones, ones)
+    elr = lr * e.prod() ** (1 / 3)
+    for critical, expected in ((rules.monotone, (10 * 5) ** 0.5), (rules.balance, (10 * 1) ** 0.5)):
+        controls, _ = rules.warmup(stats, state, hyper, ones > 0, critical)
+        assert controls.lr_factor is not None
+        assert controls.lr_factor.item() == pytest.approx(1 / (expected * (elr[0] / lr[0]).item()))
