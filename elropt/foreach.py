@@ -115,6 +115,7 @@ def _update_alike(
     plain = (
         s is None and a is None and p is None and (not isinstance(λ, Tensor) or not is_low_precision(ws[0]))
     )
+    dtypes = [g.dtype for g in gs]
     ŵs, gs = (ws, gs) if plain else ([upcast(w) for w in ws], [upcast(g) for g in gs])
     if a is not None:
         ŵs = torch._foreach_mul(ŵs, a)
@@ -128,7 +129,7 @@ def _update_alike(
         gs = torch._foreach_add(gs, ŵs, alpha=weight_decay)
     us = gs
     if momentum != 0:
-        ms = _advance_momentum(gs, bufs, plain, ws[0].dtype, momentum, dampening)
+        ms = _advance_momentum(gs, bufs, dtypes, momentum, dampening)
         us = torch._foreach_add(gs, ms, alpha=momentum) if nesterov else ms
     if p is not None:
         us = torch._foreach_sub(us, torch._foreach_mul(ŵs, p))
@@ -143,30 +144,26 @@ def _update_alike(
 def _advance_momentum(
     gs: list[Tensor],
     bufs: list[Tensor | None],
-    plain: bool,
-    dtype: torch.dtype,
+    dtypes: list[torch.dtype],
     momentum: float,
     dampening: float,
 ) -> list[Tensor]:
-    """m ← μ·m + (1−d)·g̃ in the dtype of the arithmetic, m ← g̃ where there is no buffer; stores into `bufs`."""
-    ms: list[Tensor] = []
+    """m ← μ·m + (1−d)·g̃ in the dtype of g̃, m ← g̃ where there is no buffer; stored into `bufs` in its `dtypes`."""
     present = [m for m in bufs if m is not None]
     if len(present) == len(bufs):
-        ms = present if plain else [upcast(m) for m in present]
+        ms = [m if m.dtype == g.dtype else m.to(g.dtype) for m, g in zip(present, gs, strict=True)]
         torch._foreach_mul_(ms, momentum)
         torch._foreach_add_(ms, gs, alpha=1 - dampening)
-        if ms is not present:
-            torch._foreach_copy_(present, ms)
-        return ms
-    for i, (g, buf) in enumerate(zip(gs, bufs, strict=True)):
+    else:
+        ms = [
+            g.detach().clone() if m is None else m.to(g.dtype).mul_(momentum).add_(g, alpha=1 - dampening)
+            for m, g in zip(bufs, gs, strict=True)
+        ]
+    for i, (m, buf, dtype) in enumerate(zip(ms, bufs, dtypes, strict=True)):
         if buf is None:
-            m = g.detach().clone()
             bufs[i] = m.to(dtype)
-        else:
-            m = (buf if plain else upcast(buf)).mul_(momentum).add_(g, alpha=1 - dampening)
-            if m is not buf:
-                buf.copy_(m)
-        ms.append(m)
+        elif m is not buf:
+            buf.copy_(m)
     return ms
 
 

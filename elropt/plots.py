@@ -21,7 +21,7 @@ try:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 except ModuleNotFoundError as error:
     raise ImportError('elropt.plots needs matplotlib: pip install "elropt[cli]"') from error
 
@@ -59,8 +59,9 @@ def elr_over_steps(ax: Axes, steps: ArrayLike, elrs: ArrayLike) -> None:
     ax.set_yscale("log")
     ax.set_prop_cycle(color=DEPTH(np.linspace(0, 1, depth)))
     ax.plot(steps, _positive(elrs), linewidth=1.2, marker=_marker(steps))
-    _keep_apart(ax, steps, elrs)
+    _reach(ax, steps, elrs, below=1.3)
     ax.set(xlabel="step", ylabel="effective learning rate (rad)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(ax)
     if depth > 1:
         bar = ax.figure.colorbar(ScalarMappable(Normalize(1, depth), DEPTH), ax=ax, pad=0.02, aspect=30)
@@ -84,9 +85,12 @@ def spread_over_steps(ax: Axes, spreads: Mapping[str, tuple[ArrayLike, ArrayLike
         steps, spread = _columns(steps, spread, ndim=1)
         color = COLORS[index % len(COLORS)]
         ax.plot(steps, _positive(spread), label=name, color=color, marker=_marker(steps))
-        _keep_apart(ax, steps, spread)
+        _reach(ax, steps, spread, below=1)
     ax.axhline(1, color="0.6", linewidth=0.8, linestyle=":")
     ax.set(xlabel="step", ylabel="ELR spread (max / min)")
+    ax.yaxis.set_major_formatter(LogFormatter())
+    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(ax)
     if len(spreads) > 1:
         ax.legend(frameon=False)
@@ -114,6 +118,7 @@ def lr_over_steps(ax: Axes, steps: ArrayLike, lrs: ArrayLike) -> None:
     ax.plot(steps, lrs, linewidth=1.2, marker=_marker(steps))
     ax.set_ylim(bottom=0)
     ax.set(xlabel="step", ylabel="applied learning rate")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(ax)
 
 
@@ -216,11 +221,13 @@ def _positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 
-def _keep_apart(ax: Axes, steps: NDArray[np.float64], values: NDArray[np.float64]) -> None:
-    """Let the log axis reach a little beyond the values, so that equal ones do not fill it with rounding errors."""
-    shown = _positive(values)
-    if not np.isnan(shown).all():
-        ax.update_datalim([(steps[0], np.nanmin(shown) / 1.3), (steps[0], np.nanmax(shown) * 1.3)])
+def _reach(
+    ax: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], *, below: float, above: float = 1.3
+) -> None:
+    """Let a log axis reach beyond the values by these factors: equal ones would fill it with rounding errors."""
+    shown = values[np.isfinite(values) & (values > 0)]
+    if shown.size:
+        ax.update_datalim([(steps[0], shown.min() / below), (steps[0], shown.max() * above)])
 
 
 def _marker(steps: NDArray[np.float64]) -> str:

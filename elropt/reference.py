@@ -110,7 +110,7 @@ def update(
         if momentum != 0:
             if m is None:
                 m = g.detach().clone()
-                momentum_buffers[i] = m.to(w.dtype)
+                momentum_buffers[i] = m.to(grads[i].dtype)
             else:
                 m.mul_(momentum).add_(g, alpha=1 - dampening)
                 store(m, momentum_buffers[i])
