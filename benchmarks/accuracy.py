@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -66,6 +66,9 @@ METHODS = {
     "angle": Method("angle", ANGLE_LRS, unit="radians", separate_lr=True),
     "sphere": Method("sphere", SPHERE_LRS, unit="on the sphere", separate_lr=True),
 }
+
+
+DEFAULT_MODELS = ["bn-mlp-30", "plain-20-w8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,10 +193,8 @@ def recorded_steps(steps: int) -> list[int]:
 
 def plain_elrs(tracked: dict[str, Tensor], optimizer: Optimizer) -> list[float]:
     """λE of each tracked weight under plain SGD, one host read in all."""
-    weights = list(tracked.values())
-    grads = [w.grad for w in weights if w.grad is not None]
-    ratios = torch.stack(torch._foreach_norm(grads)) / torch.stack(torch._foreach_norm(weights))
-    return (optimizer.param_groups[0]["lr"] * ratios).tolist()
+    ratios = [w.grad.norm() / w.norm() for w in tracked.values() if w.grad is not None]
+    return (optimizer.param_groups[0]["lr"] * torch.stack(ratios)).tolist()
 
 
 @torch.no_grad()
@@ -378,13 +379,15 @@ def main(
         str | None, typer.Argument(help="The tree of --data imagefolder.", show_default=False)
     ] = None,
     root: Annotated[str | None, typer.Option(help="Folder of the data set's files.")] = None,
-    model: Annotated[list[str], typer.Option(help=f"Repeatable; of {', '.join(models.MODELS)}.")] = [
-        "bn-mlp-30",
-        "conv-8",
-    ],  # noqa: B006
-    optimizer: Annotated[list[str], typer.Option(help=f"Repeatable; of {', '.join(METHODS)}.")] = list(
-        METHODS
-    ),  # noqa: B008
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Repeatable; of {', '.join(models.MODELS)}. Default: {' and '.join(DEFAULT_MODELS)}."
+        ),
+    ] = None,
+    optimizer: Annotated[
+        list[str] | None, typer.Option(help=f"Repeatable; of {', '.join(METHODS)}. Default: all.")
+    ] = None,
     lrs: Annotated[
         str | None, typer.Option(help="Comma-separated; for every optimizer. Default: a grid of each.")
     ] = None,
@@ -416,6 +419,7 @@ def main(
     Example: python -m benchmarks.accuracy --data cifar10-quick --model plain-20 --epochs 10 --seeds 3
     """
     console = Console()
+    model, optimizer = model or DEFAULT_MODELS, optimizer or list(METHODS)
     unknown = [name for name in optimizer if name not in METHODS]
     if unknown:
         raise typer.BadParameter(f"unknown optimizer {unknown[0]!r}; choose one of {', '.join(METHODS)}")

@@ -93,7 +93,8 @@ class Ensemble:
                 handed_over.copy_(torch.maximum(handed_over, state[p]["handed_over"].to(self.device)))
             state[p].update(views, handed_over=handed_over)
             first += count
-        self.memory = RuleState(*packed, handed_over)
+        c, radius, tracked = packed
+        self.memory = RuleState(c, radius, tracked, handed_over)
         self._watch = HandOverWatch(handed_over)
 
     def prepare(self, state: State) -> list[Group]:
@@ -196,7 +197,8 @@ class Ensemble:
         rows = slice(None)
         if not all(mask):
             rows = self._cached("rows", tuple(mask), lambda: _upload(np.flatnonzero(mask), self.device))
-        return rows, RuleState(*(vector[rows] for vector in memory[:-1]), memory.handed_over)
+        c, radius, tracked, handed_over = memory
+        return rows, RuleState(c[rows], radius[rows], tracked[rows], handed_over)
 
     def _keep(self, rows: slice | Tensor, after: RuleState, memory: RuleState) -> None:
         for kept, new in zip(memory[:-1], after[:-1], strict=True):

@@ -3,6 +3,9 @@
 Same functions and signatures as `elropt.reference`, which is the specification.
 """
 
+# torch._foreach_* are functions of torch's own optimizers, not documented as public.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,6 +17,8 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from .reference import Rows, factor_for, is_low_precision, upcast
 
 __all__ = ["can_use", "measure", "update"]
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def can_use(
@@ -97,8 +102,8 @@ def update(
 
 
 def _update_alike(
-    ws: list[Tensor],
-    gs: list[Tensor],
+    ws: Tensors,
+    gs: Tensors,
     bufs: list[Tensor | None],
     λ: float | Tensor,
     s: list[Tensor] | None,
@@ -142,7 +147,7 @@ def _update_alike(
 
 
 def _advance_momentum(
-    gs: list[Tensor],
+    gs: Tensors,
     bufs: list[Tensor | None],
     dtypes: list[torch.dtype],
     momentum: float,

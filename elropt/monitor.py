@@ -160,7 +160,7 @@ class Recorder:
         self.writer = writer
         self.step = 0
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = Path(path).open("a", encoding="utf-8")
+        self._file: IO[str] = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (close() closes it)
         self._hooks = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),

@@ -58,7 +58,7 @@ class ELRSGD(Optimizer):
         granularity: what one norm is taken over: "layer" (a tensor), "filter" (each index of its dimension 0; for
             "uniform", "angle" and "sphere") or "network" (all tracked tensors together; "angle" and "sphere").
         maximize: maximize the objective.
-        foreach, fused: as in torch: `torch._foreach_*` or the Triton kernels; None for both chooses fused on CUDA where
+        foreach, fused: as in torch: `torch._foreach_*` or the Triton kernels; None for both picks fused on CUDA where
             every tensor of the group qualifies, else foreach on CUDA, else one tensor after the other.
         differentiable: let autograd run through the step; needs ``rule=None`` and ``project=False``.
 
@@ -66,8 +66,8 @@ class ELRSGD(Optimizer):
         ValueError: an argument, here or in a param group, outside the ranges above.
 
     What else can happen, by name:
-        - a tracked layer whose weight or gradient is zero or not finite gets plain SGD's update at that step, and has no
-          influence on the others (a NaN stays in its own layer);
+        - a tracked layer whose weight or gradient is zero or not finite gets plain SGD's update at that step, and has
+          no influence on the others (a NaN stays in its own layer);
         - sparse gradients and complex parameters are never tracked; sparse ones need ``rule=None``;
         - nothing to track: the rule does nothing, and "warmup" stays armed;
         - layers that join after the hand-over of the warm-up see plain SGD.
@@ -204,12 +204,12 @@ class ELRSGD(Optimizer):
         return loss
 
     def record_next_step(self) -> None:
-        """Have the next step measure the layers even where its rule does not need it. The step computes the same."""
+        """Have the next step measure the layers even where its rule does not need it. It computes the same."""
         self._recording = True
 
     @torch.no_grad()
     def layer_records(self) -> list[StepRecord]:
-        """What the last step measured and applied; where it measured nothing, the weights and gradients as they are now.
+        """What the last step measured and applied; where it measured nothing, weights and gradients as they are now.
         `elropt.layer_stats` makes a table of it."""
         records = [e.last or e.measure_now(e.prepare(self.state)) for e in self._current_ensembles()]
         return [record for record in records if record is not None]
@@ -281,7 +281,9 @@ def validate_choices(group: Mapping[str, Any]) -> None:
         raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(map(repr, GRANULARITIES))}")
     if granularity not in GRANULARITIES[rule]:
         allowed = ", ".join(map(repr, GRANULARITIES[rule]))
-        raise ValueError(f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of {allowed}")
+        raise ValueError(
+            f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of {allowed}"
+        )
     if rule is not None and momentum >= 1:
         raise ValueError(
             f"momentum={momentum} is not valid with rule={rule!r}: it must be below 1, or use rule=None"
@@ -295,7 +297,9 @@ def validate_choices(group: Mapping[str, Any]) -> None:
             "differentiable=True needs rule=None and project=False: rules do not take part in autograd"
         )
     if group["fused"] and isinstance(group["weight_decay"], Tensor):
-        raise ValueError("weight_decay as a tensor does not work with fused=True; give a float or use foreach=True")
+        raise ValueError(
+            "weight_decay as a tensor does not work with fused=True; give a float or use foreach=True"
+        )
     if group["fused"] and group["differentiable"]:
         raise RuntimeError("fused=True does not support differentiable=True; use fused=False")
     if group["fused"] and group["foreach"]:

@@ -60,9 +60,8 @@ def elr_over_steps(ax: Axes, steps: ArrayLike, elrs: ArrayLike) -> None:
     ax.set_prop_cycle(color=DEPTH(np.linspace(0, 1, depth)))
     ax.plot(steps, _positive(elrs), linewidth=1.2, marker=_marker(steps))
     _reach(ax, steps, elrs, below=1.3)
-    ax.set(xlabel="step", ylabel="effective learning rate (rad)")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish(ax)
+    ax.set_ylabel("effective learning rate (rad)")
+    _finish_steps(ax)
     if depth > 1:
         bar = ax.figure.colorbar(ScalarMappable(Normalize(1, depth), DEPTH), ax=ax, pad=0.02, aspect=30)
         bar.set_label("layer, first to last")
@@ -87,11 +86,10 @@ def spread_over_steps(ax: Axes, spreads: Mapping[str, tuple[ArrayLike, ArrayLike
         ax.plot(steps, _positive(spread), label=name, color=color, marker=_marker(steps))
         _reach(ax, steps, spread, below=1)
     ax.axhline(1, color="0.6", linewidth=0.8, linestyle=":")
-    ax.set(xlabel="step", ylabel="ELR spread (max / min)")
+    ax.set_ylabel("ELR spread (max / min)")
     ax.yaxis.set_major_formatter(LogFormatter())
     ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish(ax)
+    _finish_steps(ax)
     if len(spreads) > 1:
         ax.legend(frameon=False)
 
@@ -117,9 +115,8 @@ def lr_over_steps(ax: Axes, steps: ArrayLike, lrs: ArrayLike) -> None:
         ax.set_prop_cycle(color=DEPTH(np.linspace(0, 1, lrs.shape[1])))
     ax.plot(steps, lrs, linewidth=1.2, marker=_marker(steps))
     ax.set_ylim(bottom=0)
-    ax.set(xlabel="step", ylabel="applied learning rate")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish(ax)
+    ax.set_ylabel("applied learning rate")
+    _finish_steps(ax)
 
 
 def accuracy_against_lr(
@@ -224,7 +221,7 @@ def _positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _reach(
     ax: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], *, below: float, above: float = 1.3
 ) -> None:
-    """Let a log axis reach beyond the values by these factors: equal ones would fill it with rounding errors."""
+    """Let a log axis reach beyond the values by these factors; rounding errors would fill it otherwise."""
     shown = values[np.isfinite(values) & (values > 0)]
     if shown.size:
         ax.update_datalim([(steps[0], shown.min() / below), (steps[0], shown.max() * above)])
@@ -233,6 +230,12 @@ def _reach(
 def _marker(steps: NDArray[np.float64]) -> str:
     """A line through a single point is invisible."""
     return "o" if len(steps) == 1 else ""
+
+
+def _finish_steps(ax: Axes) -> None:
+    ax.set_xlabel("step")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    _finish(ax)
 
 
 def _finish(ax: Axes) -> None:

@@ -95,7 +95,8 @@ def update(
         plain = (
             s is None and a is None and p is None and (not isinstance(λ, Tensor) or not is_low_precision(w))
         )
-        ŵ, g, m = (t if t is None or plain else upcast(t) for t in (w, g, momentum_buffers[i]))
+        buf = momentum_buffers[i]
+        ŵ, g = (w, g) if plain else (upcast(w), upcast(g))
 
         if a is not None:
             ŵ = a * ŵ
@@ -108,12 +109,12 @@ def update(
         elif weight_decay != 0:
             g = g.add(ŵ, alpha=weight_decay)
         if momentum != 0:
-            if m is None:
+            if buf is None:
                 m = g.detach().clone()
                 momentum_buffers[i] = m.to(grads[i].dtype)
             else:
-                m.mul_(momentum).add_(g, alpha=1 - dampening)
-                store(m, momentum_buffers[i])
+                m = (buf if plain else upcast(buf)).mul_(momentum).add_(g, alpha=1 - dampening)
+                store(m, buf)
             u = g.add(m, alpha=momentum) if nesterov else m
         else:
             u = g
@@ -136,9 +137,9 @@ def upcast(t: Tensor) -> Tensor:
     return t.float() if is_low_precision(t) else t
 
 
-def store(computed: Tensor, storage: Tensor | None) -> None:
+def store(computed: Tensor, storage: Tensor) -> None:
     """Round `computed` into `storage`, unless it was computed there in place."""
-    if storage is not None and computed is not storage:
+    if computed is not storage:
         storage.copy_(computed)
 
 

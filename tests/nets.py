@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def bn_mlp(depth: int = 4, width: int = 16, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+def bn_mlp(
+    depth: int = 4, width: int = 16, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> nn.Sequential:
     """Linear → BatchNorm → ReLU, `depth` times, and a linear head on 8 features and 4 classes."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
@@ -34,7 +36,9 @@ def backward(net: nn.Module, step: int, scale: float = 1.0) -> torch.Tensor:
     return loss.detach()
 
 
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, after: Callable[[], object] = lambda: None) -> None:
+def train(
+    net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, after: Callable[[], object] = lambda: None
+) -> None:
     for step in steps:
         backward(net, step)
         optimizer.step()

@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 
 
 def invariant_gradient(curvature: Array, per_filter: bool = False) -> Callable[[Array], Array]:
-    """Gradient of f(w) = ½ ŵᵀ D ŵ with ŵ = w/‖w‖: scale-invariant, and c is not constant. D is `curvature`, w's shape."""
+    """Gradient of f(w) = ½ ŵᵀ D ŵ, ŵ = w/‖w‖: scale-invariant, and c is not constant. D is `curvature`, w's shape."""
 
     def of_one(w: Array, d: Array) -> Array:
         direction = w / np.linalg.norm(w)
@@ -53,7 +53,10 @@ class Oracle:
     def norms(self, tensors: Sequence[Array]) -> list[Array]:
         """The norm that the rule sees, shaped to broadcast against each tensor."""
         if self.granularity == "filter":
-            return [np.linalg.norm(t.reshape(len(t), -1), axis=1).reshape(-1, *[1] * (t.ndim - 1)) for t in tensors]
+            return [
+                np.linalg.norm(t.reshape(len(t), -1), axis=1).reshape(-1, *[1] * (t.ndim - 1))
+                for t in tensors
+            ]
         if self.granularity == "network":
             return [np.sqrt(sum((t**2).sum() for t in tensors))] * len(tensors)
         return [np.linalg.norm(t) for t in tensors]

@@ -109,7 +109,7 @@ def test_fused_where_a_tensor_does_not_qualify() -> None:
     p = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
     optimizer = ELRSGD([p], lr=0.1, fused=True)
     p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="float64.*fused=None"):
+    with pytest.raises(RuntimeError, match=r"float64.*fused=None"):
         optimizer.step()
     assert torch.equal(p.detach(), torch.ones(2, 2, dtype=torch.float64))
 

@@ -17,7 +17,16 @@ from .nets import backward, bn_mlp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"reference": {"foreach": False}, "foreach": {"foreach": True}, "triton": {"fused": True}}
-READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"}
+READS = {
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "_unique2",
+}
 
 
 class ForbidReads(TorchDispatchMode):
@@ -50,9 +59,13 @@ def test_the_check_can_fail() -> None:
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("project", [False, True])
-@pytest.mark.parametrize(("rule", "granularity"), [(r, g) for r, gs in GRANULARITIES.items() for g in gs], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "granularity"), [(r, g) for r, gs in GRANULARITIES.items() for g in gs], ids=str
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_host_reads(backend: str, rule: str | None, granularity: str, project: bool, tensor_lr: bool) -> None:
+def test_no_host_reads(
+    backend: str, rule: str | None, granularity: str, project: bool, tensor_lr: bool
+) -> None:
     # The interpreter itself reads the kernels' arguments: there only the host code around them can be checked.
     net = bn_mlp(depth=2, width=4).to(DEVICE)
     lr = torch.tensor(0.01, device=DEVICE) if tensor_lr else 0.01
@@ -60,7 +73,9 @@ def test_no_host_reads(backend: str, rule: str | None, granularity: str, project
         net.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3,
         rule=rule, granularity=granularity, project=project, **BACKENDS[backend],
     )  # fmt: skip
-    steps = 3 if backend == "triton" and DEVICE == "cpu" else 12  # 12: long enough for the warm-up to hand over
+    steps = (
+        3 if backend == "triton" and DEVICE == "cpu" else 12
+    )  # 12: long enough for the warm-up to hand over
     for step in range(steps):
         backward(net, step)
         if backend == "triton" and DEVICE == "cpu":

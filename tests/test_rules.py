@@ -53,7 +53,7 @@ def test_trajectory_of_the_model(rule: str | None, momentum: float, weight_decay
     norm=st.floats(1e-2, 1e2),
 )
 def test_angle_turns_by_lr_and_keeps_the_norm(e: list[float], lr: float, norm: float) -> None:
-    """The plain step turns by atan(lr) whatever the gradient; the norm is that of the start after any number of steps."""
+    """The plain step turns by atan(lr) whatever the gradient; the norm stays that of the start."""
     weights = plane_weights(e, norm)
     optimizer = ELRSGD([{"params": weights, "scale_invariant": True}], lr=lr, rule="angle")
     norms = [w.norm().item() for w in weights]
@@ -75,7 +75,9 @@ def test_sphere_follows_the_gradient() -> None:
     for i, w in enumerate(weights):
         w.grad = turning(w.detach(), c * (i + 1))
     optimizer.step()
-    np.testing.assert_allclose(list(effective_lrs(optimizer).values()), lr * c * np.array([1, 2, 3]), rtol=1e-5)
+    np.testing.assert_allclose(
+        list(effective_lrs(optimizer).values()), lr * c * np.array([1, 2, 3]), rtol=1e-5
+    )
     for i, w in enumerate(weights):
         assert -math.atan2(*w.detach().flip(0)) == pytest.approx(math.atan(lr * c * (i + 1)), rel=1e-5)
 
@@ -95,7 +97,10 @@ def test_untracked_parameters_see_plain_sgd(rule: str) -> None:
     net = bn_mlp()
     tracked = set(invariant_weights(net))
     others = [p for p in net.parameters() if p not in tracked]
-    groups = [{"params": list(tracked), "scale_invariant": True}, {"params": others, "scale_invariant": False}]
+    groups = [
+        {"params": list(tracked), "scale_invariant": True},
+        {"params": others, "scale_invariant": False},
+    ]
     optimizer = ELRSGD(groups, lr=0.1, rule=rule)
     backward(net, 0)
     expected = [p.detach() - 0.1 * p.grad for p in others if p.grad is not None]
@@ -124,11 +129,15 @@ def test_which_layers_are_tracked_is_measured(dtype: torch.dtype, autocast: bool
                 loss = F.cross_entropy(net(x).float(), y)
             loss.backward()
             optimizer.step()
-        passed = {name for name, p in net.named_parameters() if p.dim() > 1 and optimizer.state[p]["tracked"] > 0}
+        passed = {
+            name for name, p in net.named_parameters() if p.dim() > 1 and optimizer.state[p]["tracked"] > 0
+        }
         assert passed == {"0.weight", "3.weight", "6.weight"}
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # NumPy, in the interpreter
+@pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)  # NumPy, in the interpreter
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("fault", [math.nan, math.inf, 1e30, 0.0])
 @pytest.mark.parametrize("backend", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
@@ -177,7 +186,10 @@ def test_accumulation_and_clipping_compose(rule: str) -> None:
     """Two half batches give the step of the whole one; a clipped gradient keeps "angle" and "warmup"'s first turn."""
     torch.manual_seed(0)
     x, y = torch.randn(32, 8, dtype=torch.float64), torch.randint(4, (32,))
-    nets = [nn.Sequential(nn.Linear(8, 16, bias=False), nn.LayerNorm(16), nn.Linear(16, 4)).double() for _ in range(2)]
+    nets = [
+        nn.Sequential(nn.Linear(8, 16, bias=False), nn.LayerNorm(16), nn.Linear(16, 4)).double()
+        for _ in range(2)
+    ]
     nets[1].load_state_dict(nets[0].state_dict())
     for net, parts in zip(nets, ([slice(0, 32)], [slice(0, 16), slice(16, 32)]), strict=True):
         optimizer = ELRSGD(net.parameters(), lr=0.01, momentum=0.9, rule=rule)

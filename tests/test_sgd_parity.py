@@ -24,7 +24,7 @@ SHAPES: list[tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = [
     ((0, 4), lambda t: t),
 ]
 HYPER = [
-    dict(momentum=μ, dampening=d, nesterov=n, weight_decay=ω, maximize=x)
+    {"momentum": μ, "dampening": d, "nesterov": n, "weight_decay": ω, "maximize": x}
     for μ, d, n, ω, x in itertools.product([0, 0.9], [0, 0.1], [False, True], [0, 0.01], [False, True])
     if not (n and (μ == 0 or d != 0))
 ]
@@ -78,10 +78,12 @@ def test_gradients_are_left_alone(foreach: bool) -> None:
 
 @pytest.mark.parametrize("direction", ["from SGD", "to SGD"])
 def test_state_dicts_are_exchangeable(direction: str) -> None:
-    hyper = dict(lr=0.1, momentum=0.9, weight_decay=0.01)
+    hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
     ours_optimizer, theirs_optimizer = ELRSGD(ours, rule=None, **hyper), torch.optim.SGD(theirs, **hyper)
-    first, second = (theirs_optimizer, ours_optimizer) if direction == "from SGD" else (ours_optimizer, theirs_optimizer)
+    first, second = (
+        (theirs_optimizer, ours_optimizer) if direction == "from SGD" else (ours_optimizer, theirs_optimizer)
+    )
     trained, other = (theirs, ours) if direction == "from SGD" else (ours, theirs)
     for step in range(3):
         set_gradients(step, trained)
@@ -108,7 +110,9 @@ def test_state_has_the_same_keys_as_sgd() -> None:
         a.step()
         b.step()
         mine, torchs = a.state_dict(), b.state_dict()
-        assert {i: set(s) for i, s in mine["state"].items()} == {i: set(s) for i, s in torchs["state"].items()}
+        assert {i: set(s) for i, s in mine["state"].items()} == {
+            i: set(s) for i, s in torchs["state"].items()
+        }
         assert set(torchs["param_groups"][0]) <= set(mine["param_groups"][0])
 
 
@@ -149,7 +153,10 @@ def test_sparse_gradients(foreach: bool) -> None:
         return nn.Embedding(10, 3, sparse=True)
 
     ours, theirs = embedding(), embedding()
-    a, b = ELRSGD(ours.parameters(), lr=0.1, rule=None, foreach=foreach), torch.optim.SGD(theirs.parameters(), lr=0.1)
+    a, b = (
+        ELRSGD(ours.parameters(), lr=0.1, rule=None, foreach=foreach),
+        torch.optim.SGD(theirs.parameters(), lr=0.1),
+    )
     for net, optimizer in ((ours, a), (theirs, b)):
         for index in ([1, 2, 2], [5]):
             optimizer.zero_grad()

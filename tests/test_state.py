@@ -22,7 +22,7 @@ RULES = [(rule, granularity) for rule, allowed in GRANULARITIES.items() for gran
 
 
 def make(net: nn.Module, rule: str | None, granularity: str = "layer", **kwargs: Any) -> ELRSGD:
-    defaults: dict[str, Any] = dict(lr=0.05, momentum=0.9, weight_decay=1e-3)
+    defaults: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
     return ELRSGD(net.parameters(), rule=rule, granularity=granularity, **{**defaults, **kwargs})
 
 
@@ -35,7 +35,9 @@ def assert_same_bits(a: nn.Module, b: nn.Module) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rule", "granularity"), RULES, ids=str)
 @pytest.mark.parametrize("stop", [1, 5, 30])
-def test_going_on_after_a_stop(rule: str | None, granularity: str, dtype: torch.dtype, way: str, stop: int) -> None:
+def test_going_on_after_a_stop(
+    rule: str | None, granularity: str, dtype: torch.dtype, way: str, stop: int
+) -> None:
     net = bn_mlp(dtype=dtype)
     optimizer = make(net, rule, granularity)
     train(net, optimizer, range(stop))
@@ -65,7 +67,11 @@ def test_rule_state_stays_float32_on_bfloat16_parameters(rule: str) -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     other = make(bn_mlp(dtype=torch.bfloat16), rule)
     other.load_state_dict(saved)
-    held = [(other.state[p], saved["state"][i]) for i, p in enumerate(other.param_groups[0]["params"]) if p.dim() > 1]
+    held = [
+        (other.state[p], saved["state"][i])
+        for i, p in enumerate(other.param_groups[0]["params"])
+        if p.dim() > 1
+    ]
     assert len(held) == 5
     for state, expected in held:
         assert state["momentum_buffer"].dtype == torch.bfloat16
@@ -167,7 +173,9 @@ def test_late_groups_and_missing_gradients(rule: str) -> None:
     """A parameter that joins late or skips a step ends where it would if only its own steps existed."""
     net = bn_mlp()
     first, last = net[0], net[-1]
-    optimizer = ELRSGD([p for p in net.parameters() if p is not first.weight], lr=0.05, momentum=0.9, rule=rule)
+    optimizer = ELRSGD(
+        [p for p in net.parameters() if p is not first.weight], lr=0.05, momentum=0.9, rule=rule
+    )
     train(net, optimizer, range(3))
     optimizer.add_param_group({"params": [first.weight], "lr": 0.02})
     train(net, optimizer, range(3, 6))

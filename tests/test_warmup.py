@@ -1,4 +1,4 @@
-"""rule="warmup": it equalizes without changing the function, follows its own law in the model, and hands over to SGD."""
+"""rule="warmup" equalizes without changing the function, follows its law in the model, and hands over to SGD."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_function_is_preserved_and_elrs_end_equal(backend: dict[str, bool]) -> N
 
     def e_of_all() -> np.ndarray:
         backward(net, 0)
-        return np.array([(w.grad.norm() / w.norm()).item() for w in invariant_weights(net) if w.grad is not None])
+        return np.array(
+            [(w.grad.norm() / w.norm()).item() for w in invariant_weights(net) if w.grad is not None]
+        )
 
     start = e_of_all()
     norms = math.prod(w.norm().item() for w in invariant_weights(net))
