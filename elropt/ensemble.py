@@ -13,8 +13,8 @@ from torch import Tensor
 from .functional import Group, apply, choose_backend, elr_sgd, measure
 from .rules import RADIAL_TESTS, Hyper, LayerControls, LayerStats, RuleState, decide, radial_test
 
-ROW_STATE_KEYS = ("sphere_grad_norm", "radius", "tracked")
-RULE_STATE_KEYS = (*ROW_STATE_KEYS, "handed_over")
+ROW_STATE_KEYS = RuleState._fields[:-1]
+RULE_STATE_KEYS = RuleState._fields
 
 State = MutableMapping[Tensor, dict[str, Any]]
 

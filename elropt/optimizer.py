@@ -72,7 +72,7 @@ class ELRSGD(Optimizer):
         - nothing to track: the rule does nothing, and "warmup" stays armed;
         - layers that join after the hand-over of the warm-up see plain SGD.
     State of a parameter: `momentum_buffer`, and with a rule or `project` the float32 tensors `sphere_grad_norm` (c,
-    smoothed), `radius`, `tracked` and `handed_over`.
+    smoothed), `radius`, `tracked` (radial tests passed, or -1) and `handed_over`.
 
     Source: derived, docs/theory.md; the model is that of Mehmeti-Göpel & Wand, ICML 2024 (arXiv 2306.00700).
 

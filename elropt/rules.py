@@ -22,10 +22,10 @@ GRANULARITIES: dict[str | None, tuple[str, ...]] = {
     "sphere": ("layer", "network", "filter"),
 }
 
-SMOOTHING = 0.9  # of c during the warm-up, per step
 RADIAL_TESTS = 8  # steps after which a layer counts as scale-invariant for good
-EQUALIZATION_RATE = 0.3  # share of the remaining distance, in log E, that the warm-up rescales away per step
-EQUALIZED_SPREAD = 2.0  # max/min of E at which the warm-up hands over
+SMOOTHING = 0.9  # of c over the steps of the warm-up
+EQUALIZATION_RATE = 0.1  # share of log(E/Ē) that the warm-up rescales away per step
+EQUALIZED_STD = 0.1  # standard deviation of log E, from the smoothed c, below which the warm-up hands over
 
 
 class LayerStats(NamedTuple):
@@ -49,7 +49,7 @@ class LayerControls(NamedTuple):
 class RuleState(NamedTuple):
     """What a rule remembers from step to step, float32. Zero means "not yet seen"."""
 
-    sphere_grad_norm: Tensor  # [R] c = ‖g‖·‖w‖, smoothed over steps during the warm-up
+    sphere_grad_norm: Tensor  # [R] c = ‖g‖·‖w‖, smoothed over the steps of the warm-up
     radius: Tensor  # [R] ‖w‖ that "angle" and "sphere" keep
     tracked: Tensor  # [R] radial-cosine tests passed so far, up to RADIAL_TESTS; -1 once one has failed
     handed_over: Tensor  # 0-dim: 1 once the warm-up has ended
@@ -108,34 +108,38 @@ def warmup(
 ) -> tuple[LayerControls, RuleState]:
     """Equalize the ELRs without changing the network's function, then hand over to plain SGD.
 
-    All layers turn by the same angle λκĒ, Ē the geometric mean of E and κ the cap at the critical learning
-    rate. Meanwhile each weight is rescaled a little at every step, by a = (E/Ē)^(EQUALIZATION_RATE/2); as E ∝ 1/‖w‖²
-    the E of all layers approach Ē and the factors of the gradients approach 1. Once the spread of E is below
-    EQUALIZED_SPREAD, every layer has passed its radial tests and the cap does not bind, the rest of the
-    rescaling is done in one step and the warm-up is over. The norms' geometric mean is kept.
-    E comes from a smoothed c, which a rescaled weight does not change.
+    All layers turn by the same angle λκĒ, Ē the geometric mean of E and κ the cap at the critical learning rate.
+    Meanwhile each weight is rescaled a little at every step, by a = (E/Ē)^(EQUALIZATION_RATE/2); as E ∝ 1/‖w‖², the E
+    of all layers approach Ē and the factors of the gradients approach 1. The geometric mean of the norms is kept.
+
+    Whether they have arrived is judged by E from a smoothed c, which neither the noise of one gradient nor a
+    rescaled weight changes: once the standard deviation of its logarithm is below EQUALIZED_STD, every layer has
+    passed its radial tests and the cap does not bind, the rest of the rescaling is done in one step and the
+    warm-up is over.
 
     `critical` is `monotone` (default) or `balance`; they differ only if the groups' learning rates do. Derived,
     docs/theory.md §9.
     """
+    log_e = log_relative_grad(stats, moving)
+    log_mean = masked_mean(log_e, moving)
+    offset = torch.where(moving, log_e - log_mean, 0.0)
     c = torch.where(
         moving,
         smooth(state.sphere_grad_norm, (stats.weight_sq * stats.grad_sq).sqrt()),
         state.sphere_grad_norm,
     )
-    log_e = torch.where(moving, c.log() - stats.weight_sq.log(), 0.0)
-    log_mean = masked_mean(log_e, moving)
-    offset = torch.where(moving, log_e - log_mean, 0.0)
+    log_smooth_e = torch.where(moving, c.log() - stats.weight_sq.log(), 0.0)
+    smooth_offset = torch.where(moving, log_smooth_e - masked_mean(log_smooth_e, moving), 0.0)
     log_cap = (critical or monotone)(log_mean + (hyper.lr * hyper.momentum_gain).log(), moving).clamp(max=0)
     tested = state.tracked == RADIAL_TESTS
     active = state.handed_over == 0
     ends = (
         moving.any()
         & (tested | ~moving).all()
-        & (offset.amax() - offset.amin() < math.log(EQUALIZED_SPREAD))
+        & (masked_mean(smooth_offset.square(), moving).sqrt() < EQUALIZED_STD)
         & (log_cap == 0)
     )
-    log_a = torch.where(tested, offset / 2 * torch.where(ends, 1.0, EQUALIZATION_RATE), 0.0)
+    log_a = torch.where(tested, torch.where(ends, smooth_offset, EQUALIZATION_RATE * offset) / 2, 0.0)
     log_s = log_a - offset
     κ, s, a = (torch.where(active, value, 0.0).exp() for value in (log_cap, log_s, log_a))
     handed_over = torch.where(ends, 1.0, state.handed_over)

@@ -36,12 +36,12 @@ def test_law_in_the_model(lr: float, momentum: float) -> None:
     c = 0.7
     weights = plane_weights([100.0, 10.0, 0.3, 5.0, 1.0], c)
     optimizer = ELRSGD([{"params": weights, "scale_invariant": True}], lr=lr, momentum=momentum)
-    for step in range(25 if momentum == 0 else 1):  # with momentum the turn of later steps is not λE
+    for step in range(60 if momentum == 0 else 1):  # with momentum the turn of later steps is not λE
         e = relative_grads(weights, c)
         mean = np.exp(np.log(e).mean())
         over = bool(optimizer.state and optimizer.state[weights[0]]["handed_over"] > 0)
         cap = min(1.0, (1 - momentum) / (lr * mean))
-        ends = e.max() / e.min() < rules.EQUALIZED_SPREAD and cap == 1
+        ends = np.log(e).std() < rules.EQUALIZED_STD and cap == 1
         share = 1.0 if ends else rules.EQUALIZATION_RATE
         expected = mean * (e / mean) ** (1 - share) / (1 + (lr * cap * mean) ** 2)
         if over:
@@ -75,7 +75,7 @@ def test_function_is_preserved_and_elrs_end_equal(backend: dict[str, bool]) -> N
 
     start = e_of_all()
     norms = math.prod(w.norm().item() for w in invariant_weights(net))
-    for _ in range(30):
+    for _ in range(60):
         e_of_all()
         optimizer.step()
     assert dynamics.elr_spread(start) > 5
