@@ -42,9 +42,9 @@ import elropt
 from benchmarks import data, models
 from elropt import env_report, plots
 
-SGD_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
-ANGLE_LRS = (0.001, 0.003, 0.01, 0.03, 0.1)
-SPHERE_LRS = (0.001, 0.01, 0.1, 1.0, 10.0)
+SGD_LRS = (0.01, 0.03, 0.1, 0.3)
+ANGLE_LRS = (0.001, 0.003, 0.01, 0.03)
+SPHERE_LRS = (0.0001, 0.001, 0.01, 0.1)
 WARMUP_SHARE = 0.1  # of all steps, for "sgd+warmup"
 
 
@@ -68,7 +68,7 @@ METHODS = {
 }
 
 
-DEFAULT_MODELS = ["bn-mlp-30", "plain-20-w8"]
+DEFAULT_MODELS = ["bn-mlp-30", "plain-14-w8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Config:
     root: str | None = None
     image_size: int | None = None
     limit: int | None = None
-    epochs: int = 20
+    epochs: int = 25
     batch_size: int = 128
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -149,7 +149,7 @@ def train(run: Run, config: Config, dataset: data.Dataset) -> dict[str, Any]:
         "finite": bool(finite),
         "steps": step,
         "elr_steps": sorted(elrs),
-        "elrs": [elrs[s] for s in sorted(elrs)],
+        "elrs": [[float(f"{elr:.4g}") for elr in elrs[s]] for s in sorted(elrs)],
         "seconds": time.perf_counter() - started,
     }
 
@@ -181,7 +181,7 @@ def make_schedule(optimizer: Optimizer, steps: int, linear_warmup: bool) -> LRSc
     cosine = CosineAnnealingLR(optimizer, steps - warmup)
     if not warmup:
         return cosine
-    linear = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup)
+    linear = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
     return SequentialLR(optimizer, [linear, cosine], milestones=[warmup])
 
 
@@ -353,6 +353,8 @@ def draw(out: Path, model: str, summaries: dict[str, Summary], rows: Sequence[di
             if METHODS[name].unit == unit
         }
         plots.accuracy_against_lr(ax, lines, xlabel=f"learning rate ({unit})")
+        ax.set_ylabel("test accuracy (%)")
+        ax.label_outer()
     spread = Figure(figsize=(6, 4), layout="constrained")
     plots.spread_over_steps(
         spread.subplots(),
@@ -366,6 +368,7 @@ def draw(out: Path, model: str, summaries: dict[str, Summary], rows: Sequence[di
         if row["elrs"] and row["elrs"][0]:
             plots.elr_over_steps(ax, row["elr_steps"], row["elrs"])
         ax.set_title(f"{name}, lr {s.lrs[s.best]:g}")
+        ax.label_outer()
     paths = []
     for kind, figure in (("accuracy", accuracies), ("spread", spread), ("layers", layers)):
         paths.append(out / f"{model}-{kind}.png")
@@ -392,7 +395,7 @@ def main(
         str | None, typer.Option(help="Comma-separated; for every optimizer. Default: a grid of each.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 … N-1.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    epochs: Annotated[int, typer.Option(min=1)] = 25,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     momentum: Annotated[float, typer.Option(min=0)] = 0.9,
     weight_decay: Annotated[float, typer.Option(min=0)] = 0.0,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .functional import Group, apply, choose_backend, elr_sgd, measure
-from .rules import RADIAL_TESTS, Hyper, LayerControls, LayerStats, RuleState, decide, radial_test
+from .rules import RADIAL_TESTS, Hyper, LayerControls, LayerStats, RuleState, decide
 
 ROW_STATE_KEYS = RuleState._fields[:-1]
 RULE_STATE_KEYS = RuleState._fields
@@ -61,11 +61,11 @@ class Ensemble:
         self.row_counts = {p: count_rows(p, group) for group in self.groups for p in group["params"]}
         self.flags = [group.get("scale_invariant") for group in self.groups]
         self.device = next((p.device for p, count in self.row_counts.items() if count), torch.device("cpu"))
-        self.memory: RuleState | None = None
         self.last: StepRecord | None = None
         self._cache: dict[str, tuple[object, Any]] = {}
-        if sum(self.row_counts.values()) and (self.rule is not None or self.project):
-            self._remember(state)
+        self.has_rule = (self.rule is not None or self.project) and any(self.row_counts.values())
+        self.memory = self._remember(state)
+        self._watch = HandOverWatch(self.memory.handed_over)
 
     def is_outdated(self) -> bool:
         """Whether somebody changed a group's rule or flag since this was built."""
@@ -74,8 +74,8 @@ class Ensemble:
             for group, flag in zip(self.groups, self.flags, strict=True)
         )
 
-    def _remember(self, state: State) -> None:
-        """Pack what `state` holds of each row (zeros where it holds nothing) and leave views there."""
+    def _remember(self, state: State) -> RuleState:
+        """Pack what `state` holds of each row (zeros where it holds nothing); with a rule, leave views there."""
         counts = {p: n for p, n in self.row_counts.items() if n}
         packed = torch.zeros(len(ROW_STATE_KEYS), sum(counts.values()), device=self.device)
         handed_over = torch.zeros((), device=self.device)
@@ -83,19 +83,19 @@ class Ensemble:
         first = 0
         for p, count in counts.items():
             views = {key: packed[i, first : first + count] for i, key in enumerate(ROW_STATE_KEYS)}
+            held = state.get(p, {}) if self.has_rule else {}
             for key, view in views.items():
-                old = state[p].get(key)
-                if old is not None and old.numel() == count:
-                    view.copy_(old.view(count), non_blocking=True)
+                if key in held and held[key].numel() == count:
+                    view.copy_(held[key].view(count), non_blocking=True)
+            if "handed_over" in held:
+                handed_over.copy_(torch.maximum(handed_over, held["handed_over"].to(self.device)))
             if p in always:
                 views["tracked"].fill_(RADIAL_TESTS)
-            if "handed_over" in state[p]:
-                handed_over.copy_(torch.maximum(handed_over, state[p]["handed_over"].to(self.device)))
-            state[p].update(views, handed_over=handed_over)
+            if self.has_rule:
+                state[p].update(views, handed_over=handed_over)
             first += count
         c, radius, tracked = packed
-        self.memory = RuleState(c, radius, tracked, handed_over)
-        self._watch = HandOverWatch(handed_over)
+        return RuleState(c, radius, tracked, handed_over)
 
     def prepare(self, state: State) -> list[Group]:
         """The groups' tensors that have a gradient. Changes nothing.
@@ -145,30 +145,28 @@ class Ensemble:
         self.last = None
         if not groups:
             return
-        if self.memory is not None and not self._is_over():
-            rows, state = self._active_memory(groups, self.memory)
+        if self.has_rule and not self._is_over():
+            rows, state = self._active_memory(groups)
             stats, controls, after = elr_sgd(groups, state, self._hyper(groups), **self._decision)
-            self._keep(rows, after, self.memory)
+            self._keep(rows, after)
             self.last = self._record(groups, stats, controls, after.tracked)
             return
         if record:
-            self.last = self.measure_now(groups)
-        apply(groups, self._controls_after_hand_over())
+            self.last = self.measure_now(groups, remember=True)
+        apply(groups, self._controls_without_rule())
 
-    def measure_now(self, groups: list[Group]) -> StepRecord | None:
-        """What a step would measure and apply now. Changes nothing."""
+    def measure_now(self, groups: list[Group], *, remember: bool = False) -> StepRecord | None:
+        """What a step would measure and apply now. Changes nothing that a step depends on; `remember` keeps the
+        result of the radial tests where no rule does."""
         if not any(sum(group.row_counts) for group in groups):
             return None
         stats = measure(groups, self.device, per_filter=self.per_filter, with_momentum=self.project)
-        if self.memory is None:
-            untested = torch.zeros_like(stats.grad_sq)
-            return self._record(
-                groups, stats, LayerControls(), radial_test(stats, untested, self._hyper(groups).numel)
-            )
-        _, state = self._active_memory(groups, self.memory)
-        if self._is_over():
+        rows, state = self._active_memory(groups)
+        if self.has_rule and self._is_over():
             return self._record(groups, stats, LayerControls(), state.tracked)
         controls, after = decide(stats=stats, state=state, hyper=self._hyper(groups), **self._decision)
+        if remember and not self.has_rule:
+            self._keep(rows, after)
         return self._record(groups, stats, controls, after.tracked)
 
     def _record(
@@ -183,27 +181,27 @@ class Ensemble:
         """Whether this rule has nothing left to do."""
         return self.rule == "warmup" and not self.project and self._watch.warmup_is_over()
 
-    def _controls_after_hand_over(self) -> LayerControls:
+    def _controls_without_rule(self) -> LayerControls:
         """Plain SGD. On a GPU the step at which the host learns of the hand-over depends on timing, so there the
         arithmetic of the steps before it is kept, with a factor of one."""
-        if self.memory is None or self.device.type == "cpu":
+        if not self.has_rule or self.device.type == "cpu":
             return LayerControls()
         return LayerControls(lr_factor=torch.ones((), device=self.device))
 
-    def _active_memory(self, groups: list[Group], memory: RuleState) -> tuple[slice | Tensor, RuleState]:
+    def _active_memory(self, groups: list[Group]) -> tuple[slice | Tensor, RuleState]:
         """Where the rows of the tensors that have a gradient lie in the memory, and what it holds there."""
         active = {p for group in groups for p in group.params}
         mask = [p in active for p, count in self.row_counts.items() for _ in range(count)]
         rows = slice(None)
         if not all(mask):
             rows = self._cached("rows", tuple(mask), lambda: _upload(np.flatnonzero(mask), self.device))
-        c, radius, tracked, handed_over = memory
+        c, radius, tracked, handed_over = self.memory
         return rows, RuleState(c[rows], radius[rows], tracked[rows], handed_over)
 
-    def _keep(self, rows: slice | Tensor, after: RuleState, memory: RuleState) -> None:
-        for kept, new in zip(memory[:-1], after[:-1], strict=True):
+    def _keep(self, rows: slice | Tensor, after: RuleState) -> None:
+        for kept, new in zip(self.memory[:-1], after[:-1], strict=True):
             kept[rows] = new
-        memory.handed_over.copy_(after.handed_over)
+        self.memory.handed_over.copy_(after.handed_over)
         self._watch.look()
 
     def _hyper(self, groups: list[Group]) -> Hyper:

@@ -145,20 +145,27 @@ class Recorder:
     Args:
         optimizer: the ELRSGD to watch.
         path: JSONL file, appended to; its folder is made.
-        every: record steps 0, every, 2·every …
-        writer: a `SummaryWriter` that gets elr/<name>, elr_spread, log_elr_std and lr_factor too.
+        every: record the steps whose number is a multiple of it.
+        first_step: number of the next step; after a resume, how many steps the run has made.
+        writer: a `SummaryWriter` that gets elr/<name>, elr_spread and log_elr_std too.
 
     Use as a context manager or call `close()`; ``elropt plot PATH`` draws the file.
     """
 
     def __init__(
-        self, optimizer: ELRSGD, path: str | Path, *, every: int = 100, writer: SummaryWriter | None = None
+        self,
+        optimizer: ELRSGD,
+        path: str | Path,
+        *,
+        every: int = 100,
+        first_step: int = 0,
+        writer: SummaryWriter | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"every={every} is not valid: it must be at least 1")
         self.every = every
         self.writer = writer
-        self.step = 0
+        self.step = first_step
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (close() closes it)
         self._hooks = (
@@ -187,7 +194,6 @@ class Recorder:
                 self.writer.add_scalar(name, summary[name], self.step)
             for row in table:
                 self.writer.add_scalar(f"elr/{row.name}", row.elr, self.step)
-            self.writer.add_scalar("lr_factor", table.rows[0].lr_factor, self.step)
 
     def close(self) -> None:
         """Remove the hooks and close the file."""

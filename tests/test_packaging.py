@@ -1,0 +1,77 @@
+"""The wheel, built from the sdist, installed into an empty environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str | Path, **kwargs: object) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **kwargs)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that no build folder is left in the checkout."""
+    source, out = tmp_path_factory.mktemp("source") / "elropt", tmp_path_factory.mktemp("dist")
+    files = run("git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, files):
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            target.symlink_to((ROOT / name).readlink())
+        elif (ROOT / name).exists():
+            target.write_bytes((ROOT / name).read_bytes())
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source)
+    assert len(list(out.glob("*.tar.gz"))) == 1
+    return next(out.glob("*.whl"))
+
+
+def test_contents(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {"elropt"} == {name for name in top if not name.endswith(".dist-info")}
+    for name in (
+        "elropt/py.typed",
+        "elropt/optimizer.py",
+        "elropt/kernels/__init__.py",
+        "elropt/kernels/update.py",
+    ):
+        assert name in names
+
+
+def test_install_and_import(wheel: Path, tmp_path: Path) -> None:
+    """Only torch and NumPy are there, by a path of their own: neither triton nor any extra, nor this checkout."""
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel)
+    code = f"""
+import importlib.util, sys
+for path in {sorted({str(Path(m.__file__).parents[1]) for m in (torch, np)})!r}:
+    sys.path.append(path)
+for name in ("triton", "typer", "rich", "matplotlib", "scipy", "sklearn", "tensorboard"):
+    sys.modules[name] = None  # as if only torch and NumPy were installed there
+import elropt, elropt.kernels
+assert "env" in elropt.__file__, elropt.__file__
+assert importlib.util.find_spec("kernels") is None
+w = elropt.optimizer.torch.nn.Parameter(elropt.optimizer.torch.ones(2, 2))
+w.grad = w.detach().clone()
+elropt.ELRSGD([w], lr=0.1).step()
+print(elropt.__version__)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON"))}
+    version = run(python, "-c", code, cwd=tmp_path, env=environment).strip()
+    assert version == "0.1.0"
+    assert f"-{version}-" in wheel.name
