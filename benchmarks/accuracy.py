@@ -23,6 +23,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -186,9 +187,11 @@ def make_schedule(optimizer: Optimizer, steps: int, linear_warmup: bool) -> LRSc
 
 
 def recorded_steps(steps: int) -> list[int]:
-    """Steps at which the ELRs are recorded: 0, 10, 100, the last, and some between, evenly in the logarithm."""
-    between = np.geomspace(1, max(steps - 1, 1), 16).round().astype(int).tolist()
-    return sorted({step for step in (0, 10, 100, steps - 1, *between) if step < steps})
+    """Steps at which the ELRs are recorded: 0, 10, 100, the last, and between them some evenly in the logarithm and
+    some evenly."""
+    last = steps - 1
+    between = [*np.geomspace(1, max(last, 1), 12), *np.linspace(0, last, 12)]
+    return sorted({step for step in (10, 100, *np.rint(between).astype(int).tolist()) if step < steps})
 
 
 def plain_elrs(tracked: dict[str, Tensor], optimizer: Optimizer) -> list[float]:
@@ -308,20 +311,15 @@ def spreads_over_steps(rows: Sequence[dict[str, Any]]) -> dict[int, float]:
 def results_table(model: str, summaries: dict[str, Summary], title: str) -> Table:
     """The comparison on one model."""
     table = Table(
-        title=f"{model} on {title}", caption="lr chosen by validation accuracy; spread: max/min applied ELR"
+        title=f"{model} on {title}",
+        caption="lr chosen by validation accuracy; range: largest / smallest lr within 1 % of it; "
+        "spread: max / min applied ELR at steps 0, 10, 100 and the last",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
-    for column in (
-        "optimizer",
-        "best lr",
-        "test accuracy",
-        "lr range within 1 %",
-        "spread at 0",
-        "10",
-        "100",
-        "end",
-        "seconds",
-    ):
-        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    table.add_column("optimizer", no_wrap=True)
+    for column in ("best lr", "test accuracy", "range", "spread", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, s in summaries.items():
         spreads = [s.spreads.get(step) for step in (0, 10, 100, max(s.spreads, default=0))]
         table.add_row(
@@ -329,7 +327,7 @@ def results_table(model: str, summaries: dict[str, Summary], title: str) -> Tabl
             f"{s.lrs[s.best]:g}",
             f"{100 * s.test_mean[s.best]:.1f} ± {100 * s.test_std[s.best]:.1f} %",
             f"×{s.lr_range:.3g}",
-            *("–" if value is None else f"{value:.3g}" for value in spreads),
+            " / ".join("–" if value is None else f"{value:.{0 if value >= 10 else 1}f}" for value in spreads),
             f"{s.seconds:.1f}",
         )
     return table
@@ -360,15 +358,18 @@ def draw(out: Path, model: str, summaries: dict[str, Summary], rows: Sequence[di
         spread.subplots(),
         {name: (list(s.spreads), list(s.spreads.values())) for name, s in summaries.items() if s.spreads},
     )
-    layers = Figure(figsize=(4 * len(summaries), 3.5), layout="constrained")
-    for ax, (name, s) in zip(
-        np.atleast_1d(layers.subplots(1, len(summaries), sharey=True)), summaries.items(), strict=True
-    ):
+    columns = min(3, len(summaries))
+    grid = -(-len(summaries) // columns), columns
+    layers = Figure(figsize=(4 * columns, 3 * grid[0] + 0.5), layout="constrained")
+    axes = layers.subplots(*grid, sharex=True, sharey=True, squeeze=False).flatten()
+    for ax, (name, s) in zip(axes, summaries.items(), strict=False):
         row = next(r for r in rows if r["method"] == name and r["lr"] == s.lrs[s.best])
         if row["elrs"] and row["elrs"][0]:
             plots.elr_over_steps(ax, row["elr_steps"], row["elrs"])
         ax.set_title(f"{name}, lr {s.lrs[s.best]:g}")
         ax.label_outer()
+    for ax in axes[len(summaries) :]:
+        ax.set_visible(False)
     paths = []
     for kind, figure in (("accuracy", accuracies), ("spread", spread), ("layers", layers)):
         paths.append(out / f"{model}-{kind}.png")
