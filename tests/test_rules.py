@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,3 +227,65 @@ def test_a_rule_changed_between_steps_is_noticed() -> None:
     train(net, optimizer, range(2, 3))
     tracked = layer_stats(optimizer)
     assert [row.elr for row in tracked if row.tracked] == pytest.approx([0.02] * 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("rule", [None, "uniform"])
+@pytest.mark.parametrize(
+    "hyper",
+    [{}, {"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1}],
+    ids=str,
+)
+def test_projection_removes_whatever_is_radial(
+    backend: dict[str, bool], rule: str | None, hyper: dict[str, Any]
+) -> None:
+    """Also of gradients that have a radial part themselves, of momentum, and of the decay."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(6, 5, device=device) * 3**i) for i in range(3)]
+    groups = [{"params": weights, "scale_invariant": True}]
+    optimizer = ELRSGD(groups, lr=0.05, rule=rule, project=True, **hyper, **backend)
+    for step in range(4):
+        before = [w.detach().double().clone() for w in weights]
+        for w in weights:
+            w.grad = torch.randn_like(w) + 0.5 * w.detach()
+        optimizer.step()
+        for w, old in zip(weights, before, strict=True):
+            moved = w.detach().double() - old
+            assert moved.norm() > 1e-3 * old.norm()
+            assert abs((moved * old).sum() / (moved.norm() * old.norm())) < 1e-5, step
+
+
+@pytest.mark.parametrize("rule", ["angle", "sphere"])
+def test_the_whole_sphere_survives_missing_gradients(rule: str) -> None:
+    """granularity="network": whoever sits a step out keeps its weight, and the radius of all does not drift."""
+    rng = np.random.default_rng(0)
+    weights = plane_weights([4.0, 1.0, 0.3, 2.0], 0.7)
+    radius = math.sqrt(sum(w.square().sum().item() for w in weights))
+    optimizer = ELRSGD(
+        [{"params": weights, "scale_invariant": True}], lr=0.02, rule=rule, granularity="network"
+    )
+    for step in range(60):
+        present = rng.random(4) < (0.6 if step < 59 else 2)
+        before = [w.detach().clone() for w in weights]
+        for w, here in zip(weights, present, strict=True):
+            w.grad = turning(w.detach(), 0.7) if here else None
+        optimizer.step()
+        for w, old, here in zip(weights, before, present, strict=True):
+            assert torch.equal(w.detach(), old) != here
+    held = math.sqrt(sum(optimizer.state[w]["radius"].square().sum().item() for w in weights))
+    assert held == pytest.approx(radius, rel=1e-4)
+    assert math.sqrt(sum(w.square().sum().item() for w in weights)) == pytest.approx(radius, rel=1e-2)
+
+
+def test_a_flag_changed_between_steps_is_noticed() -> None:
+    weights = plane_weights([4.0, 2.5], 0.7)
+    groups = [{"params": [w], "scale_invariant": True} for w in weights]
+    optimizer = ELRSGD(groups, lr=0.02, rule="angle")
+    for flag in (True, False):
+        optimizer.param_groups[1]["scale_invariant"] = flag
+        for w in weights:
+            w.grad = turning(w.detach(), 0.7)
+        plain = weights[1].detach() - 0.02 * turning(weights[1].detach(), 0.7)
+        optimizer.step()
+        assert torch.allclose(weights[1].detach(), plain) != flag

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,3 +185,74 @@ def test_both_critical_learning_rates_serve_the_warmup() -> None:
         controls, _ = rules.warmup(stats, state, hyper, ones > 0, critical)
         assert controls.lr_factor is not None
         assert controls.lr_factor.item() == pytest.approx(1 / (expected * (elr[0] / lr[0]).item()))
+
+
+def vectors(
+    e: list[float], tested: list[bool], *, lr: float = 1e-3, c: list[float] | None = None
+) -> tuple[Any, ...]:
+    """Arguments of `rules.warmup`: weights of norm 1 with these E, a smoothed c, and which layers passed all tests."""
+    n = len(e)
+    zeros, ones = torch.zeros(n), torch.ones(n)
+    stats = rules.LayerStats(ones, torch.tensor(e).square(), zeros, zeros)
+    passed = torch.where(torch.tensor(tested), float(rules.RADIAL_TESTS), 3.0)
+    state = rules.RuleState(zeros if c is None else torch.tensor(c), zeros, passed, torch.zeros(()))
+    return stats, state, rules.Hyper(lr * ones, zeros, ones, ones, zeros, ones), ones > 0
+
+
+def test_it_ends_only_when_all_conditions_hold() -> None:
+    def over(*args: Any, **kwargs: Any) -> bool:
+        return bool(rules.warmup(*vectors(*args, **kwargs))[1].handed_over > 0)
+
+    equal, unequal, yes = [1.0, 1.01, 0.99], [4.0, 1.0, 1.0], [True] * 3
+    assert over(equal, yes)
+    assert not over(equal, [True, True, False])  # a layer is still being tested
+    assert not over(equal, yes, lr=10.0)  # the cap binds
+    assert not over(unequal, yes)
+    assert not over(equal, yes, c=unequal)  # equal by chance: the smoothed c says otherwise
+    assert over([1.3, 1.0, 1.0], yes, c=equal)  # unequal by chance: one noisy gradient does not matter
+
+
+def test_only_tested_layers_are_rescaled_and_all_turn_alike() -> None:
+    e = [4.0, 1.0, 0.5]
+    stats, state, hyper, moving = vectors(e, [True, True, False])
+    controls, _ = rules.warmup(stats, state, hyper, moving)
+    s, a = controls.grad_factor, controls.weight_factor
+    assert s is not None
+    assert a is not None
+    mean = np.exp(np.log(e).mean())
+    expected = (np.array(e) / mean) ** (rules.EQUALIZATION_RATE / 2)
+    np.testing.assert_allclose(a.numpy(), [*expected[:2], 1.0], rtol=1e-6)
+    np.testing.assert_allclose((s * stats.grad_sq.sqrt() / a).numpy(), mean, rtol=1e-6)
+
+
+def test_the_last_rescaling_uses_the_smoothed_c() -> None:
+    stats, state, hyper, moving = vectors([1.3, 1.0, 1.0], [True] * 3, c=[1.0, 1.05, 1.0])
+    controls, after = rules.warmup(stats, state, hyper, moving)
+    assert controls.weight_factor is not None
+    c = np.array([1.03, 1.045, 1.0])  # 0.9 of the old, 0.1 of the new
+    np.testing.assert_allclose(after.sphere_grad_norm.numpy(), c, rtol=1e-6)
+    offset = np.log(c) - np.log(c).mean()
+    np.testing.assert_allclose(controls.weight_factor.numpy(), np.exp(offset / 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_the_cap_counts_the_long_run_gain_of_momentum(dampening: float) -> None:
+    c, lr, momentum = 0.7, 50.0, 0.9
+    weights = plane_weights([3.0, 1.0], c)
+    optimizer = ELRSGD(
+        [{"params": weights, "scale_invariant": True}], lr=lr, momentum=momentum, dampening=dampening
+    )
+    for w in weights:
+        w.grad = turning(w.detach(), c)
+    optimizer.step()
+    for elr in effective_lrs(optimizer).values():
+        assert elr * (1 - dampening) / (1 - momentum) == pytest.approx(1, rel=1e-5)
+
+
+def test_lr_as_a_tensor_gives_the_same_warmup() -> None:
+    nets = [bn_mlp(dtype=torch.float64) for _ in range(2)]
+    lrs: tuple[float | Tensor, ...] = (20.0, torch.tensor([20.0], dtype=torch.float64))
+    for net, lr in zip(nets, lrs, strict=True):  # large, so that the cap binds
+        train(net, ELRSGD(net.parameters(), lr=lr, momentum=0.5), range(3))
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
