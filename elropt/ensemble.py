@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -59,7 +60,6 @@ class Ensemble:
         self.per_filter = self.granularity == "filter"
         self._decision = {"rule": self.rule, "granularity": self.granularity, "project": self.project}
         self.row_counts = {p: count_rows(p, group) for group in self.groups for p in group["params"]}
-        self.flags = [group.get("scale_invariant") for group in self.groups]
         self.device = next((p.device for p, count in self.row_counts.items() if count), torch.device("cpu"))
         self.last: StepRecord | None = None
         self._cache: dict[str, tuple[object, Any]] = {}
@@ -67,18 +67,18 @@ class Ensemble:
         self.memory = self._remember(state)
         self._watch = HandOverWatch(self.memory.handed_over)
 
-    def is_outdated(self) -> bool:
-        """Whether somebody changed a group's rule or flag since this was built."""
-        return any(
-            rule_key(group) != self.key or group.get("scale_invariant") is not flag
-            for group, flag in zip(self.groups, self.flags, strict=True)
-        )
+    def is_detached(self, state: State) -> bool:
+        """Whether somebody replaced or removed what this left in `state`."""
+        return any(state.get(p, {}).get(key) is not view for p, key, view in self._views)
 
     def _remember(self, state: State) -> RuleState:
         """Pack what `state` holds of each row (zeros where it holds nothing); with a rule, leave views there."""
         counts = {p: n for p, n in self.row_counts.items() if n}
-        packed = torch.zeros(len(ROW_STATE_KEYS), sum(counts.values()), device=self.device)
-        handed_over = torch.zeros((), device=self.device)
+        packed = torch.zeros(
+            len(ROW_STATE_KEYS), sum(counts.values()), dtype=torch.float32, device=self.device
+        )
+        handed_over = torch.zeros((), dtype=torch.float32, device=self.device)
+        self._views: list[tuple[Tensor, str, Tensor]] = []
         always = {p for group in self.groups if group.get("scale_invariant") for p in group["params"]}
         first = 0
         for p, count in counts.items():
@@ -92,7 +92,9 @@ class Ensemble:
             if p in always:
                 views["tracked"].fill_(RADIAL_TESTS)
             if self.has_rule:
-                state[p].update(views, handed_over=handed_over)
+                views["handed_over"] = handed_over
+                state[p].update(views)
+                self._views += [(p, key, view) for key, view in views.items()]
             first += count
         c, radius, tracked = packed
         return RuleState(c, radius, tracked, handed_over)
@@ -111,6 +113,10 @@ class Ensemble:
             grads = [p.grad for p in params]
             for p in params:
                 _check_gradient(p, group, has_rows=self.row_counts[p] > 0)
+            row_counts = [
+                self.row_counts[p] if g.layout == torch.strided else 0
+                for p, g in zip(params, grads, strict=True)
+            ]
             buffers = [
                 state.get(p, {}).get("momentum_buffer") if group["momentum"] != 0 else None for p in params
             ]
@@ -119,7 +125,7 @@ class Ensemble:
                     params,
                     grads,
                     buffers,
-                    [self.row_counts[p] for p in params],
+                    row_counts,
                     lr=_scalar(group["lr"], params[0].device),
                     momentum=group["momentum"],
                     dampening=group["dampening"],
@@ -146,8 +152,10 @@ class Ensemble:
         if not groups:
             return
         if self.has_rule and not self._is_over():
-            rows, state = self._active_memory(groups)
-            stats, controls, after = elr_sgd(groups, state, self._hyper(groups), **self._decision)
+            rows, state, absent = self._active_memory(groups)
+            stats, controls, after = elr_sgd(
+                groups, state, self._hyper(groups), absent=absent, **self._decision
+            )
             self._keep(rows, after)
             self.last = self._record(groups, stats, controls, after.tracked)
             return
@@ -161,10 +169,12 @@ class Ensemble:
         if not any(sum(group.row_counts) for group in groups):
             return None
         stats = measure(groups, self.device, per_filter=self.per_filter, with_momentum=self.project)
-        rows, state = self._active_memory(groups)
+        rows, state, absent = self._active_memory(groups)
         if self.has_rule and self._is_over():
             return self._record(groups, stats, LayerControls(), state.tracked)
-        controls, after = decide(stats=stats, state=state, hyper=self._hyper(groups), **self._decision)
+        controls, after = decide(
+            stats=stats, state=state, hyper=self._hyper(groups), absent=absent, **self._decision
+        )
         if remember and not self.has_rule:
             self._keep(rows, after)
         return self._record(groups, stats, controls, after.tracked)
@@ -174,7 +184,10 @@ class Ensemble:
     ) -> StepRecord:
         params = [p for group in groups for p in group.params]
         counts = [count for group in groups for count in group.row_counts]
-        lrs = [group.lr for group in groups for _ in group.params]
+        lrs: list[float | Tensor] = []
+        for group in groups:  # a tensor lr may change in place before the record is read
+            lr = group.lr.clone() if isinstance(group.lr, Tensor) else group.lr
+            lrs += [lr] * len(group.params)
         return StepRecord(params, counts, lrs, self.per_filter, stats, controls, tracked)
 
     def _is_over(self) -> bool:
@@ -186,17 +199,21 @@ class Ensemble:
         arithmetic of the steps before it is kept, with a factor of one."""
         if not self.has_rule or self.device.type == "cpu":
             return LayerControls()
-        return LayerControls(lr_factor=torch.ones((), device=self.device))
+        return LayerControls(lr_factor=torch.ones((), dtype=torch.float32, device=self.device))
 
-    def _active_memory(self, groups: list[Group]) -> tuple[slice | Tensor, RuleState]:
-        """Where the rows of the tensors that have a gradient lie in the memory, and what it holds there."""
-        active = {p for group in groups for p in group.params}
+    def _active_memory(self, groups: list[Group]) -> tuple[slice | Tensor, RuleState, Tensor | None]:
+        """Where the rows of the tensors that have a gradient lie in the memory, what it holds there, and whether
+        other rows have been active before."""
+        active = {p for group in groups for p, n in zip(group.params, group.row_counts, strict=True) if n}
         mask = [p in active for p, count in self.row_counts.items() for _ in range(count)]
-        rows = slice(None)
-        if not all(mask):
-            rows = self._cached("rows", tuple(mask), lambda: _upload(np.flatnonzero(mask), self.device))
         c, radius, tracked, handed_over = self.memory
-        return rows, RuleState(c[rows], radius[rows], tracked[rows], handed_over)
+        if all(mask):
+            return slice(None), self.memory, None
+        rows = self._cached("rows", tuple(mask), lambda: _upload(np.flatnonzero(mask), self.device))
+        others = self._cached(
+            "others", tuple(mask), lambda: _upload(np.flatnonzero(np.logical_not(mask)), self.device)
+        )
+        return rows, RuleState(c[rows], radius[rows], tracked[rows], handed_over), (c[others] > 0).any()
 
     def _keep(self, rows: slice | Tensor, after: RuleState) -> None:
         for kept, new in zip(self.memory[:-1], after[:-1], strict=True):
@@ -219,6 +236,8 @@ class Ensemble:
             if count
         ]
         hyper = self._cached("hyper", tuple(columns), lambda: _hyper_vectors(columns, self.device))
+        if any(isinstance(value, Tensor) for group in groups for value in (group.lr, group.weight_decay)):
+            hyper = hyper._replace(lr=hyper.lr.clone(), weight_decay=hyper.weight_decay.clone())
         first = 0
         for group in groups:
             count = sum(group.row_counts)
@@ -243,7 +262,7 @@ class HandOverWatch:
 
     def __init__(self, flag: Tensor) -> None:
         self.flag = flag
-        self.copy = torch.zeros((), pin_memory=True) if flag.is_cuda else flag
+        self.copy = torch.zeros((), dtype=torch.float32, pin_memory=True) if flag.is_cuda else flag
         self.value = self.copy.numpy()
         self.arrival: torch.cuda.Event | None = None
 
@@ -269,7 +288,7 @@ def momentum_coefficients(group: Group, *, has_buffer: bool) -> tuple[float, flo
     per_grad, per_momentum = (1 - d, μ) if has_buffer else (1.0, 0.0)
     if group.nesterov:
         per_grad, per_momentum = 1 + μ * per_grad, μ * per_momentum
-    return (1 - d) / (1 - μ), per_grad, per_momentum
+    return abs(1 - d) / (1 - μ) if μ < 1 else math.inf, per_grad, per_momentum
 
 
 def _hyper_vectors(columns: list[tuple[float, ...]], device: torch.device) -> Hyper:
@@ -295,6 +314,12 @@ def _check_gradient(p: Tensor, group: Mapping[str, Any], has_rows: bool) -> None
         raise RuntimeError(
             f"a parameter of shape {tuple(p.shape)} has a {grad.layout} gradient, which only plain SGD can apply: "
             "put it in a param group of its own with rule=None and project=False"
+        )
+    decays = isinstance(group["weight_decay"], Tensor) or group["weight_decay"] != 0
+    if grad is not None and grad.layout != torch.strided and decays:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(p.shape)} has a {grad.layout} gradient, which cannot take weight_decay: "
+            "put it in a param group of its own with weight_decay=0"
         )
     if p.is_complex() and has_rows:
         raise RuntimeError(

@@ -51,6 +51,7 @@ def elr_sgd(
     rule: str | None,
     granularity: str = "layer",
     project: bool = False,
+    absent: Tensor | None = None,
 ) -> tuple[LayerStats, LayerControls, RuleState]:
     """One step in place over all groups that share a rule. Rows are numbered through the groups in order.
 
@@ -58,12 +59,15 @@ def elr_sgd(
         groups: what to update.
         state, hyper: the rule's memory and the groups' hyper-parameters, by row.
         rule, granularity, project: as in `ELRSGD`.
+        absent: whether rows that took part earlier have no gradient now (0-dim bool; None: no).
 
     Returns:
         What was measured, what was applied, and the rule's memory after the step.
     """
     stats = measure(groups, state.radius.device, per_filter=granularity == "filter", with_momentum=project)
-    controls, state = decide(rule, stats, state, hyper, granularity=granularity, project=project)
+    controls, state = decide(
+        rule, stats, state, hyper, granularity=granularity, project=project, absent=absent
+    )
     apply(groups, controls)
     return stats, controls, state
 
@@ -72,7 +76,7 @@ def measure(
     groups: Sequence[Group], device: torch.device, *, per_filter: bool, with_momentum: bool
 ) -> LayerStats:
     """The sums over every row of all groups, gathered on one device."""
-    sums = [torch.empty(4, 0, device=device)]
+    sums = [torch.empty(4, 0, dtype=torch.float32, device=device)]
     for group in groups:
         measured = (i for i, count in enumerate(group.row_counts) if count)
         for _, run in itertools.groupby(measured, key=lambda i: group.params[i].device):

@@ -28,10 +28,11 @@ class ELRSGD(Optimizer):
         update    ŵ = a·w ;  g̃ = s·g + ω·ŵ ;  m ← μ·m + (1−d)·g̃ ;  u = nesterov ? g̃ + μ·m : m
                   u ← u − p·ŵ (with project) ;  w ← ŵ − κ·λ·u
 
-    With ``rule=None`` this is `torch.optim.SGD`, bit for bit. A layer is *tracked* if its group has
-    ``scale_invariant=True`` (see `elropt.param_groups`), or, in groups without that key, if it has two or more
-    dimensions and its gradient has been orthogonal to it in each of its first 8 steps.
-    All other parameters see plain SGD (and κ).
+    With ``rule=None`` and float hyper-parameters this is `torch.optim.SGD`, bit for bit. A layer is *tracked* if its
+    group has ``scale_invariant=True`` (see `elropt.param_groups`), or, in groups without that key, if it has two or
+    more dimensions and its gradient has been orthogonal to it in each of its first 8 steps.
+    All other parameters see plain SGD (and κ). Groups that name the same rule, granularity and project are decided
+    together, others apart.
 
     Args:
         params: parameters, named parameters or param groups, as in `torch.optim.SGD`.
@@ -54,7 +55,7 @@ class ELRSGD(Optimizer):
             None: plain SGD.
             In "angle" and "sphere" the stored weight is one step ahead of its sphere: each step first brings it back
             (a = radius/‖w‖), then moves it; its direction is exactly that of training on the sphere.
-        project: remove the radial part of the update of tracked layers.
+        project: remove the radial part of the update of tracked layers, to the rounding of float32.
         granularity: what one norm is taken over: "layer" (a tensor), "filter" (each index of its dimension 0; for
             "uniform", "angle" and "sphere") or "network" (all tracked tensors together; "angle" and "sphere").
         maximize: maximize the objective.
@@ -66,9 +67,9 @@ class ELRSGD(Optimizer):
         ValueError: an argument, here or in a param group, outside the ranges above.
 
     What else can happen, by name:
-        - a tracked layer whose weight or gradient is zero or not finite gets plain SGD's update at that step, and has
-          no influence on the others (a NaN stays in its own layer);
-        - sparse gradients and complex parameters are never tracked; sparse ones need ``rule=None``;
+        - a tracked layer whose ‖w‖² or ‖g‖² is zero or not finite in float32 is left out of the rule at that step: its
+          gradient enters the update as in SGD, and it has no influence on the others (a NaN stays in its own layer);
+        - sparse gradients and complex parameters are never tracked; sparse ones need ``rule=None``, no decay;
         - nothing to track: the rule does nothing, and "warmup" stays armed;
         - layers that join after the hand-over of the warm-up see plain SGD.
     State of a parameter: `momentum_buffer`, and with a rule or `project` the float32 tensors `sphere_grad_norm` (c,
@@ -113,6 +114,7 @@ class ELRSGD(Optimizer):
         }
         validate(defaults)
         self._ensembles: list[Ensemble] | None = None
+        self._layout: object = None
         self._recording = False
         super().__init__(params, defaults)
 
@@ -120,6 +122,7 @@ class ELRSGD(Optimizer):
         """As torch's; the group's own hyper-parameters are checked before it is added."""
         if isinstance(param_group, dict):
             validate({**self.defaults, **param_group})
+            _refuse_duplicates({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._ensembles = None
 
@@ -148,16 +151,22 @@ class ELRSGD(Optimizer):
             self._check_loaded(final)
             loaded.update(final)
 
-        handle = self.register_load_state_dict_pre_hook(complete)
+        def restore(_: Optimizer) -> None:
+            for index, p in self._params_by_index(loaded):
+                for key in RULE_STATE_KEYS:
+                    value = loaded["state"].get(index, {}).get(key)
+                    if value is not None:
+                        self.state[p][key] = value.detach().to(p.device, torch.float32, copy=True)
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(complete),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        for index, p in self._params_by_index(loaded):
-            for key in RULE_STATE_KEYS:
-                value = loaded["state"].get(index, {}).get(key)
-                if value is not None:
-                    self.state[p][key] = value.detach().to(p.device, torch.float32, copy=True)
+            for hook in hooks:
+                hook.remove()
 
     def _params_by_index(self, state_dict: Mapping[str, Any]) -> list[tuple[int, Tensor]]:
         """(index in a state dict, parameter here), by position."""
@@ -215,12 +224,24 @@ class ELRSGD(Optimizer):
         return [record for record in records if record is not None]
 
     def _current_ensembles(self) -> list[Ensemble]:
-        if self._ensembles is None or any(ensemble.is_outdated() for ensemble in self._ensembles):
+        """What groups of the same rule, granularity and project form; anew if anybody changed them or their state."""
+        layout = tuple(
+            (id(group), rule_key(group), group.get("scale_invariant"), tuple(map(id, group["params"])))
+            for group in self.param_groups
+        )
+        if (
+            self._ensembles is None
+            or layout != self._layout
+            or any(e.is_detached(self.state) for e in self._ensembles)
+        ):
             together: dict[Any, list[dict[str, Any]]] = {}
             for group in self.param_groups:
                 validate_choices(group)
+                _refuse_duplicates(group)
                 together.setdefault(rule_key(group), []).append(group)
-            self._ensembles = [Ensemble(groups, self.state) for groups in together.values()]
+            with torch.inference_mode(False):
+                self._ensembles = [Ensemble(groups, self.state) for groups in together.values()]
+            self._layout = layout
         return self._ensembles
 
 
@@ -269,6 +290,18 @@ def validate(group: Mapping[str, Any]) -> None:
     validate_choices(group)
 
 
+def _refuse_duplicates(group: Mapping[str, Any]) -> None:
+    params = group["params"]
+    if not isinstance(params, list | tuple) or (group["rule"] is None and not group["project"]):
+        return
+    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    if len({id(p) for p in tensors}) != len(tensors):
+        raise ValueError(
+            f"a param group with rule={group['rule']!r}, project={group['project']} holds the same parameter twice; "
+            "give it once, or use rule=None and project=False"
+        )
+
+
 def validate_choices(group: Mapping[str, Any]) -> None:
     """The part of `validate` that reads no tensor: the rule, and what goes together. Same errors."""
     momentum, dampening = group["momentum"], group["dampening"]
@@ -288,7 +321,7 @@ def validate_choices(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"momentum={momentum} is not valid with rule={rule!r}: it must be below 1, or use rule=None"
         )
-    if flag not in (None, True, False):
+    if flag is not None and not isinstance(flag, bool):
         raise ValueError(
             f"scale_invariant={flag!r} is not valid: True, False, or leave it out to have it measured"
         )

@@ -74,8 +74,11 @@ def decide(
     *,
     granularity: str = "layer",
     project: bool = False,
+    absent: Tensor | None = None,
 ) -> tuple[LayerControls, RuleState]:
     """The factors of this step and the state after it.
+
+    `absent` (0-dim bool) says whether rows that took part in earlier steps are missing from these vectors.
 
     Rows that cannot be judged (not tracked, ‖w‖ or ‖g‖ zero or not finite) get the factors of plain SGD and
     have no influence on the others.
@@ -86,7 +89,7 @@ def decide(
     state = state._replace(tracked=tracked)
     controls = LayerControls()
     if rule == "warmup":
-        controls, state = warmup(stats, state, hyper, moving)
+        controls, state = warmup(stats, state, hyper, moving, absent=absent)
     elif rule == "uniform":
         controls = LayerControls(grad_factor=uniform_factor(log_relative_grad(stats, moving), moving))
     elif rule == "angle" or rule == "sphere":
@@ -105,6 +108,7 @@ def warmup(
     hyper: Hyper,
     moving: Tensor,
     critical: Callable[[Tensor, Tensor], Tensor] | None = None,
+    absent: Tensor | None = None,
 ) -> tuple[LayerControls, RuleState]:
     """Equalize the ELRs without changing the network's function, then hand over to plain SGD.
 
@@ -115,7 +119,7 @@ def warmup(
     Whether they have arrived is judged by E from a smoothed c, which neither the noise of one gradient nor a
     rescaled weight changes: once the standard deviation of its logarithm is below EQUALIZED_STD, every layer has
     passed its radial tests and the cap does not bind, the rest of the rescaling is done in one step and the
-    warm-up is over.
+    warm-up is over. A step at which some layer cannot be judged (no gradient, a zero one, NaN) never ends it.
 
     `critical` is `monotone` (default) or `balance`; they differ only if the groups' learning rates do. Derived,
     docs/theory.md §9.
@@ -125,7 +129,7 @@ def warmup(
     offset = torch.where(moving, log_e - log_mean, 0.0)
     c = torch.where(
         moving,
-        smooth(state.sphere_grad_norm, (stats.weight_sq * stats.grad_sq).sqrt()),
+        smooth(state.sphere_grad_norm, stats.weight_sq.sqrt() * stats.grad_sq.sqrt()),
         state.sphere_grad_norm,
     )
     log_smooth_e = torch.where(moving, c.log() - stats.weight_sq.log(), 0.0)
@@ -135,10 +139,12 @@ def warmup(
     active = state.handed_over == 0
     ends = (
         moving.any()
-        & (tested | ~moving).all()
+        & torch.where(moving, tested, state.tracked < 0).all()
         & (masked_mean(smooth_offset.square(), moving).sqrt() < EQUALIZED_STD)
         & (log_cap == 0)
     )
+    if absent is not None:
+        ends = ends & ~absent
     log_a = torch.where(tested, torch.where(ends, smooth_offset, EQUALIZATION_RATE * offset) / 2, 0.0)
     log_s = log_a - offset
     κ, s, a = (torch.where(active, value, 0.0).exp() for value in (log_cap, log_s, log_a))
@@ -183,7 +189,7 @@ def radial_test(stats: LayerStats, passed: Tensor, numel: Tensor) -> Tensor:
     batches differ, but with that 2 % if all these steps see the same batch at a tiny learning rate (then say
     which layers are invariant: `elropt.param_groups`).
     """
-    cosine = stats.weight_dot_grad / (stats.weight_sq * stats.grad_sq).sqrt()
+    cosine = stats.weight_dot_grad / (stats.weight_sq.sqrt() * stats.grad_sq.sqrt())
     zero = cosine.abs() < 0.02 / numel.sqrt() + 1e-4
     testing = torch.isfinite(cosine) & (passed >= 0) & (passed < RADIAL_TESTS)
     return torch.where(testing, torch.where(zero, passed + 1, -1.0), passed)

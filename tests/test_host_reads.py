@@ -37,13 +37,19 @@ class ForbidReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def forbidden(*_: object, **__: object) -> None:
+    raise AssertionError("reads a value back to the host")
+
+
 @contextmanager
 def no_host_reads() -> Iterator[None]:
     """Forbids reads; on a GPU the driver's own check too."""
     if DEVICE == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        with ForbidReads():
+        with ForbidReads(), pytest.MonkeyPatch.context() as patch:
+            for name in ("tolist", "cpu", "__array__"):  # these read memory without an op on the CPU
+                patch.setattr(torch.Tensor, name, forbidden)
             yield
     finally:
         if DEVICE == "cuda":
@@ -55,6 +61,8 @@ def test_the_check_can_fail() -> None:
         torch.ones(()).item()
     with pytest.raises(AssertionError, match="reads a value"), no_host_reads():
         bool(torch.ones(1) > 0)
+    with pytest.raises(AssertionError, match="reads a value"), no_host_reads():
+        torch.ones(1).tolist()
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
