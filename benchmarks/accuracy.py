@@ -69,7 +69,7 @@ METHODS = {
 }
 
 
-DEFAULT_MODELS = ["bn-mlp-30", "plain-14-w8"]
+DEFAULT_MODELS = ["bn-mlp-30", "plain-8-w8"]
 
 
 @dataclasses.dataclass(frozen=True)
