@@ -197,7 +197,7 @@ def recorded_steps(steps: int) -> list[int]:
 def plain_elrs(tracked: dict[str, Tensor], optimizer: Optimizer) -> list[float]:
     """λE of each tracked weight under plain SGD, one host read in all."""
     ratios = [w.grad.norm() / w.norm() for w in tracked.values() if w.grad is not None]
-    return (optimizer.param_groups[0]["lr"] * torch.stack(ratios)).tolist()
+    return (optimizer.param_groups[0]["lr"] * torch.stack(ratios)).tolist() if ratios else []
 
 
 @torch.no_grad()
@@ -232,7 +232,6 @@ def load(config: Config) -> data.Dataset:
 
 def train_all(runs: Sequence[Run], config: Config, jobs: int, console: Console) -> list[dict[str, Any]]:
     """All runs, `jobs` at a time, with a progress bar; rows in the order of `runs`."""
-    load(config)  # errors and decoding come before the processes
     rows: dict[Run, dict[str, Any]] = {}
     columns = (
         TextColumn("{task.description}"),
@@ -433,7 +432,13 @@ def main(
         data_name, path or root, image_size, limit, epochs, batch_size, momentum, weight_decay, other_lr, augment,
         device, amp, channels_last,
     )  # fmt: skip
-    grid = None if lrs is None else [float(value) for value in lrs.split(",")]
+    try:
+        grid = None if lrs is None else [float(value) for value in lrs.split(",")]
+        dataset = load(config)
+        for net in model:
+            models.build(net, in_shape=dataset.in_shape, classes=dataset.classes)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
     runs = [
         Run(net, name, lr, seed)
         for net, name, seed in itertools.product(model, optimizer, range(seeds))
@@ -444,10 +449,11 @@ def main(
     seconds = time.perf_counter() - started
 
     out.mkdir(parents=True, exist_ok=True)
-    title = load(config).title
+    title = dataset.title
+    described = {key: value for key, value in dataclasses.asdict(config).items() if key != "root"}
     report: dict[str, Any] = {
         "env": env_report.collect(),
-        "config": dataclasses.asdict(config),
+        "config": described,
         "data": title,
     }
     report |= {"command_seconds": seconds, "seeds": seeds, "rows": rows}
@@ -471,4 +477,6 @@ def _without_nan(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

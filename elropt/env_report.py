@@ -40,7 +40,7 @@ def collect() -> dict[str, object]:
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "triton": _triton_version(),
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "os": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),

@@ -23,7 +23,11 @@ __all__ = ["LayerRow", "LayerTable", "Recorder", "effective_lrs", "layer_stats"]
 
 @dataclasses.dataclass(frozen=True)
 class LayerRow:
-    """One layer (or filter) at one step. Norms are those before the update.
+    """One layer (or filter) at one step.
+
+    Norms are those before the update. Where the step measured nothing (see `layer_stats`) the weight is the current
+    one, so after a step the gradient is the previous weight's: there measure between `backward()` and `step()`, or
+    with a `Recorder`.
 
     Attributes:
         name: the parameter's name; with granularity "filter" followed by ``[index]``.
@@ -51,7 +55,10 @@ class LayerRow:
 
 
 class LayerTable:
-    """The layers of one step, in the order of the parameters.
+    """The layers of one step, in the order of the parameters; groups with different rules one after the other.
+
+    It holds the tensors that a rule may concern: two or more dimensions and no ``scale_invariant=False``, or
+    ``scale_invariant=True``.
 
     Iterates over `LayerRow`; ``table["elr"]`` is a column as a NumPy array; ``print(table)`` shows it.
     """
@@ -115,13 +122,17 @@ def layer_stats(optimizer: ELRSGD) -> LayerTable:
     `model.named_parameters()` if these (or `elropt.param_groups`) were given to the optimizer, else
     "<group>.<index>".
 
+    The table is empty if the rule can concern no parameter.
+
     Raises:
-        RuntimeError: there are no gradients yet.
+        RuntimeError: nothing was measured and there are no gradients now.
     """
     records = optimizer.layer_records()
     if not records:
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            return LayerTable([])
         raise RuntimeError(
-            "no layer has a gradient yet: call layer_stats after loss.backward() or after a step"
+            "no layer has a gradient: call layer_stats after loss.backward(), or after a step and before zero_grad()"
         )
     names = _parameter_names(optimizer)
     values = torch.cat([_as_matrix(record).to(records[0].stats.grad_sq.device) for record in records], dim=1)

@@ -42,13 +42,14 @@ class ELRSGD(Optimizer):
             A scheduler owns ``group["lr"]``; no rule writes it.
         momentum: μ, 0 ≤ μ < 1 (any μ ≥ 0 with ``rule=None``).
         dampening: d.
-        weight_decay: ω ≥ 0, L2 decay inside the gradient. It is radial, so ``project`` removes its effect on tracked
-            layers, and "angle" and "sphere" undo it.
+        weight_decay: ω ≥ 0, L2 decay inside the gradient. It is radial, so with ``project``, "angle" and
+            "sphere" it has hardly any effect on tracked layers (none without momentum).
         nesterov: Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
         rule:
             "warmup" (default): all tracked layers turn by the same angle while their weights are rescaled, which
-            does not change the network's function, until plain SGD turns them by the same angle too (to a factor of 2);
-            from then on it is plain SGD. Meanwhile κ caps λ at the critical learning rate. No hyper-parameters.
+            does not change the network's function, until plain SGD turns them by the same angle too (log E has a
+            standard deviation below 0.1); from then on it is plain SGD. Meanwhile κ caps λ at the critical learning
+            rate. No hyper-parameters.
             "uniform": s = Ē/E, Ē the geometric mean: all tracked layers turn by the same angle.
             "angle": every tracked layer turns by ``lr`` radians per plain SGD step and keeps its initial norm.
             "sphere": SGD with learning rate ``lr`` on the unit sphere (Kodryan et al., NeurIPS 2022), norm kept.
@@ -59,8 +60,8 @@ class ELRSGD(Optimizer):
         granularity: what one norm is taken over: "layer" (a tensor), "filter" (each index of its dimension 0; for
             "uniform", "angle" and "sphere") or "network" (all tracked tensors together; "angle" and "sphere").
         maximize: maximize the objective.
-        foreach, fused: as in torch: `torch._foreach_*` or the Triton kernels; None for both picks fused on CUDA where
-            every tensor of the group qualifies, else foreach on CUDA, else one tensor after the other.
+        foreach, fused: as in torch: `torch._foreach_*` or the Triton kernels (CUDA only); None for both picks fused on
+            CUDA where every tensor of the group qualifies, else foreach on CUDA, else one tensor after the other.
         differentiable: let autograd run through the step; needs ``rule=None`` and ``project=False``.
 
     Raises:

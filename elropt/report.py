@@ -127,7 +127,7 @@ class ModelReport:
             )
             if self.momentum:
                 yield (
-                    f"In the long run momentum {self.momentum:g} turns them {1 / (1 - self.momentum):.3g} "
+                    f"In the long run momentum {self.momentum:g} turns them up to {1 / (1 - self.momentum):.3g} "
                     "times as far per step, which the critical learning rates allow for."
                 )
             if self.lr > self.balance_lr:
@@ -144,8 +144,8 @@ class ModelReport:
             else:
                 yield (
                     f"The chosen lr is below both critical learning rates, {self.balance_lr:.3g} and "
-                    f"{self.monotone_lr:.3g}: no layer overtakes another, and the spread shrinks by itself, "
-                    "the slower the smaller lr is."
+                    f"{self.monotone_lr:.3g}: one gradient's turn lets no layer overtake another, and the spread "
+                    "shrinks by itself, the slower the smaller lr is."
                 )
         if self.warmup_ends:
             yield "ELRSGD's warm-up would find nothing to do and end at its first step."

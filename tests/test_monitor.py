@@ -493,3 +493,15 @@ def test_the_step_reads_nothing_even_when_it_records() -> None:
     assert reads.calls == []
     assert scalars.count == 0
     assert isinstance(optimizer.layer_records()[0].stats.grad_sq, Tensor)
+
+
+@pytest.mark.parametrize("rule", [None, "warmup"])
+def test_nothing_to_show_is_an_empty_table(rule: str | None) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = ELRSGD([p], lr=0.1, rule=rule)
+    with pytest.raises(RuntimeError, match="backward"):
+        layer_stats(optimizer)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert len(layer_stats(optimizer)) == 0
+    assert effective_lrs(optimizer) == {}

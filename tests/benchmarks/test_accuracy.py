@@ -131,6 +131,9 @@ def test_linear_warmup_then_cosine() -> None:
         (["--data", "imagefolder"], "takes the PATH"),
         (["some/path"], "takes the PATH"),
         (["--seeds", "0"], "seeds"),
+        (["--lrs", "fast"], "fast"),
+        (["--model", "nope-3"], "nope-3"),
+        (["--data", "nope"], "nope"),
     ],
     ids=str,
 )
@@ -138,3 +141,13 @@ def test_bad_arguments(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.filterwarnings("ignore:.*scale-invariant")
+def test_nets_without_tracked_layers_train_too() -> None:
+    dataset = data.load("digits")
+    for method in ("sgd", "warmup", "angle"):
+        run = accuracy.Run("mlp-3-w8", method, 0.01, 0)
+        result = accuracy.train(run, accuracy.Config("digits", epochs=1), dataset)
+        assert all(elrs == [] for elrs in result["elrs"])
+        assert accuracy.summarize([result]).spreads == {}
