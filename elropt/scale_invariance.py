@@ -107,7 +107,8 @@ def param_groups(
     `weight_decay`; empty groups are left out:
     - "scale_invariant": what `find_scale_invariant` finds, if it has 2 or more dimensions;
     - "other": all else with 2 or more dimensions, for example the head;
-    - "no_decay": norm gains and biases (fewer than 2 dimensions), with weight decay 0.
+    - "no_decay": norm gains and biases (fewer than 2 dimensions, or the magnitude of
+      `torch.nn.utils.parametrizations.weight_norm`), with weight decay 0.
 
     Args:
         model, inputs: as for `find_scale_invariant`.
@@ -148,7 +149,7 @@ def param_groups(
     kinds = find_scale_invariant(model, *inputs)
     members: dict[str, list[str]] = {"scale_invariant": [], "other": [], "no_decay": []}
     for name, param in trainable.items():
-        if param.ndim < 2:
+        if param.ndim < 2 or (name.endswith(".original0") and param.numel() == param.shape[0]):
             members["no_decay"].append(name)
         elif kinds[name] is not None and name not in excluded:
             members["scale_invariant"].append(name)

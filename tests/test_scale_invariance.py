@@ -508,8 +508,9 @@ def test_param_groups_hold_every_trainable_parameter_once(name: str) -> None:
         assert "lr" not in group
         for param_name, param in zip(group["param_names"], group["params"], strict=True):
             assert param is model.get_parameter(param_name)
-            assert group["scale_invariant"] == (kinds[param_name] is not None and param.ndim >= 2)
-            assert group["weight_decay"] == (0.1 if param.ndim >= 2 else 0.0)
+            is_weight = param.ndim >= 2 and not param_name.endswith("original0")  # weight_norm's gain
+            assert group["scale_invariant"] == (kinds[param_name] is not None and is_weight)
+            assert group["weight_decay"] == (0.1 if is_weight else 0.0)
 
 
 SCHEDULERS: dict[str, Any] = {
@@ -778,3 +779,13 @@ def test_equalize_rejects_a_loss_before_it_changes_anything(loss: Any, message: 
     with pytest.raises(ValueError, match=message):
         equalize_(model, *architecture.inputs(), loss=loss)
     assert_same(state_of(model), before)
+
+
+def test_the_magnitude_of_weight_norm_is_a_gain() -> None:
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
+    model = nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    groups = {g["name"]: g for g in param_groups(model, torch.randn(8, 3, 8, 8), weight_decay=0.1)}
+    assert groups["scale_invariant"]["param_names"] == ["0.parametrizations.weight.original1"]
+    assert "0.parametrizations.weight.original0" in groups["no_decay"]["param_names"]
+    assert groups["other"]["param_names"] == ["4.weight"]
+    assert groups["no_decay"]["weight_decay"] == 0
