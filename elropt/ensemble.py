@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -11,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import kernels
 from .functional import Group, apply, choose_backend, elr_sgd, measure
 from .rules import RADIAL_TESTS, Hyper, LayerControls, LayerStats, RuleState, decide
 
 ROW_STATE_KEYS = RuleState._fields[:-1]
-RULE_STATE_KEYS = RuleState._fields
+STATE_DTYPES = {**dict.fromkeys(RuleState._fields, torch.float32), "rounding_step": torch.int64}
+STEPS_PER_LOOK = 16  # on a GPU, at whether the warm-up is over
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -60,18 +64,18 @@ class Ensemble:
         self.per_filter = self.granularity == "filter"
         self._decision = {"rule": self.rule, "granularity": self.granularity, "project": self.project}
         self.row_counts = {p: count_rows(p, group) for group in self.groups for p in group["params"]}
+        self.params = list(self.row_counts)
         self.device = next((p.device for p, count in self.row_counts.items() if count), torch.device("cpu"))
-        self.last: StepRecord | None = None
+        self._last: StepRecord | None = None
         self._cache: dict[str, tuple[object, Any]] = {}
         self.has_rule = (self.rule is not None or self.project) and any(self.row_counts.values())
-        self.memory = self._remember(state)
+        self.memory, self._packed = self._remember(state)
         self._watch = HandOverWatch(self.memory.handed_over)
+        self._fused: FusedEnsemble | None = None
+        self._decided = False
+        self._snapshot(state)
 
-    def is_detached(self, state: State) -> bool:
-        """Whether somebody replaced or removed what this left in `state`."""
-        return any(state.get(p, {}).get(key) is not view for p, key, view in self._views)
-
-    def _remember(self, state: State) -> RuleState:
+    def _remember(self, state: State) -> tuple[RuleState, Tensor]:
         """Pack what `state` holds of each row (zeros where it holds nothing); with a rule, leave views there."""
         counts = {p: n for p, n in self.row_counts.items() if n}
         packed = torch.zeros(
@@ -96,15 +100,68 @@ class Ensemble:
                 state[p].update(views)
                 self._views += [(p, key, view) for key, view in views.items()]
             first += count
+        self._remember_rounding(state)
         c, radius, tracked = packed
-        return RuleState(c, radius, tracked, handed_over)
+        return RuleState(c, radius, tracked, handed_over), packed
 
-    def prepare(self, state: State) -> list[Group]:
-        """The groups' tensors that have a gradient. Changes nothing.
+    def _remember_rounding(self, state: State) -> None:
+        """One counter of steps for all parameters that are rounded stochastically."""
+        rounded = [
+            p
+            for group in self.groups
+            if group["stochastic_rounding"] is not None
+            for p in group["params"]
+            if p.dtype == torch.bfloat16
+        ]
+        self.rounding_step = None
+        if rounded:
+            held = [state[p]["rounding_step"] for p in rounded if "rounding_step" in state.get(p, {})]
+            self.rounding_step = torch.zeros((), dtype=torch.int64, device=rounded[0].device)
+            for count in held:
+                self.rounding_step.copy_(torch.maximum(self.rounding_step, count.to(self.rounding_step)))
+            for p in rounded:
+                state[p]["rounding_step"] = self.rounding_step
+                self._views.append((p, "rounding_step", self.rounding_step))
+
+    def is_detached(self, state: State) -> bool:
+        """Whether somebody replaced or removed what this left in `state`."""
+        dicts = [held for held in map(state.get, self.params) if held is not None]
+        values = itertools.chain.from_iterable(map(dict.values, dicts))
+        if _same_objects(dicts, self._dicts) and _same_objects(list(values), self._values):
+            return False
+        self._fused = None  # it may hold another momentum buffer
+        self._snapshot(state)
+        return any(state.get(p, {}).get(key) is not view for p, key, view in self._views)
+
+    def _snapshot(self, state: State) -> None:
+        """What `state` holds of these parameters, to notice when it is something else."""
+        self._dicts = [held for held in map(state.get, self.params) if held is not None]
+        self._values = list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
+
+    def prepare(self, state: State) -> FusedEnsemble | list[Group]:
+        """The tensors that have a gradient: as one fused step, if all of them qualify for it. Changes nothing.
 
         Raises:
             RuntimeError: a gradient that the rule or the backend cannot take.
         """
+        if self._fused is not None and self._fused.fits():
+            return self._fused
+        self._fused = None
+        groups = self.prepare_groups(state)
+        backends = {group.backend for group in groups}
+        devices = {group.params[0].device for group in groups}
+        if backends == {kernels} and len(devices) == 1 and (not self.has_rule or devices == {self.device}):
+            self._fused = FusedEnsemble(self, groups)
+            return self._fused
+        if any(group["stochastic_rounding"] is not None for group in self.groups):
+            raise RuntimeError(
+                "stochastic_rounding needs the Triton kernels, which take dense float32, bfloat16 or float16 parameters "
+                "on one CUDA device; these groups are not of that kind: use stochastic_rounding=None"
+            )
+        return groups
+
+    def prepare_groups(self, state: State) -> list[Group]:
+        """`prepare`, for any backend."""
         prepared = []
         for group in self.groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -146,22 +203,64 @@ class Ensemble:
             )
         return prepared
 
-    def step(self, groups: list[Group], *, record: bool) -> None:
-        """Update the prepared groups in place. `record` asks for `last` where the rule itself measures nothing."""
-        self.last = None
-        if not groups:
+    def step(
+        self,
+        prepared: FusedEnsemble | list[Group],
+        state: State,
+        *,
+        record: bool,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Update what `prepare` returned, in place. `record` asks for a record where the rule itself measures nothing.
+
+        `grad_scale` and `found_inf`, as `torch.amp.GradScaler` leaves them, are for a fused step alone.
+        """
+        self._last = None
+        self._decided = False
+        if not prepared:
             return
+        if isinstance(prepared, FusedEnsemble):
+            active = self.has_rule and not self._is_over()
+            if record and not active:
+                self._last = self.measure_now(self.prepare_groups(state), remember=True)
+            prepared.step(active=active, read_all=record, grad_scale=grad_scale, found_inf=found_inf)
+            self._decided = active
+            if active:
+                self._watch.look()
+            new = prepared.new_buffers(state)
+        else:
+            self._step_groups(prepared, record=record)
+            new = {
+                p: buffer
+                for group in prepared
+                if group.momentum != 0
+                for p, buffer in zip(group.params, group.momentum_buffers, strict=True)
+                if buffer is not None and state.get(p, {}).get("momentum_buffer") is not buffer
+            }
+        if new:
+            for p, buffer in new.items():
+                state[p]["momentum_buffer"] = buffer
+            self._snapshot(state)
+
+    def _step_groups(self, groups: list[Group], *, record: bool) -> None:
         if self.has_rule and not self._is_over():
-            rows, state, absent = self._active_memory(groups)
+            rows, memory, absent = self._active_memory(groups)
             stats, controls, after = elr_sgd(
-                groups, state, self._hyper(groups), absent=absent, **self._decision
+                groups, memory, self._hyper(groups), absent=absent, **self._decision
             )
             self._keep(rows, after)
-            self.last = self._record(groups, stats, controls, after.tracked)
+            self._last = self._record(groups, stats, controls, after.tracked)
             return
         if record:
-            self.last = self.measure_now(groups, remember=True)
+            self._last = self.measure_now(groups, remember=True)
         apply(groups, self._controls_without_rule())
+
+    def record(self, state: State) -> StepRecord | None:
+        """What the last step measured and applied; if it measured nothing, weights and gradients as they are now."""
+        if self._last is None and self._decided and self._fused is not None:
+            self._last = self._fused.record()
+        return self._last or self.measure_now(self.prepare_groups(state))
 
     def measure_now(self, groups: list[Group], *, remember: bool = False) -> StepRecord | None:
         """What a step would measure and apply now. Changes nothing that a step depends on; `remember` keeps the
@@ -227,7 +326,7 @@ class Ensemble:
             (
                 0.0 if isinstance(group.lr, Tensor) else group.lr,
                 0.0 if isinstance(group.weight_decay, Tensor) else group.weight_decay,
-                *momentum_coefficients(group, has_buffer=m is not None),
+                *momentum_coefficients(group.momentum, group.dampening, group.nesterov, has_buffer=m is not None),
                 p.numel() / count,
                 count,
             )
@@ -253,6 +352,130 @@ class Ensemble:
         return self._cache[name][1]
 
 
+class FusedEnsemble:
+    """An ensemble whose tensors all go through the kernels in one step, and how the kernels see it."""
+
+    def __init__(self, ensemble: Ensemble, groups: list[Group]) -> None:
+        self.ensemble = ensemble
+        self.options = self._options_now()
+        self.params = [p for group in groups for p in group.params]
+        self.row_counts = [count for group in groups for count in group.row_counts]
+        self.present = None if len(self.params) == len(ensemble.params) else _present(ensemble.params)
+        self.buffers: list[Tensor | None] = [
+            kernels.new_buffer(g) if m is None and group.momentum != 0 else m
+            for group in groups
+            for g, m in zip(group.grads, group.momentum_buffers, strict=True)
+        ]
+        first = dict(
+            zip(ensemble.params, itertools.accumulate(ensemble.row_counts.values(), initial=0), strict=False)
+        )
+        self.rows = [
+            (first[p], count) if count else None for p, count in zip(self.params, self.row_counts, strict=True)
+        ]
+        number = {p: i for i, group in enumerate(ensemble.groups) for p in group["params"]}
+        self.kernels = kernels.FusedStep(
+            self.params,
+            [g for group in groups for g in group.grads],
+            self.buffers,
+            groups=[number[p] for p in self.params],
+            kinds=[
+                kernels.Kind(
+                    group["momentum"] != 0,
+                    bool(group["nesterov"]),
+                    bool(group["maximize"]),
+                    group["stochastic_rounding"],
+                )
+                for group in ensemble.groups
+            ],
+            rows=self.rows,
+            rule=kernels.Rule(
+                ensemble.rule,
+                ensemble.granularity == "network",
+                ensemble.project,
+                ensemble._packed,
+                ensemble.memory.handed_over,
+            )
+            if ensemble.has_rule
+            else None,
+        )
+        self._are_new = self.buffers != [m for group in groups for m in group.momentum_buffers]
+
+    def _options_now(self) -> list[tuple[Any, ...]]:
+        """What the launches, or the choice of this backend, depend on."""
+        return [
+            (
+                *(group[k] for k in ("foreach", "fused", "differentiable", "nesterov", "maximize")),
+                group["stochastic_rounding"],
+                group["momentum"] != 0,
+                isinstance(group["weight_decay"], Tensor),
+            )
+            for group in self.ensemble.groups
+        ]
+
+    def fits(self) -> bool:
+        """Whether this can take the next step too; if gradients have only moved, it follows them."""
+        if self.options != self._options_now():
+            return False
+        grads = [p.grad for p in self.ensemble.params]
+        if self.present is not None:
+            if [g is not None for g in grads] != self.present:
+                return False
+            grads = [g for g in grads if g is not None]
+        return self.kernels.points_to(grads)  # type: ignore[arg-type]
+
+    def step(self, **options: Any) -> None:
+        device = self.kernels.device
+        hypers = []
+        for group in self.ensemble.groups:
+            hyper = {k: group[k] for k in ("momentum", "dampening", "nesterov")}
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                # a tensor on the CPU is read there, one on a GPU by the kernels
+                lr = float(lr) if lr.device.type == "cpu" and device.type != "cpu" else lr.to(device)
+            else:
+                lr = float(lr)
+            coefficients = momentum_coefficients(**hyper, has_buffer=True)
+            hypers.append(
+                kernels.Hyper(
+                    lr, float(group["momentum"]), float(group["dampening"]), float(group["weight_decay"]), *coefficients
+                )
+            )
+        step = self.ensemble.rounding_step
+        self.kernels.step(hypers, rounding_step=step, **options)
+        if step is not None:
+            found_inf = options["found_inf"]
+            step.add_(1 if found_inf is None else (found_inf == 0).squeeze())
+
+    def new_buffers(self, state: State) -> dict[Tensor, Tensor]:
+        """The momentum buffers that are not in the optimizer's state yet."""
+        if not self._are_new:
+            return {}
+        self._are_new = False
+        return {
+            p: m
+            for p, m in zip(self.params, self.buffers, strict=True)
+            if m is not None and state.get(p, {}).get("momentum_buffer") is not m
+        }
+
+    def record(self) -> StepRecord:
+        """What the kernels measured and applied at the last step."""
+        k, ensemble = self.kernels, self.ensemble
+        rows = np.concatenate([np.arange(r[0], r[0] + r[1]) for r in self.rows if r is not None])
+        chosen = _upload(rows, k.device)
+        controls = LayerControls(
+            k.κ if ensemble.rule == "warmup" else None,
+            k.s[chosen] if ensemble.rule is not None else None,
+            k.a[chosen] if ensemble.rule in ("warmup", "angle", "sphere") else None,
+            k.p[chosen] if ensemble.project else None,
+        )
+        lrs: list[float | Tensor] = [
+            0.0 if row is None or row[1] == 0 else k.lrs[row[0]] for row in self.rows
+        ]
+        stats = LayerStats(*k.sums[:4, chosen])
+        tracked = ensemble.memory.tracked[chosen]
+        return StepRecord(self.params, self.row_counts, lrs, ensemble.per_filter, stats, controls, tracked)
+
+
 class HandOverWatch:
     """Tells the host that the warm-up is over, without ever waiting for the device.
 
@@ -265,10 +488,13 @@ class HandOverWatch:
         self.copy = torch.zeros((), dtype=torch.float32, pin_memory=True) if flag.is_cuda else flag
         self.value = self.copy.numpy()
         self.arrival: torch.cuda.Event | None = None
+        self.steps = itertools.count(1)
 
     def look(self) -> None:
-        """Ask for the flag; at most one question is under way."""
-        if self.flag.is_cuda and self.arrival is None and not torch.cuda.is_current_stream_capturing():
+        """Ask for the flag, now and then; at most one question is under way."""
+        if not self.flag.is_cuda or next(self.steps) % STEPS_PER_LOOK != 0:
+            return
+        if self.arrival is None and not torch.cuda.is_current_stream_capturing():
             self.copy.copy_(self.flag, non_blocking=True)
             self.arrival = torch.cuda.Event()
             self.arrival.record()
@@ -280,15 +506,25 @@ class HandOverWatch:
         return self.arrival is None and bool(self.value > 0)
 
 
-def momentum_coefficients(group: Group, *, has_buffer: bool) -> tuple[float, float, float]:
+def momentum_coefficients(
+    momentum: float, dampening: float, nesterov: bool, *, has_buffer: bool
+) -> tuple[float, float, float]:
     """Long-run gain of a constant gradient, ∂u/∂g̃ and ∂u/∂m for this step's update u."""
-    μ, d = group.momentum, group.dampening
+    μ, d = momentum, dampening
     if μ == 0:
         return 1.0, 1.0, 0.0
     per_grad, per_momentum = (1 - d, μ) if has_buffer else (1.0, 0.0)
-    if group.nesterov:
+    if nesterov:
         per_grad, per_momentum = 1 + μ * per_grad, μ * per_momentum
     return abs(1 - d) / (1 - μ) if μ < 1 else math.inf, per_grad, per_momentum
+
+
+def _same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _present(params: Sequence[Tensor]) -> list[bool]:
+    return [p.grad is not None for p in params]
 
 
 def _hyper_vectors(columns: list[tuple[float, ...]], device: torch.device) -> Hyper:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
-from .ensemble import RULE_STATE_KEYS, Ensemble, StepRecord, rule_key
+from . import kernels
+from .ensemble import STATE_DTYPES, Ensemble, FusedEnsemble, StepRecord, rule_key
 from .rules import GRANULARITIES
 
 __all__ = ["ELRSGD"]
@@ -59,6 +61,9 @@ class ELRSGD(Optimizer):
         project: remove the radial part of the update of tracked layers, to the rounding of float32.
         granularity: what one norm is taken over: "layer" (a tensor), "filter" (each index of its dimension 0; for
             "uniform", "angle" and "sphere") or "network" (all tracked tensors together; "angle" and "sphere").
+        stochastic_rounding: a seed: bfloat16 parameters are rounded up or down with the probabilities that keep their
+            mean, so that updates smaller than half their last digit are not lost. Repeatable; Triton kernels only.
+            None: to the nearest. Other dtypes are not concerned.
         maximize: maximize the objective.
         foreach, fused: as in torch: `torch._foreach_*` or the Triton kernels (CUDA only); None for both picks fused on
             CUDA where every tensor of the group qualifies, else foreach on CUDA, else one tensor after the other.
@@ -94,6 +99,7 @@ class ELRSGD(Optimizer):
         rule: str | None = "warmup",
         project: bool = False,
         granularity: str = "layer",
+        stochastic_rounding: int | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         differentiable: bool = False,
@@ -108,6 +114,7 @@ class ELRSGD(Optimizer):
             "rule": rule,
             "project": project,
             "granularity": granularity,
+            "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
             "foreach": foreach,
             "differentiable": differentiable,
@@ -115,7 +122,7 @@ class ELRSGD(Optimizer):
         }
         validate(defaults)
         self._ensembles: list[Ensemble] | None = None
-        self._layout: object = None
+        self._layout: list[tuple[Any, ...]] = []
         self._recording = False
         super().__init__(params, defaults)
 
@@ -154,10 +161,10 @@ class ELRSGD(Optimizer):
 
         def restore(_: Optimizer) -> None:
             for index, p in self._params_by_index(loaded):
-                for key in RULE_STATE_KEYS:
+                for key, dtype in STATE_DTYPES.items():
                     value = loaded["state"].get(index, {}).get(key)
                     if value is not None:
-                        self.state[p][key] = value.detach().to(p.device, torch.float32, copy=True)
+                        self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
 
         hooks = (
             self.register_load_state_dict_pre_hook(complete),
@@ -204,14 +211,31 @@ class ELRSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         prepared = [(ensemble, ensemble.prepare(self.state)) for ensemble in self._current_ensembles()]
-        for ensemble, groups in prepared:
-            ensemble.step(groups, record=self._recording)
-            for group in groups:
-                if group.momentum != 0:
-                    for p, buffer in zip(group.params, group.momentum_buffers, strict=True):
-                        self.state[p]["momentum_buffer"] = buffer
+        # set by torch.amp.GradScaler around this call
+        amp = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+        if amp["found_inf"] is not None and not all(isinstance(p, FusedEnsemble) for _, p in prepared):
+            if not _unscale(self, amp):
+                return loss
+            amp = dict.fromkeys(amp)
+        for ensemble, tensors in prepared:
+            ensemble.step(tensors, self.state, record=self._recording, **amp)
         self._recording = False
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by torch.amp.GradScaler: whether the kernels divide by its scale and skip an overflow themselves."""
+        return all(
+            group["fused"]
+            or (
+                kernels.available()
+                and group["fused"] is None
+                and group["foreach"] is None
+                and not group["differentiable"]
+                and all(p.is_cuda for p in group["params"][:1])
+            )
+            for group in self.param_groups
+        )
 
     def record_next_step(self) -> None:
         """Have the next step measure the layers even where its rule does not need it. It computes the same."""
@@ -221,19 +245,19 @@ class ELRSGD(Optimizer):
     def layer_records(self) -> list[StepRecord]:
         """What the last step measured and applied; where it measured nothing, weights and gradients as they are now.
         `elropt.layer_stats` makes a table of it."""
-        records = [e.last or e.measure_now(e.prepare(self.state)) for e in self._current_ensembles()]
+        records = [ensemble.record(self.state) for ensemble in self._current_ensembles()]
         return [record for record in records if record is not None]
 
     def _current_ensembles(self) -> list[Ensemble]:
         """What groups of the same rule, granularity and project form; anew if anybody changed them or their state."""
-        layout = tuple(
-            (id(group), rule_key(group), group.get("scale_invariant"), tuple(map(id, group["params"])))
+        layout = [
+            (group, rule_key(group), group.get("scale_invariant"), group["stochastic_rounding"], group["params"])
             for group in self.param_groups
-        )
+        ]
         if (
             self._ensembles is None
-            or layout != self._layout
-            or any(e.is_detached(self.state) for e in self._ensembles)
+            or not _same_layout(layout, self._layout)
+            or any([ensemble.is_detached(self.state) for ensemble in self._ensembles])
         ):
             together: dict[Any, list[dict[str, Any]]] = {}
             for group in self.param_groups:
@@ -242,7 +266,7 @@ class ELRSGD(Optimizer):
                 together.setdefault(rule_key(group), []).append(group)
             with torch.inference_mode(False):
                 self._ensembles = [Ensemble(groups, self.state) for groups in together.values()]
-            self._layout = layout
+            self._layout = [(*rest, list(params)) for *rest, params in layout]
         return self._ensembles
 
 
@@ -267,6 +291,7 @@ _SGD_DEFAULTS = {
     "rule": None,
     "project": False,
     "granularity": "layer",
+    "stochastic_rounding": None,
 }
 
 
@@ -289,6 +314,32 @@ def validate(group: Mapping[str, Any]) -> None:
     if not math.isfinite(group["dampening"]):
         raise ValueError(f"dampening={group['dampening']} is not valid: it must be finite")
     validate_choices(group)
+
+
+def _same_layout(now: list[tuple[Any, ...]], before: list[tuple[Any, ...]]) -> bool:
+    """Whether the groups are the same objects with the same options and the same parameters."""
+    return len(now) == len(before) and all(
+        a[0] is b[0]
+        and a[1:4] == b[1:4]
+        and len(a[4]) == len(b[4])
+        and all(map(operator.is_, a[4], b[4]))
+        for a, b in zip(now, before, strict=True)
+    )
+
+
+def _unscale(optimizer: Optimizer, amp: Mapping[str, Tensor | None]) -> bool:
+    """What torch.amp.GradScaler does for optimizers that leave it to it; whether the gradients are finite.
+
+    For steps in which only some tensors qualify for the kernels. Waits for the device.
+    """
+    found_inf, scale = amp["found_inf"], amp["grad_scale"]
+    if found_inf is not None and found_inf.item() != 0:
+        return False
+    for group in optimizer.param_groups if scale is not None else []:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.grad.div_(scale.to(p.grad.device))
+    return True
 
 
 def _refuse_duplicates(group: Mapping[str, Any]) -> None:
@@ -322,6 +373,9 @@ def validate_choices(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"momentum={momentum} is not valid with rule={rule!r}: it must be below 1, or use rule=None"
         )
+    seed = group["stochastic_rounding"]
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise ValueError(f"stochastic_rounding={seed!r} is not valid: a seed (an integer from 0 to 2⁶³−1), or None")
     if flag is not None and not isinstance(flag, bool):
         raise ValueError(
             f"scale_invariant={flag!r} is not valid: True, False, or leave it out to have it measured"

@@ -191,7 +191,8 @@ def radial_test(stats: LayerStats, passed: Tensor, numel: Tensor) -> Tensor:
     """
     cosine = stats.weight_dot_grad / (stats.weight_sq.sqrt() * stats.grad_sq.sqrt())
     zero = cosine.abs() < 0.02 / numel.sqrt() + 1e-4
-    testing = torch.isfinite(cosine) & (passed >= 0) & (passed < RADIAL_TESTS)
+    finite = torch.isfinite(stats.weight_sq) & torch.isfinite(stats.grad_sq) & torch.isfinite(cosine)
+    testing = finite & (passed >= 0) & (passed < RADIAL_TESTS)
     return torch.where(testing, torch.where(zero, passed + 1, -1.0), passed)
 
 

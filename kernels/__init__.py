@@ -1,7 +1,8 @@
 """The Triton backend: one launch over all tensors to measure them, one to update them.
 
-`can_use`, `measure` and `update` have the signatures of the plain torch specification. Where triton is not
-installed this package still imports, `can_use` is always False, and `measure` and `update` are absent.
+`can_use`, `measure` and `update` have the signatures of the plain torch specification; `FusedStep` is a whole step
+over tensors that stay. Where triton is not installed this package still imports, `can_use` is always False, and the
+rest is absent.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-__all__ = ["available", "can_use", "measure", "update"]
+__all__ = ["FusedStep", "Hyper", "Kind", "Rule", "available", "can_use", "measure", "new_buffer", "update"]
 
 
 @functools.cache
@@ -44,4 +45,5 @@ def can_use(
 
 if available():
     from .measure import measure
-    from .update import update
+    from .step import FusedStep, Hyper, Kind, Rule
+    from .update import new_buffer, update

@@ -1,4 +1,4 @@
-"""Four sums over each layer, in one pass over w, g and m."""
+"""Four sums over each layer, in one pass over w, g and m; the last program to finish decides the step."""
 # Triton's language looks like Python, but type checkers cannot follow it.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .decide import decide
 from .tables import NUM_WARPS, load_chunk, tables_for, triples_of
 
-__all__ = ["finalize_kernel", "measure", "measure_kernel"]
+__all__ = ["measure", "measure_kernel"]
 
-PARTIALS_PER_PASS = 512
+PARTIALS_PER_PASS = tl.constexpr(256)
 
 
 def measure(
@@ -49,115 +50,224 @@ def measure(
         rows.append((n_rows, count))
         n_rows += count
     buffers = [None] * len(params) if momentum_buffers is None else momentum_buffers
-    tables = tables_for(
-        triples_of(params, grads, buffers), rows=rows, n_rows=n_rows, new_buffers=[False] * len(params)
-    )
-    sums = torch.empty(4, n_rows, dtype=torch.float32, device=params[0].device)
+    tables = tables_for(triples_of(params, grads, buffers), rows=rows, n_rows=n_rows)
+    device = params[0].device
+    sums = torch.empty(5, n_rows, dtype=torch.float32, device=device)
+    counters = torch.zeros(n_rows + 1, dtype=torch.int32, device=device)
     with torch.cuda.device_of(params[0]):
         for table in tables:
-            partials = torch.empty(table.n_chunks, 4, dtype=torch.float32, device=sums.device)
-            if table.n_chunks > 0:
-                measure_kernel[(table.n_chunks,)](
+            if table.n_measured > 0:
+                partials = torch.empty(table.n_measured, 4, dtype=torch.float32, device=device)
+                measure_kernel[(table.n_measured,)](
+                    table.addresses,
                     table.segments,
                     table.chunk_segment,
                     partials,
+                    sums,
+                    counters,
+                    n_rows,
+                    read_all=1,
+                    read_momentum=1,
+                    **NO_DECISION,
                     HAS_BUFFERS=any(m is not None for m in buffers),
                     **table.constexprs,
                     num_warps=NUM_WARPS,
                 )
-            if table.n_segments > 0:
-                finalize_kernel[(table.n_segments,)](
-                    table.segments,
-                    partials,
-                    sums,
-                    n_rows,
-                    CHUNK=table.constexprs["CHUNK"],
-                    BLOCK=PARTIALS_PER_PASS,
-                )
-    return sums
+    return sums[:4]
 
 
-@triton.jit
+# What `measure_kernel` is given where it is to return sums and nothing else.
+NO_DECISION = {
+    "grad_scale": None,
+    "found_inf": None,
+    "n_deciding": 0,
+    "memory": None,
+    "handed_over": None,
+    "controls": None,
+    "numel": None,
+    "group_of_row": None,
+    "lrs": None,
+    "decays": None,
+    "gains": None,
+    "per_grads": None,
+    "per_momenta": None,
+    "RULE": None,
+    "WHOLE": False,
+    "PROJECT": False,
+    "DAMPED": False,
+    "MAXIMIZE": False,
+}
+
+
+@triton.jit(do_not_specialize=["n_rows", "read_all", "read_momentum", "n_deciding"])
 def measure_kernel(
+    addresses,
     segments,
     chunk_segment,
     partials,
+    sums,
+    counters,
+    n_rows,
+    read_all,
+    read_momentum,
+    grad_scale,
+    found_inf,
+    n_deciding,
+    memory,
+    handed_over,
+    controls,
+    numel,
+    group_of_row,
+    lrs,
+    decays,
+    gains,
+    per_grads,
+    per_momenta,
+    RULE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PROJECT: tl.constexpr,
+    DAMPED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
     HAS_BUFFERS: tl.constexpr,
     W: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """partials[chunk] = (Σ w², Σ g², Σ w·g, Σ w·m) over the chunk, in float32 as a tree.
+    """sums[:, row] = Σ w², Σ g², Σ w·g, Σ w·m over the row, and whether its buffer is new; then `decide`.
 
-    Bytes per element: read w and g (8 in float32), and m where there is a buffer (12).
+    Each program sums a chunk as a tree, in float32, into partials[chunk, :]. The last program of a row adds its
+    partials in a fixed order, in float64, so that the bits do not depend on which program that is. The last program
+    of `n_deciding` rows decides (0: nobody does); it may be one of another launch, with its own table.
+
+    Unless `read_all` is set, w is read only of rows that are in their radial tests: otherwise Σ w² is what the
+    update of the step before left in the partials, and Σ w·g is NaN. Rows that failed these tests, and all rows after
+    the hand-over of the warm-up, are not read; their sums are NaN. `read_momentum`: 0 where the update has left
+    Σ w·m too. Gradients are divided by `grad_scale`, if there is one.
+
+    Bytes per element: read g (4 in float32), w unless its norm is known (8), m where asked for (12).
     Source: derived, docs/theory.md: the sums that its quantities are made of.
     """
-    w, g, m, left, _, has_buffer, aligned, _ = load_chunk(segments, chunk_segment, W, G, M, CHUNK)
-    # An aligned full chunk is a branch of its own: only without a mask do the accesses become 128 bits wide.
-    if aligned & (left >= CHUNK):
+    w, g, m, left, full, row, _, first, n_chunks, m_address = load_chunk(
+        addresses, segments, chunk_segment, W, G, M, CHUNK
+    )
+    wanted, read_w = True, True
+    if memory is not None:
+        passed = tl.load(memory + 2 * n_rows + row)
+        over = False if handed_over is None else tl.load(handed_over) != 0
+        wanted = (read_all != 0) | ((passed >= 0) & (over == 0))
+        read_w = (read_all != 0) | (wanted & (passed < 8))
+    read_m = (read_momentum != 0) & (m_address != 0)
+    scale = 1.0
+    if grad_scale is not None:
+        scale = 1.0 / tl.load(grad_scale)
+    if MAXIMIZE:
+        scale = -scale
+    # A full, aligned chunk is a branch of its own: only without a mask do the accesses become 128 bits wide.
+    if full:
         lanes = tl.arange(0, CHUNK)
         w_at = tl.multiple_of(w + lanes, 16)
         g_at = tl.multiple_of(g + lanes, 16)
         m_at = tl.multiple_of(m + lanes, 16)
         mask = tl.full([CHUNK], True, tl.int1)
-        _store_sums(partials, _products(w_at, g_at, m_at, mask, has_buffer, HAS_BUFFERS), HAS_BUFFERS)
+        whole = _products(w_at, g_at, m_at, mask & read_w, mask & wanted, mask & read_m, scale, HAS_BUFFERS)
+        _store_partials(partials, whole, wanted, read_w, read_momentum, HAS_BUFFERS)
     else:
-        here = tl.minimum(left, CHUNK).to(tl.int32)
-        _store_sums(
-            partials, _masked_products(w, g, m, here, has_buffer, HAS_BUFFERS, CHUNK // 4), HAS_BUFFERS
-        )
+        size = tl.minimum(left, CHUNK).to(tl.int32)
+        part = _masked_products(w, g, m, size, read_w, wanted, read_m, scale, HAS_BUFFERS, CHUNK // 4)
+        _store_partials(partials, part, wanted, read_w, read_momentum, HAS_BUFFERS)
+    finish(
+        partials, sums, counters, n_rows, row, first, n_chunks, m_address,
+        found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
+        lrs, decays, gains, per_grads, per_momenta, RULE, WHOLE, PROJECT, DAMPED, HAS_BUFFERS, M,
+    )  # fmt: skip
 
 
 @triton.jit
-def _masked_products(w, g, m, size, has_buffer, HAS_BUFFERS: tl.constexpr, BLOCK: tl.constexpr):
+def _masked_products(
+    w, g, m, size, read_w, wanted, read_m, scale, HAS_BUFFERS: tl.constexpr, BLOCK: tl.constexpr
+):
     """`_products` of `size` elements, added up over blocks of BLOCK."""
-    lanes = tl.arange(0, BLOCK)
-    ww, gg, wg, wm = _products(w + lanes, g + lanes, m + lanes, lanes < size, has_buffer, HAS_BUFFERS)
+    at = tl.arange(0, BLOCK)
+    mask = at < size
+    ww, gg, wg, wm = _products(
+        w + at, g + at, m + at, mask & read_w, mask & wanted, mask & read_m, scale, HAS_BUFFERS
+    )
     for start in range(BLOCK, size, BLOCK):
-        at = start + lanes
-        ww_, gg_, wg_, wm_ = _products(w + at, g + at, m + at, at < size, has_buffer, HAS_BUFFERS)
+        at = start + tl.arange(0, BLOCK)
+        mask = at < size
+        ww_, gg_, wg_, wm_ = _products(
+            w + at, g + at, m + at, mask & read_w, mask & wanted, mask & read_m, scale, HAS_BUFFERS
+        )
         ww, gg, wg, wm = ww + ww_, gg + gg_, wg + wg_, wm + wm_
     return ww, gg, wg, wm
 
 
 @triton.jit
-def _products(w_at, g_at, m_at, mask, has_buffer, HAS_BUFFERS: tl.constexpr):
-    """w·w, g·g, w·g and w·m in float32, 0 outside of the mask. m is not read where there is no buffer."""
-    w = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
+def _products(w_at, g_at, m_at, w_mask, g_mask, m_mask, scale, HAS_BUFFERS: tl.constexpr):
+    """w·w, g·g, w·g and w·m in float32, 0 outside of the masks."""
+    w = tl.load(w_at, mask=w_mask, other=0.0).to(tl.float32)
+    g = tl.load(g_at, mask=g_mask, other=0.0).to(tl.float32) * scale
     if HAS_BUFFERS:
-        m = tl.load(m_at, mask=mask & has_buffer, other=0.0).to(tl.float32)
+        m = tl.load(m_at, mask=m_mask, other=0.0).to(tl.float32)
     else:
         m = tl.zeros_like(w)
-    return w * w, g * g, w * g, tl.where(has_buffer, w * m, 0.0)
+    # 0·NaN is NaN: a sum without m does not depend on w
+    return w * w, g * g, w * g, tl.where(m_mask, w * m, 0.0)
 
 
 @triton.jit
-def _store_sums(partials, products, HAS_BUFFERS: tl.constexpr):
+def _store_partials(partials, products, wanted, read_w, read_momentum, HAS_BUFFERS: tl.constexpr):
     ww, gg, wg, wm = products
     partial = partials + tl.program_id(0).to(tl.int64) * 4
-    tl.store(partial, tl.sum(ww))
-    tl.store(partial + 1, tl.sum(gg))
-    tl.store(partial + 2, tl.sum(wg))
-    tl.store(partial + 3, tl.sum(wm) if HAS_BUFFERS else 0.0)
+    tl.store(partial, tl.sum(ww), mask=read_w)
+    tl.store(partial + 1, tl.where(wanted, tl.sum(gg), float("nan")))
+    tl.store(partial + 2, tl.where(read_w, tl.sum(wg), float("nan")))
+    if HAS_BUFFERS:
+        tl.store(partial + 3, tl.sum(wm), mask=read_momentum != 0)
+    else:
+        tl.store(partial + 3, 0.0)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def finalize_kernel(segments, partials, sums, n_rows, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """sums[:, row] = Σ over the row's chunks of partials[chunk, :], in a fixed order (no atomics).
+@triton.jit
+def finish(
+    partials, sums, counters, n_rows, row, first, n_chunks, m_address,
+    found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
+    lrs, decays, gains, per_grads, per_momenta,
+    RULE: tl.constexpr, WHOLE: tl.constexpr, PROJECT: tl.constexpr, DAMPED: tl.constexpr,
+    HAS_BUFFERS: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """The last program of the row sums its partials; the last of all rows decides and takes the counters back to 0.
 
-    Bytes: 16 per chunk. One program per segment; lane k adds chunks k, k + BLOCK, …, then the lanes are added
-    as a tree.
+    counters: int32 [n_rows + 1], programs done of each row, then rows done.
     """
-    segment = segments + tl.program_id(0).to(tl.int64) * 8
-    n_chunks = tl.cdiv(tl.load(segment + 3), CHUNK)
-    first = tl.load(segment + 4)
-    row = tl.load(segment + 5)
-    lanes = tl.arange(0, BLOCK)[:, None]
-    quantities = tl.arange(0, 4)[None, :]
-    total = tl.zeros([BLOCK, 4], tl.float32)
-    for start in range(0, n_chunks, BLOCK):
-        chunks = start + lanes
-        total += tl.load(partials + (first + chunks) * 4 + quantities, mask=chunks < n_chunks, other=0.0)
-    tl.store(sums + tl.arange(0, 4).to(tl.int64) * n_rows + row, tl.sum(total, axis=0))
+    # The barrier and the release of the atomic publish this program's stores, its acquire fetches the others'.
+    tl.debug_barrier()
+    if tl.atomic_add(counters + row, 1) == n_chunks - 1:
+        tl.store(counters + row, 0)
+        lanes = tl.arange(0, PARTIALS_PER_PASS)[:, None]
+        quantities = tl.arange(0, 4)[None, :]
+        total = tl.zeros([PARTIALS_PER_PASS, 4], tl.float64)
+        for start in range(0, n_chunks, PARTIALS_PER_PASS):
+            chunks = start + lanes
+            at = partials + (first + chunks) * 4 + quantities
+            total += tl.load(at, mask=chunks < n_chunks, other=0.0, cache_modifier=".cg").to(tl.float64)
+        tl.store(sums + tl.arange(0, 4).to(tl.int64) * n_rows + row, tl.sum(total, axis=0).to(tl.float32))
+        if PROJECT & DAMPED & HAS_BUFFERS:
+            new = is_new(tl.load(m_address.to(tl.pointer_type(M))).to(tl.float32))
+            tl.store(sums + 4 * n_rows + row, new.to(tl.float32))
+        if memory is not None:
+            tl.debug_barrier()
+            if tl.atomic_add(counters + n_rows, 1) == n_deciding - 1:
+                tl.store(counters + n_rows, 0)
+                decide(
+                    sums, memory, handed_over, controls, numel, group_of_row,
+                    lrs, decays, gains, per_grads, per_momenta, found_inf, n_rows,
+                    RULE, WHOLE, PROJECT, DAMPED,
+                )  # fmt: skip
+
+
+@triton.jit
+def is_new(m):
+    """Whether an entry of a momentum buffer is −0.0: what buffers are made of, and no step stores if d ≠ 0."""
+    return m.to(tl.int32, bitcast=True) == -2147483648

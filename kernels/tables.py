@@ -46,7 +46,7 @@ class Layout(NamedTuple):
 
 
 class Triple(NamedTuple):
-    """The layouts of a parameter, its gradient and its momentum buffer."""
+    """The layouts of a parameter, its gradient and its momentum buffer (None without momentum)."""
 
     w: Layout
     g: Layout
@@ -55,49 +55,87 @@ class Triple(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """What one launch covers.
+    """What one launch covers. The segments that have a row come first.
 
-    segments: int64 [n_segments, 8] with the columns
-        0-2 addresses of w, g and m (0 without a buffer), 3 elements, 4 first chunk, 5 row (-1 for none),
-        6 whether w, g and m lie on 16-byte boundaries, 7 whether m is new (written without being read).
+    addresses: int64 [n_segments, 3], of w, g and m (0 without a buffer).
+    segments: int64 [n_segments, 4] with the columns 0 elements, 1 first chunk, 2 row (-1 for none), 3 param group.
     chunk_segment: int32 [n_chunks], the segment that each chunk belongs to.
+    owner, shifts: on the host: the tensor that each segment belongs to, and where in it it begins, int64
+        [n_segments] and, in bytes of w, g and m, [n_segments, 3].
+    n_measured: chunks at the front that belong to rows.
+    elements, measured: of all segments, and of those that have a row.
     constexprs: the element types W, G and M and the CHUNK of the launch.
     """
 
+    addresses: Tensor
     segments: Tensor
     chunk_segment: Tensor
+    owner: np.ndarray
+    shifts: np.ndarray
+    n_measured: int
+    elements: int
+    measured: int
     constexprs: dict[str, tl.dtype | int]
-
-    @property
-    def n_segments(self) -> int:
-        return self.segments.shape[0]
 
     @property
     def n_chunks(self) -> int:
         return self.chunk_segment.shape[0]
 
+    def addresses_of(self, pointers: np.ndarray) -> np.ndarray:
+        """What `addresses` has to hold for the pointers [n_tensors, 3] of w, g and m; 0 stays 0."""
+        return _addresses(pointers, self.owner, self.shifts)
+
 
 @triton.jit
 def load_chunk(
-    segments, chunk_segment, W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr
+    addresses,
+    segments,
+    chunk_segment,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """What this program works on: pointers to its first element in w, g and m, the number of elements from
-    there to the end of the segment, and the segment's row, has-buffer, aligned and new-buffer entries.
+    there to the end of the segment, whether it is a full chunk on 16-byte boundaries, the segment's row, group,
+    first chunk and number of chunks, and the addresses of its buffer.
 
-    Bytes: 68 per chunk. Offsets are int64.
+    Bytes: 60 per chunk. Offsets are int64.
     """
     chunk = tl.program_id(0)
-    segment = segments + tl.load(chunk_segment + chunk).to(tl.int64) * 8
-    w = tl.load(segment).to(tl.pointer_type(W))
-    g = tl.load(segment + 1).to(tl.pointer_type(G))
-    m_address = tl.load(segment + 2)
-    m = m_address.to(tl.pointer_type(M))
-    offset = (chunk - tl.load(segment + 4)) * CHUNK
-    left = tl.load(segment + 3) - offset
-    row = tl.load(segment + 5)
-    aligned = tl.load(segment + 6) != 0
-    new_buffer = tl.load(segment + 7) != 0
-    return w + offset, g + offset, m + offset, left, row, m_address != 0, aligned, new_buffer
+    index = tl.load(chunk_segment + chunk).to(tl.int64)
+    w_address = tl.load(addresses + index * 3)
+    g_address = tl.load(addresses + index * 3 + 1)
+    m_address = tl.load(addresses + index * 3 + 2)
+    elements = tl.load(segments + index * 4)
+    first = tl.load(segments + index * 4 + 1)
+    row = tl.load(segments + index * 4 + 2)
+    group = tl.load(segments + index * 4 + 3)
+    offset = (chunk - first) * CHUNK
+    left = elements - offset
+    full = (((w_address | g_address | m_address) & 15) == 0) & (left >= CHUNK)
+    w = w_address.to(tl.pointer_type(W)) + offset
+    g = g_address.to(tl.pointer_type(G)) + offset
+    m = m_address.to(tl.pointer_type(M)) + offset
+    n_chunks = tl.maximum(tl.cdiv(elements, CHUNK), 1)
+    return w, g, m, left, full, row, group, first, n_chunks, m_address
+
+
+@triton.jit
+def of_group(group, values):
+    """The entry of a tuple, one per param group, that belongs to `group`: floats, or pointers to one float."""
+    value = _as_float32(values[0])
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(group == i, _as_float32(values[i]), value)
+    return value
+
+
+@triton.jit
+def _as_float32(value):
+    scalar = value  # the interpreter makes a tensor of a float when it is assigned
+    if scalar.dtype.is_ptr():
+        scalar = tl.load(scalar)
+    return scalar.to(tl.float32)
 
 
 def layout(t: Tensor) -> Layout:
@@ -204,20 +242,17 @@ def _is_interleaved(w: Layout) -> bool:
     )
 
 
-def tables_for(
-    triples: tuple[Triple, ...], *, rows: Sequence[Row], n_rows: int, new_buffers: Sequence[bool]
-) -> tuple[Table, ...]:
+def tables_for(triples: tuple[Triple, ...], *, rows: Sequence[Row], n_rows: int) -> tuple[Table, ...]:
     """The tables of a call, one for each combination of dtypes that occurs.
 
     They are cached under all that they hold, and uploaded asynchronously on the current stream only when some
-    of it (a pointer, a shape, a first-step flag, …) is new. The cache is bounded and keeps no tensor alive.
+    of it (a pointer, a shape, …) is new. The cache is bounded and keeps no tensor alive.
 
     Args:
         triples: as from `triples_of`; at least one.
         rows: (first row, number of rows) of each tensor: one row for the tensor as a whole or one for each
             index of its dimension 0. None: no row.
         n_rows: the number of rows there are.
-        new_buffers: for each tensor, whether its momentum buffer is uninitialized.
 
     Raises:
         ValueError: the kernels cannot take a tensor, or its rows do not fit.
@@ -226,55 +261,95 @@ def tables_for(
     stream = 0
     if DEVICE_TYPE == "cuda" and triples[0].w.device.type == "cuda":
         stream = torch.cuda.current_stream(triples[0].w.device).cuda_stream
-    return _build(triples, tuple(rows), n_rows, tuple(new_buffers), CHUNK, stream)
+    return _cached_tables(triples, tuple(rows), n_rows, CHUNK, stream)
 
 
 @functools.lru_cache(maxsize=32)
-def _build(
+def _cached_tables(
     triples: tuple[Triple, ...],
     rows: tuple[Row, ...],
     n_rows: int,
-    new_buffers: tuple[bool, ...],
     chunk: int,
     stream: int,  # only a key: a table is sure to have arrived only on the stream that uploads it
 ) -> tuple[Table, ...]:
-    device = triples[0].w.device
-    segments: dict[tuple[torch.dtype, ...], list[np.ndarray]] = {}
-    for i, (triple, row, new_buffer) in enumerate(zip(triples, rows, new_buffers, strict=True)):
-        reason = why_not(triple, device) or why_not_rows(triple.w, row, n_rows)
+    for i, (triple, row) in enumerate(zip(triples, rows, strict=True)):
+        reason = why_not(triple, triples[0].w.device) or why_not_rows(triple.w, row, n_rows)
         if reason is not None:
             raise ValueError(f"tensor {i}: {reason}; the reference and foreach backends take it")
-        dtypes = triple.w.dtype, triple.g.dtype, (triple.m or triple.g).dtype
-        segments.setdefault(dtypes, []).append(_segments_of(triple, row, new_buffer))
+    refuse_upload_in_capture(triples[0].w.device)
+    combinations: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i, triple in enumerate(triples):
+        combinations.setdefault(dtypes_of(triple), []).append(i)
+    return tuple(
+        build_table([triples[i] for i in members], [rows[i] for i in members], [0] * len(members), chunk)
+        for members in combinations.values()
+    )
+
+
+def dtypes_of(triple: Triple) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """The element types of w, g and m, which a launch has in common."""
+    return triple.w.dtype, triple.g.dtype, (triple.m or triple.g).dtype
+
+
+def refuse_upload_in_capture(device: torch.device) -> None:
+    """Tables are made before a CUDA graph is captured.
+
+    Raises:
+        RuntimeError: the current stream is being captured.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a pointer table would have to be uploaded during CUDA graph capture; before capturing a step, "
-            "run it at least twice on the same stream and with the same gradient tensors"
+            "a pointer table would have to be built during CUDA graph capture: run one step with the same "
+            "parameters (its gradients may be other tensors), and one more after each capture, before capturing"
         )
-    return tuple(_upload(np.concatenate(parts), dtypes, chunk, device) for dtypes, parts in segments.items())
 
 
-def _segments_of(triple: Triple, row: Row, new_buffer: bool) -> np.ndarray:
-    """[count, 8] as `Table.segments`; the first chunks are filled in once all segments are known."""
-    first, count = (-1, 1) if row is None else row
-    elements = math.prod(triple.w.shape) // max(count, 1)
-    segments = np.zeros((count, 8), np.int64)
-    for column, t in enumerate(triple):
-        if t is not None:
-            segments[:, column] = t.pointer + np.arange(count) * elements * t.dtype.itemsize
-    segments[:, 3] = elements
-    segments[:, 5] = -1 if row is None else first + np.arange(count)
-    segments[:, 6] = (segments[:, :3] % 16 == 0).all(axis=1)
-    segments[:, 7] = new_buffer
-    return segments
+def build_table(triples: Sequence[Triple], rows: Sequence[Row], groups: Sequence[int], chunk: int) -> Table:
+    """The table of one launch, over tensors that share a combination of dtypes; those with rows come first."""
+    order = sorted(range(len(triples)), key=lambda i: rows[i] is None)
+    counts = [1 if (row := rows[i]) is None else row[1] for i in order]
+    owner = np.repeat(order, counts).astype(np.int64)
+    within = np.concatenate([np.arange(count) for count in counts]) if counts else np.zeros(0, np.int64)
+    sizes = np.array([math.prod(t.w.shape) for t in triples], np.int64)
+    first_rows = np.array([-1 if row is None else row[0] for row in rows], np.int64)
+    itemsizes = [dtype.itemsize for dtype in dtypes_of(triples[0])]
+
+    elements = sizes[owner] // np.maximum(np.repeat(counts, counts), 1)
+    has_row = first_rows[owner] >= 0
+    chunks = np.maximum(-(-elements // chunk), has_row)  # a row without elements has one empty chunk
+    segments = np.stack(
+        [
+            elements,
+            np.cumsum(chunks) - chunks,
+            np.where(has_row, first_rows[owner] + within, -1),
+            np.array(groups, np.int64)[owner],
+        ],
+        axis=1,
+    )
+    shifts = np.multiply.outer(within * elements, itemsizes)
+    pointers = np.array([[0 if t is None else t.pointer for t in triple] for triple in triples], np.int64)
+    w, g, m = (TRITON_DTYPES[dtype] for dtype in dtypes_of(triples[0]))
+    device = triples[0].w.device
+    return Table(
+        addresses=upload(_addresses(pointers, owner, shifts), device),
+        segments=upload(segments, device),
+        chunk_segment=upload(np.repeat(np.arange(len(segments), dtype=np.int32), chunks), device),
+        owner=owner,
+        shifts=shifts,
+        n_measured=int(chunks[has_row].sum()),
+        elements=int(elements.sum()),
+        measured=int(elements[has_row].sum()),
+        constexprs={"W": w, "G": g, "M": m, "CHUNK": chunk},
+    )
 
 
-def _upload(segments: np.ndarray, dtypes: tuple[torch.dtype, ...], chunk: int, device: torch.device) -> Table:
-    chunks = -(-segments[:, 3] // chunk)
-    segments[:, 4] = np.cumsum(chunks) - chunks
-    chunk_segment = np.repeat(np.arange(len(segments), dtype=np.int32), chunks)
-    tensors = [torch.from_numpy(array) for array in (segments, chunk_segment)]
-    if device.type == "cuda":
-        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    w, g, m = (TRITON_DTYPES[dtype] for dtype in dtypes)
-    return Table(*tensors, constexprs={"W": w, "G": g, "M": m, "CHUNK": chunk})
+def _addresses(pointers: np.ndarray, owner: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """int64 [n_segments, 3] from the pointers [n_tensors, 3] of w, g and m; 0 stays 0."""
+    bases = pointers[owner]
+    return np.where(bases == 0, 0, bases + shifts)
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

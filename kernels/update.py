@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import NUM_WARPS, Row, load_chunk, tables_for, triples_of
+from .measure import is_new
+from .tables import NUM_WARPS, Row, load_chunk, of_group, tables_for, triples_of
 
 __all__ = ["update", "update_kernel"]
 
@@ -38,6 +39,7 @@ def update(
     Args:
         params, grads: tensors that `can_use` accepts.
         momentum_buffers: its None entries are filled in, with the gradient's dtype, when ``momentum != 0``.
+            With ``dampening != 0`` an entry of −0.0 counts as not yet started (see `new_buffer`).
         lr: a float, or a tensor of one element, which is not read on the host.
         lr_factor: 0-dim float32 on the device of the tensors; applies to all of them.
         grad_factor, weight_factor, radial: s, a and p, [R] float32 on that device; None stands for 1, 1 and 0
@@ -76,26 +78,31 @@ def update(
 
     # Without momentum there are no buffers, whatever the list holds.
     old = momentum_buffers if momentum != 0 else [None] * len(params)
-    missing = [momentum != 0 and m is None for m in old]
-    buffers = [torch.empty_like(g) if new else m for g, m, new in zip(grads, old, missing, strict=True)]
+    buffers = [
+        new_buffer(g) if momentum != 0 and m is None else m for g, m in zip(grads, old, strict=True)
+    ]
     tables = tables_for(
-        triples_of(params, grads, buffers),
-        rows=rows,
-        n_rows=max(lengths.values(), default=0),
-        new_buffers=missing,
+        triples_of(params, grads, buffers), rows=rows, n_rows=max(lengths.values(), default=0)
     )
     with torch.cuda.device_of(params[0]):
         for table in tables:
             if table.n_chunks > 0:
                 update_kernel[(table.n_chunks,)](
+                    table.addresses,
                     table.segments,
                     table.chunk_segment,
-                    float(lr),
-                    float(momentum) or None,
-                    1.0 - dampening,
-                    float(weight_decay) or None,
+                    (float(lr),),
+                    (float(momentum),) if momentum != 0 else None,
+                    (1.0 - dampening,) if dampening != 0 else None,
+                    (float(weight_decay),) if weight_decay != 0 else None,
                     lr_factor,
                     **factors,
+                    partials=None,
+                    grad_scale=None,
+                    found_inf=None,
+                    seed=None,
+                    step=None,
+                    SUMS=0,
                     NESTEROV=bool(nesterov),
                     MAXIMIZE=bool(maximize),
                     **table.constexprs,
@@ -107,6 +114,15 @@ def update(
         momentum_buffers[:] = buffers
     # Autograd cannot see these writes.
     torch.autograd.graph.increment_version([*params, *(m for m in buffers if m is not None)])
+
+
+def new_buffer(grad: Tensor) -> Tensor:
+    """A momentum buffer that has not seen a gradient: −0.0 everywhere.
+
+    μ·(−0) + g̃ is g̃ in every bit, so nobody has to remember that the next step is its first, not even if that step is
+    skipped or replayed from a CUDA graph. Only with dampening does the kernel look whether an entry is −0.0.
+    """
+    return torch.full_like(grad, -0.0)
 
 
 def _checked(name: str, factor: Tensor | None, dim: int, device: torch.device) -> Tensor | None:
@@ -122,16 +138,23 @@ def _checked(name: str, factor: Tensor | None, dim: int, device: torch.device) -
 
 @triton.jit
 def update_kernel(
+    addresses,
     segments,
     chunk_segment,
-    lr,
-    momentum,
-    one_minus_dampening,
-    weight_decay,
+    lrs,
+    momenta,
+    keeps,
+    decays,
     lr_factor,
     grad_factor,
     weight_factor,
     radial,
+    partials,
+    grad_scale,
+    found_inf,
+    seed,
+    step,
+    SUMS: tl.constexpr,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     W: tl.constexpr,
@@ -139,71 +162,99 @@ def update_kernel(
     M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """ŵ = a·w ;  g ← −g if maximize ;  g̃ = s·g + ω·ŵ ;  m ← g̃ in a new buffer, else μ·m + (1−d)·g̃
+    """ŵ = a·w ;  g ← g/scale, −g if maximize ;  g̃ = s·g + ω·ŵ ;  m ← g̃ in a new buffer, else μ·m + (1−d)·g̃
     u = g̃ without momentum, g̃ + μ·m if nesterov, else m ;  w ← ŵ − λ·(u − p·ŵ)  with λ = lr·lr_factor
 
-    μ, ω, lr_factor, s, a and p may be None: then they cost neither arithmetic nor traffic.
-    Bytes per element: read w, g and m, write w and m: 20 in float32 (16 with a new buffer, 12 without
-    momentum). Source: torch.optim.SGD; the factors: derived, docs/theory.md.
+    lrs, momenta, keeps (1−d), decays (ω): tuples with an entry per param group, lrs of floats or device scalars.
+    All of μ, d, ω, lr_factor, s, a, p, grad_scale and found_inf may be None: then they cost neither arithmetic nor
+    traffic. A found_inf other than 0 ends the program before it has changed anything.
+    SUMS: 1: Σ w² of the new, rounded w goes to partials[chunk, 0] for the next step; 2: Σ w·m to partials[chunk, 3] too.
+    seed, step: round w to bfloat16 stochastically (`round_stochastically`).
+
+    Bytes per element: read w, g and m, write w and m: 20 in float32 (12 without momentum).
+    Source: torch.optim.SGD; the factors: derived, docs/theory.md.
     """
-    w, g, m, left, row, _, aligned, new_buffer = load_chunk(segments, chunk_segment, W, G, M, CHUNK)
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    w, g, m, left, full, row, group, _, _, _ = load_chunk(addresses, segments, chunk_segment, W, G, M, CHUNK)
     has_row = row >= 0
+    lr = of_group(group, lrs)
     if lr_factor is not None:
         lr = lr * tl.load(lr_factor)
+    momentum = None if momenta is None else of_group(group, momenta)
+    keep = None if keeps is None else of_group(group, keeps)
+    decay = None if decays is None else of_group(group, decays)
+    scale = None if grad_scale is None else 1.0 / tl.load(grad_scale)
     s = None if grad_factor is None else tl.load(grad_factor + row, mask=has_row, other=1.0)
     a = None if weight_factor is None else tl.load(weight_factor + row, mask=has_row, other=1.0)
     p = None if radial is None else tl.load(radial + row, mask=has_row, other=0.0)
-    # An aligned full chunk is a branch of its own: only without a mask do the accesses become 128 bits wide.
-    if aligned & (left >= CHUNK):
+    count = None if step is None else tl.load(step)
+    # A full, aligned chunk is a branch of its own: only without a mask do the accesses become 128 bits wide.
+    if full:
         lanes = tl.arange(0, CHUNK)
         w_at = tl.multiple_of(w + lanes, 16)
         g_at = tl.multiple_of(g + lanes, 16)
         m_at = tl.multiple_of(m + lanes, 16)
         mask = tl.full([CHUNK], True, tl.int1)
-        _update_block(
-            w_at, g_at, m_at, mask, new_buffer,
-            lr, momentum, one_minus_dampening, weight_decay, s, a, p, NESTEROV, MAXIMIZE,
+        ww, wm = update_block(
+            tl.load(w_at, mask=mask), tl.load(g_at, mask=mask), w_at, m_at, mask, 0,
+            lr, momentum, keep, decay, scale, s, a, p, seed, count, NESTEROV, MAXIMIZE,
         )  # fmt: skip
+        _store_sums(partials, ww, wm, has_row, SUMS)
     else:
+        ww_part = tl.zeros([CHUNK // 4], tl.float32)
+        wm_part = ww_part
         for start in range(0, tl.minimum(left, CHUNK).to(tl.int32), CHUNK // 4):
-            lanes = start + tl.arange(0, CHUNK // 4)
-            _update_block(
-                w + lanes, g + lanes, m + lanes, lanes < left, new_buffer,
-                lr, momentum, one_minus_dampening, weight_decay, s, a, p, NESTEROV, MAXIMIZE,
+            at = start + tl.arange(0, CHUNK // 4)
+            here = at < left
+            ww_, wm_ = update_block(
+                tl.load(w + at, mask=here, other=0.0), tl.load(g + at, mask=here, other=0.0), w + at, m + at, here, start,
+                lr, momentum, keep, decay, scale, s, a, p, seed, count, NESTEROV, MAXIMIZE,
             )  # fmt: skip
+            ww_part, wm_part = ww_part + ww_, wm_part + wm_
+        _store_sums(partials, ww_part, wm_part, has_row, SUMS)
 
 
 @triton.jit
-def _update_block(
-    w_at,
-    g_at,
-    m_at,
-    mask,
-    new_buffer,
-    lr,
-    momentum,
-    one_minus_dampening,
-    weight_decay,
-    s,
-    a,
-    p,
-    NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-):
-    w = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
+def _store_sums(partials, ww, wm, has_row, SUMS: tl.constexpr):
+    if SUMS >= 1:
+        partial = partials + tl.program_id(0).to(tl.int64) * 4
+        tl.store(partial, tl.sum(ww), mask=has_row)
+        if SUMS == 2:
+            tl.store(partial + 3, tl.sum(wm), mask=has_row)
+
+
+@triton.jit
+def update_block(
+    w, g, w_at, m_at, mask, start,
+    lr, momentum, keep, decay, scale, s, a, p, seed, step,
+    NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
+):  # fmt: skip
+    """Update and store one block; returns w² and w·m of what is stored."""
+    w = w.to(tl.float32)
+    u = g.to(tl.float32)
     if a is not None:
         w = a * w
+    if scale is not None:
+        u = scale * u
     if MAXIMIZE:
         u = -u
     if s is not None:
         u = s * u
-    if weight_decay is not None:
-        u = tl.fma(weight_decay, w, u)
+    if decay is not None:
+        u = tl.fma(decay, w, u)
+    stored_m = tl.zeros_like(w)
     if momentum is not None:
-        m = tl.load(m_at, mask=mask & (new_buffer == 0), other=0.0).to(tl.float32)
-        m = tl.where(new_buffer, u, tl.fma(momentum, m, one_minus_dampening * u))
-        tl.store(m_at, m.to(m_at.dtype.element_ty), mask=mask)
+        m = tl.load(m_at, mask=mask, other=0.0).to(tl.float32)
+        if keep is None:
+            m = tl.fma(momentum, m, u)
+            stored_m = m.to(m_at.dtype.element_ty)
+        else:
+            m = tl.where(is_new(m), u, tl.fma(momentum, m, keep * u))
+            stored_m = m.to(m_at.dtype.element_ty)
+            stored_m = tl.where(stored_m == 0, 0.0, stored_m)  # never −0
+        tl.store(m_at, stored_m, mask=mask)
         if NESTEROV:
             u = tl.fma(momentum, m, u)
         else:
@@ -211,4 +262,28 @@ def _update_block(
     if p is not None:
         u = tl.fma(-p, w, u)
     w = tl.fma(-lr, u, w)
-    tl.store(w_at, w.to(w_at.dtype.element_ty), mask=mask)
+    if seed is not None:
+        w = round_stochastically(w, start, seed, step)
+    stored_w = w.to(w_at.dtype.element_ty)
+    tl.store(w_at, stored_w, mask=mask)
+    w = tl.where(mask, stored_w.to(tl.float32), 0.0)
+    return w * w, w * stored_m.to(tl.float32)
+
+
+@triton.jit
+def round_stochastically(w, start, seed, step):
+    """A neighbour of w in bfloat16, the nearer the likelier, so that w is its mean.
+
+    16 random bits are added below the last bit that bfloat16 keeps, then cut off. They come from Philox with the
+    counters (element, program, step), 8 elements at a time. NaN stays NaN.
+    """
+    at = start // 8 + tl.arange(0, w.shape[0] // 8)
+    zero = at * 0
+    low = (step & 0xFFFFFFFF).to(tl.int32)
+    high = (step >> 32).to(tl.int32)
+    r0, r1, r2, r3 = tl.philox(seed, at, zero + tl.program_id(0), zero + low, zero + high)
+    random = tl.join(tl.join(r0, r1), tl.join(r2, r3))
+    random = tl.join(random & 0xFFFF, random >> 16).reshape(w.shape)
+    bits = w.to(tl.uint32, bitcast=True)
+    rounded = ((bits + random) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where(w == w, rounded, w)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from elropt import ELRSGD, param_groups
-from elropt.ensemble import RULE_STATE_KEYS
+from elropt.rules import RuleState
 from elropt.rules import GRANULARITIES
 
 from .nets import bn_mlp, train
@@ -75,7 +75,7 @@ def test_rule_state_stays_float32_on_bfloat16_parameters(rule: str) -> None:
     assert len(held) == 5
     for state, expected in held:
         assert state["momentum_buffer"].dtype == torch.bfloat16
-        for key in RULE_STATE_KEYS:
+        for key in RuleState._fields:
             assert state[key].dtype == torch.float32
             assert torch.equal(state[key], expected[key])
 
@@ -90,7 +90,7 @@ def test_loading_does_not_alias_the_rule_state() -> None:
     other = make(other_net, "warmup")
     other.load_state_dict(saved)
     train(other_net, other, range(2, 6))
-    for key in RULE_STATE_KEYS:
+    for key in RuleState._fields:
         assert torch.equal(saved["state"][0][key], kept["state"][0][key])
 
 

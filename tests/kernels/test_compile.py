@@ -17,21 +17,37 @@ from typing import Any
 import pytest
 
 CAPABILITIES = [80, 90, 100]
-ABSENT_FACTORS = {"lr_factor": None, "grad_factor": None, "weight_factor": None, "radial": None}
+PLAIN = {"grad_factor": None, "weight_factor": None, "radial": None, "lr_factor": None, "SUMS": 0}
 # name: kernel, element types of w, g and m, other constants, bytes per element that are loaded and stored
 CASES: dict[str, tuple[str, str, dict[str, Any], int, int]] = {
-    "measure fp32": ("measure", "fp32 fp32 fp32", {"HAS_BUFFERS": False}, 8, 0),
-    "measure fp32 with buffers": ("measure", "fp32 fp32 fp32", {"HAS_BUFFERS": True}, 12, 0),
-    "measure bf16": ("measure", "bf16 bf16 bf16", {"HAS_BUFFERS": True}, 6, 0),
+    "measure fp32": ("measure", "fp32 fp32 fp32", {"memory": None, "RULE": None}, 8, 0),
+    "measure fp32, warmup": ("measure", "fp32 fp32 fp32", {"RULE": "warmup"}, 8, 0),
+    "measure fp32, uniform, AMP": ("measure", "fp32 fp32 fp32", {"RULE": "uniform", "AMP": True}, 8, 0),
+    "measure fp32, sphere of all, projected": (
+        "measure",
+        "fp32 fp32 fp32",
+        {"RULE": "sphere", "WHOLE": True, "PROJECT": True, "DAMPED": True, "HAS_BUFFERS": True},
+        12,
+        0,
+    ),
+    "measure bf16, angle": ("measure", "bf16 bf16 bf16", {"RULE": "angle"}, 4, 0),
+    "measure bf16, projected": ("measure", "bf16 bf16 bf16", {"PROJECT": True, "HAS_BUFFERS": True}, 6, 0),
     "measure bf16, fp32 gradients": ("measure", "bf16 fp32 fp32", {"HAS_BUFFERS": True}, 10, 0),
-    "update fp32": ("update", "fp32 fp32 fp32", ABSENT_FACTORS, 12, 8),
-    "update fp32 with factors": ("update", "fp32 fp32 fp32", {}, 12, 8),
-    "update fp32 without momentum": ("update", "fp32 fp32 fp32", {**ABSENT_FACTORS, "momentum": None}, 8, 4),
-    "update bf16": ("update", "bf16 bf16 bf16", ABSENT_FACTORS, 6, 4),
-    "update bf16 with factors": ("update", "bf16 bf16 bf16", {}, 6, 4),
-    "update fp16": ("update", "fp16 fp16 fp16", ABSENT_FACTORS, 6, 4),
-    "update bf16, fp32 gradients": ("update", "bf16 fp32 fp32", ABSENT_FACTORS, 10, 6),
-    "finalize": ("finalize", "", {}, 0, 0),
+    "update fp32": ("update", "fp32 fp32 fp32", PLAIN, 12, 8),
+    "update fp32, warmup": ("update", "fp32 fp32 fp32", {"radial": None}, 12, 8),
+    "update fp32, projected, damped, AMP": (
+        "update",
+        "fp32 fp32 fp32",
+        {"SUMS": 2, "damped": True, "AMP": True},
+        12,
+        8,
+    ),
+    "update fp32 without momentum": ("update", "fp32 fp32 fp32", {**PLAIN, "momenta": None}, 8, 4),
+    "update bf16": ("update", "bf16 bf16 bf16", PLAIN, 6, 4),
+    "update bf16, warmup": ("update", "bf16 bf16 bf16", {"radial": None}, 6, 4),
+    "update bf16, rounded stochastically": ("update", "bf16 bf16 bf16", {**PLAIN, "rounded": True}, 6, 4),
+    "update fp16": ("update", "fp16 fp16 fp16", PLAIN, 6, 4),
+    "update bf16, fp32 gradients": ("update", "bf16 fp32 fp32", PLAIN, 10, 6),
 }
 
 
@@ -44,34 +60,47 @@ def compile_cases() -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     from elropt.kernels import tables
-    from elropt.kernels.measure import PARTIALS_PER_PASS, finalize_kernel, measure_kernel
+    from elropt.kernels.measure import measure_kernel
     from elropt.kernels.update import update_kernel
 
-    types = {"segments": "*i64", "chunk_segment": "*i32", "n_rows": "i32"}
-    types |= dict.fromkeys(["lr", "momentum", "one_minus_dampening", "weight_decay"], "fp32")
-    types |= dict.fromkeys(["partials", "sums", *ABSENT_FACTORS], "*fp32")
-    kernels = {"measure": measure_kernel, "update": update_kernel, "finalize": finalize_kernel}
+    types: dict[str, Any] = {"addresses": "*i64", "segments": "*i64", "chunk_segment": "*i32"}
+    types |= {"counters": "*i32", "group_of_row": "*i32", "step": "*i64", "seed": "i64"}
+    types |= dict.fromkeys(["n_rows", "read_all", "read_momentum", "n_deciding"], "i32")
+    tuples = ["lrs", "momenta", "keeps", "decays", "gains", "per_grads", "per_momenta"]
+    types |= dict.fromkeys(tuples, ("fp32", "fp32")) | {"lrs": ("fp32", "*fp32")}
+    constants: dict[str, Any] = {
+        "RULE": None, "WHOLE": False, "PROJECT": False, "DAMPED": False, "HAS_BUFFERS": False,
+        "SUMS": 1, "NESTEROV": True, "MAXIMIZE": False, "CHUNK": tables.CHUNK,
+    }  # fmt: skip
+    kernels = {"measure": measure_kernel, "update": update_kernel}
     elements = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
     report: dict[str, Any] = {"chunk": tables.CHUNK, "threads": 32 * tables.NUM_WARPS}
-    for case, (kernel, dtypes, constants, _, _) in CASES.items():
+    for case, (kernel, dtypes, changes, _, _) in CASES.items():
         function = kernels[kernel]
-        constexprs = {"CHUNK": tables.CHUNK, **constants}
-        options: dict[str, Any] = {}
-        if kernel == "finalize":
-            constexprs["BLOCK"] = PARTIALS_PER_PASS
-        else:
-            options["num_warps"] = tables.NUM_WARPS
-            constexprs |= {k: elements[v] for k, v in zip("WGM", dtypes.split(), strict=True)}
-        if kernel == "update":
-            options["enable_fp_fusion"] = False
-            constexprs |= {"NESTEROV": True, "MAXIMIZE": False}
-        signature = {name: "constexpr" if name in constexprs else types[name] for name in function.arg_names}
+        changes = dict(changes)
+        constexprs = {**constants, **dict(zip("WGM", (elements[d] for d in dtypes.split()), strict=True))}
+        if not changes.pop("AMP", False):
+            constexprs |= {"grad_scale": None, "found_inf": None}
+        if not changes.pop("damped", False):
+            constexprs["keeps"] = None
+        if not changes.pop("rounded", False):
+            constexprs |= {"seed": None, "step": None}
+        constexprs |= changes
+        constexprs = {k: v for k, v in constexprs.items() if k in function.arg_names}
+        if constexprs.get("RULE") != "warmup" and kernel == "measure":
+            constexprs["handed_over"] = None
+        signature = {
+            name: "constexpr" if name in constexprs else types.get(name, "*fp32") for name in function.arg_names
+        }
         attrs = {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(function.arg_names)
-            if signature[name].startswith("*")
+            if isinstance(signature[name], str) and signature[name].startswith("*")
         }
+        options: dict[str, Any] = {"num_warps": tables.NUM_WARPS}
+        if kernel == "update":
+            options["enable_fp_fusion"] = False
         source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attrs)
         report[case] = {}
         for capability in CAPABILITIES:
@@ -98,8 +127,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def wide_bytes(ptx: str, instruction: str) -> int:
-    """Bytes that one thread moves with `instruction` (ld or st) in accesses of at least 128 bits."""
-    accesses = re.findall(rf"\b{instruction}\.global\S*?\.v(\d)\.\w(\d+)", ptx)
+    """Bytes of tensors that one thread moves with `instruction` (ld or st) in accesses of at least 128 bits.
+
+    Partial sums, which other programs wrote, are loaded past the first cache (.cg).
+    """
+    accesses = re.findall(rf"\b{instruction}\.global(?!\.cg)\S*?\.v(\d)\.\w(\d+)", ptx)
     return sum(int(n) * int(bits) // 8 for n, bits in accesses if int(n) * int(bits) >= 128)
 
 
@@ -114,7 +146,7 @@ def test_compiles_without_spills(compiled: dict[str, Any], case: str, capability
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("case", [case for case in CASES if case != "finalize"])
+@pytest.mark.parametrize("case", CASES)
 def test_full_chunks_are_accessed_128_bits_at_a_time(
     compiled: dict[str, Any], case: str, capability: int
 ) -> None:
@@ -126,9 +158,12 @@ def test_full_chunks_are_accessed_128_bits_at_a_time(
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_nothing_is_added_up_by_atomics(compiled: dict[str, Any], capability: int) -> None:
-    for case in CASES:
-        assert not re.search(r"\b(atom|red)\.", compiled[case][str(capability)]["ptx"]), case
+def test_atomics_count_programs_and_add_up_nothing(compiled: dict[str, Any], capability: int) -> None:
+    for case, (kernel, *_) in CASES.items():
+        ptx = compiled[case][str(capability)]["ptx"]
+        atomics = re.findall(r"\b(?:atom|red)\.\S+", ptx)
+        assert all(name == "atom.global.gpu.acq_rel.add.u32" for name in atomics), (case, atomics)
+        assert bool(atomics) == (kernel == "measure"), case
 
 
 if __name__ == "__main__":

@@ -1,0 +1,201 @@
+"""From the sums over each layer to the factors of its update: `elropt.rules.decide`, in one program."""
+# Triton's language looks like Python, but type checkers cannot follow it.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tables import of_group
+
+__all__ = ["decide"]
+
+ROWS_PER_PASS = tl.constexpr(256)
+
+# As in elropt.rules, where they are explained.
+RADIAL_TESTS = tl.constexpr(8)
+SMOOTHING = tl.constexpr(0.9)
+EQUALIZATION_RATE = tl.constexpr(0.1)
+EQUALIZED_VARIANCE = tl.constexpr(0.1**2)
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def decide(
+    sums,
+    memory,
+    handed_over,
+    controls,
+    numel,
+    group_of_row,
+    lrs,
+    decays,
+    gains,
+    per_grads,
+    per_momenta,
+    found_inf,
+    n_rows,
+    RULE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PROJECT: tl.constexpr,
+    DAMPED: tl.constexpr,
+):
+    """The controls of this step, and the memory after it.
+
+    sums: [5, R] ‖w‖², ‖g‖² (−1: no gradient at this step), ⟨w,g⟩, ⟨w,m⟩ and, if DAMPED, whether the buffer is new.
+    memory: [3, R] c, radius, radial tests passed. handed_over: 0-dim, for "warmup" only.
+    controls: s, a, p and the param group's lr, [4, R], then κ; those that the rule does not need are not written.
+    numel, group_of_row: [R]; lrs … per_momenta: tuples with one entry per param group.
+    found_inf: where given and not 0, nothing is changed.
+
+    Sums over the rows are float32, lane by lane and then as a tree. Source: `elropt.rules`, docs/theory.md §9.
+    """
+    # Flags are integers: the interpreter cannot broadcast a comparison of two floats.
+    skipped = 0
+    if found_inf is not None:
+        skipped = (tl.load(found_inf) != 0).to(tl.int32)
+    lanes = tl.arange(0, ROWS_PER_PASS)
+    n = tl.zeros([ROWS_PER_PASS], tl.float32)
+    log_e_sum, log_smooth_sum, ww_sum, gg_sum, sphere_sum, veto = n, n, n, n, n, n
+    top = n - INFINITY
+    for start in range(0, n_rows, ROWS_PER_PASS):
+        at = start + lanes
+        ww, gg, _, c, radius, passed, directed, moving, exists = _rows(sums, memory, numel, at, n_rows)
+        n += moving.to(tl.float32)
+        if RULE == "warmup":
+            log_lr = _log_lr(group_of_row, lrs, gains, at, exists)
+            top = tl.maximum(top, tl.where(moving, log_lr, -INFINITY))
+            log_smooth_sum += _log_smooth_e(ww, gg, c, moving)
+            waiting = tl.where(moving, passed != RADIAL_TESTS, passed >= 0)
+            # rows without a gradient have not been judged: they matter only if they have had one before
+            waiting = tl.where(gg == -1.0, c > 0, waiting)
+            veto = tl.maximum(veto, (waiting & exists).to(tl.float32))
+        if (RULE == "warmup") | (RULE == "uniform"):
+            log_e_sum += _log_e(ww, gg, moving)
+        if WHOLE:
+            ww_sum += tl.where(moving, ww, 0.0)
+            gg_sum += tl.where(moving, gg, 0.0)
+            sphere = tl.where((radius == 0) & directed, tl.sqrt(ww), radius)
+            sphere_sum += tl.where(moving, sphere * sphere, 0.0)
+    count = tl.maximum(tl.sum(n), 1.0)
+    log_mean = tl.sum(log_e_sum) / count
+    log_smooth_mean = tl.sum(log_smooth_sum) / count
+    whole_w, whole_g, whole_sphere = tl.sum(ww_sum), tl.sum(gg_sum), tl.sum(sphere_sum)
+
+    over, ends = 0, 0
+    if RULE == "warmup":
+        over = (tl.load(handed_over) != 0).to(tl.int32)
+        first = tl.max(top)
+        squares, ties, below = n * 0.0, n * 0.0, n * 0.0 - INFINITY
+        for start in range(0, n_rows, ROWS_PER_PASS):
+            at = start + lanes
+            ww, gg, _, c, _, _, _, moving, exists = _rows(sums, memory, numel, at, n_rows)
+            offset = tl.where(moving, _log_smooth_e(ww, gg, c, moving) - log_smooth_mean, 0.0)
+            squares += offset * offset
+            log_lr = _log_lr(group_of_row, lrs, gains, at, exists)
+            ties += (moving & (log_lr == first)).to(tl.float32)
+            below = tl.maximum(below, tl.where(moving & (log_lr < first), log_lr, -INFINITY))
+        second = tl.max(below)
+        second = tl.where((tl.sum(ties) > 1) | (second == -INFINITY), first, second)
+        kappa = tl.minimum(-(2 * log_mean + first + second) / 2, 0.0)
+        equal = (tl.sum(squares) / count < EQUALIZED_VARIANCE) & (kappa == 0)
+        ends = ((tl.sum(n) > 0) & (tl.max(veto) == 0) & equal).to(tl.int32)
+        tl.store(controls + 4 * n_rows, tl.exp(tl.where(over != 0, 0.0, kappa)))
+        if (ends != 0) & (over == 0) & (skipped == 0):
+            tl.store(handed_over, 1.0)
+
+    for start in range(0, n_rows, ROWS_PER_PASS):
+        at = start + lanes
+        ww, gg, wg, c, radius, passed, directed, moving, exists = _rows(sums, memory, numel, at, n_rows)
+        s = tl.full([ROWS_PER_PASS], 1.0, tl.float32)
+        a = s
+        if RULE == "warmup":
+            offset = tl.where(moving, _log_e(ww, gg, moving) - log_mean, 0.0)
+            smooth_offset = tl.where(moving, _log_smooth_e(ww, gg, c, moving) - log_smooth_mean, 0.0)
+            rescaled = tl.where(ends != 0, smooth_offset, EQUALIZATION_RATE * offset) / 2
+            rescaled = tl.where((passed == RADIAL_TESTS) & (over == 0), rescaled, 0.0)
+            a = tl.exp(rescaled)
+            s = tl.exp(tl.where(over != 0, 0.0, rescaled - offset))
+            tl.store(memory + at, _smooth_c(ww, gg, c, moving), mask=moving & (skipped == 0))
+        elif RULE == "uniform":
+            s = tl.where(moving, tl.exp(log_mean - _log_e(ww, gg, moving)), 1.0)
+        elif (RULE == "angle") | (RULE == "sphere"):
+            weight_norm = tl.sqrt(tl.where(directed, ww, 1.0))
+            grad_norm = tl.sqrt(tl.where(moving, gg, 1.0))
+            radius = tl.where((radius == 0) & directed, weight_norm, radius)
+            sphere, kept = radius, directed
+            norm, kept_norm = weight_norm, weight_norm
+            if WHOLE:
+                zero = tl.zeros([ROWS_PER_PASS], tl.float32)
+                sphere, kept = tl.sqrt(whole_sphere) + zero, moving
+                norm, grad_norm = tl.sqrt(whole_w) + zero, tl.sqrt(whole_g) + zero
+            a = tl.where(kept, sphere / norm, 1.0)
+            s = tl.where(moving, sphere / grad_norm if RULE == "angle" else sphere * norm, 1.0)
+            if WHOLE:
+                radius = tl.where(kept, a * kept_norm, radius)
+            tl.store(memory + n_rows + at, radius, mask=exists & (skipped == 0))
+        if RULE is not None:
+            tl.store(controls + at, s, mask=exists)
+        if (RULE == "warmup") | (RULE == "angle") | (RULE == "sphere"):
+            tl.store(controls + n_rows + at, a, mask=exists)
+        if PROJECT:
+            group = tl.load(group_of_row + at, mask=exists, other=0)
+            per_grad = of_group(group, per_grads)
+            if DAMPED:  # a new buffer takes the whole of its first gradient
+                per_grad = tl.where(tl.load(sums + 4 * n_rows + at, mask=exists, other=0.0) != 0, 1.0, per_grad)
+            wm = tl.load(sums + 3 * n_rows + at, mask=exists, other=0.0)
+            square = tl.where(directed, a * ww, 1.0)
+            radial = per_grad * (s * wg / square + of_group(group, decays))
+            radial += of_group(group, per_momenta) * (wm / square)
+            ok = directed & (tl.abs(radial) < INFINITY)
+            tl.store(controls + 2 * n_rows + at, tl.where(ok, radial, 0.0), mask=exists)
+        lr = of_group(tl.load(group_of_row + at, mask=exists, other=0), lrs)
+        tl.store(controls + 3 * n_rows + at, tl.zeros_like(s) + lr, mask=exists)
+        tl.store(memory + 2 * n_rows + at, passed, mask=exists & (skipped == 0))
+
+
+@triton.jit
+def _rows(sums, memory, numel, at, n_rows):
+    """Of the rows `at`: ‖w‖², ‖g‖², ⟨w,g⟩, c, radius, the tests passed after this step, whether w has a
+    direction, whether it moves, and whether there is such a row."""
+    exists = at < n_rows
+    ww = tl.load(sums + at, mask=exists, other=0.0, cache_modifier=".cg")
+    gg = tl.load(sums + n_rows + at, mask=exists, other=0.0, cache_modifier=".cg")
+    wg = tl.load(sums + 2 * n_rows + at, mask=exists, other=0.0, cache_modifier=".cg")
+    c = tl.load(memory + at, mask=exists, other=0.0)
+    radius = tl.load(memory + n_rows + at, mask=exists, other=0.0)
+    passed = tl.load(memory + 2 * n_rows + at, mask=exists, other=-1.0)
+    entries = tl.load(numel + at, mask=exists, other=1.0)
+    finite = (ww > 0) & (ww < INFINITY) & (gg > 0) & (gg < INFINITY)
+    cosine = tl.abs(wg) / (tl.sqrt(tl.where(finite, ww, 1.0)) * tl.sqrt(tl.where(finite, gg, 1.0)))
+    testing = finite & (cosine < INFINITY) & (passed >= 0) & (passed < RADIAL_TESTS)
+    zero = cosine < 0.02 / tl.sqrt(entries) + 1e-4
+    passed = tl.where(testing, tl.where(zero, passed + 1, -1.0), passed)
+    directed = (passed > 0) & (ww > 0) & (ww < INFINITY) & (gg != -1.0)
+    return ww, gg, wg, c, radius, passed, directed, directed & finite, exists
+
+
+@triton.jit
+def _log_e(ww, gg, moving):
+    """log E of the rows that move, 0 elsewhere."""
+    return (tl.log(tl.where(moving, gg, 1.0)) - tl.log(tl.where(moving, ww, 1.0))) / 2
+
+
+@triton.jit
+def _smooth_c(ww, gg, c, moving):
+    now = tl.sqrt(tl.where(moving, ww, 1.0)) * tl.sqrt(tl.where(moving, gg, 1.0))
+    return tl.where(c == 0, now, now + SMOOTHING * (c - now))
+
+
+@triton.jit
+def _log_smooth_e(ww, gg, c, moving):
+    log_e = tl.log(_smooth_c(ww, gg, c, moving)) - tl.log(tl.where(moving, ww, 1.0))
+    return tl.where(moving, log_e, 0.0)
+
+
+@triton.jit
+def _log_lr(group_of_row, lrs, gains, at, exists):
+    group = tl.load(group_of_row + at, mask=exists, other=0)
+    lr = tl.where(exists, of_group(group, lrs) * of_group(group, gains), 0.0)
+    return tl.where(lr > 0, tl.log(tl.where(lr > 0, lr, 1.0)), -INFINITY)

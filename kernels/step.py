@@ -1,0 +1,329 @@
+"""One step over tensors that stay the same from step to step: measure and decide in one launch, update in another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import tables
+from .measure import measure_kernel
+from .tables import NUM_WARPS, Row, Table, build_table, dtypes_of, refuse_upload_in_capture, triples_of, upload
+from .update import update_kernel
+
+__all__ = ["FusedStep", "Hyper", "Rule"]
+
+PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+
+
+class Hyper(NamedTuple):
+    """The hyper-parameters of one param group; `lr` may be a 0-dim tensor on the device.
+
+    gain, per_grad and per_momentum are what a rule needs to know of the momentum: the factor of a constant gradient
+    in the long run, ∂u/∂g̃ and ∂u/∂m.
+    """
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    gain: float
+    per_grad: float
+    per_momentum: float
+
+
+class Kind(NamedTuple):
+    """What the tensors of a param group must share with those of another to be updated in the same launch."""
+
+    has_momentum: bool
+    nesterov: bool
+    maximize: bool
+    seed: int | None  # of stochastic rounding
+
+
+class Rule(NamedTuple):
+    """What is decided, and where the rule remembers it: `memory` [3, R] c, radius and tests passed; `handed_over`."""
+
+    name: str | None
+    whole: bool
+    project: bool
+    memory: Tensor
+    handed_over: Tensor
+
+
+class FusedStep:
+    """The launches of a step: tables and scratch memory on the device, made once.
+
+    `points_to` says whether they still fit, `step` measures, decides and updates.
+
+    Args:
+        params, grads, buffers: tensors that `can_use` accepts; buffers are None in groups without momentum, and made by
+            `new_buffer` where a tensor had none.
+        groups: for each tensor the number of its param group.
+        kinds: for each param group.
+        rows: for each tensor the (first, count) of its rows in the memory of the rule, or None.
+        rule: None where nothing is ever decided.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        buffers: Sequence[Tensor | None],
+        *,
+        groups: Sequence[int],
+        kinds: Sequence[Kind],
+        rows: Sequence[Row],
+        rule: Rule | None,
+    ) -> None:
+        self.device = params[0].device
+        refuse_upload_in_capture(self.device)
+        self.params, self.buffers = list(params), [m for m in buffers if m is not None]
+        self.kinds, self.rule = list(kinds), rule
+        self.written = [*self.params, *self.buffers]
+        self.written_pointers = _pointers(self.written)
+        self.grad_layouts, self.grad_pointers = _layouts(grads), _pointers(grads)
+
+        triples = triples_of(params, grads, buffers)
+        together: dict[Any, list[int]] = {}
+        for i, (triple, group) in enumerate(zip(triples, groups, strict=True)):
+            kind = kinds[group]
+            if triple.w.dtype != torch.bfloat16:
+                kind = kind._replace(seed=None)
+            together.setdefault((dtypes_of(triple), kind), []).append(i)
+        self.launches: list[Launch] = []
+        for (_, kind), members in together.items():
+            chosen = [[of[i] for i in members] for of in (triples, rows, groups)]
+            table = build_table(*chosen, tables.CHUNK)
+            if table.n_chunks > 0:
+                pointers = np.array([[t.pointer if t else 0 for t in triples[i]] for i in members], np.int64)
+                partials = torch.zeros(table.n_measured, 4, dtype=torch.float32, device=self.device)
+                self.launches.append(Launch(table, kind, np.array(members), pointers, partials))
+        self.addresses = [launch.table.addresses for launch in self.launches]
+        self._of_graphs: list[tuple[list[int], list[Tensor], list[Tensor]]] = []
+        self._spare = self._make_spare()
+        if rule is not None:
+            self._prepare_rule(params, groups, rows, rule.memory.shape[1])
+
+    def _prepare_rule(
+        self, params: Sequence[Tensor], groups: Sequence[int], rows: Sequence[Row], n_rows: int
+    ) -> None:
+        """Scratch memory of the decision. A row that nobody measures keeps its −1 in the sums."""
+        numel, group_of_row = np.ones(n_rows, np.float32), np.zeros(n_rows, np.int32)
+        self.n_deciding, self.measured = 0, []
+        for p, group, row in zip(params, groups, rows, strict=True):
+            if row is not None:
+                first, count = row
+                numel[first : first + count] = p.numel() / max(count, 1)
+                group_of_row[first : first + count] = group
+                self.n_deciding += count
+                self.measured.append(p)
+        self.numel, self.group_of_row = upload(numel, self.device), upload(group_of_row, self.device)
+        self.sums = torch.full((5, n_rows), -1.0, dtype=torch.float32, device=self.device)
+        self.counters = torch.zeros(n_rows + 1, dtype=torch.int32, device=self.device)
+        self.controls = torch.ones(4 * n_rows + 1, dtype=torch.float32, device=self.device)
+        self.s, self.a, self.p, self.lrs = self.controls[: 4 * n_rows].view(4, n_rows)
+        self.κ = self.controls[4 * n_rows]
+        self.p.zero_()
+        self.versions: list[int] | None = None
+
+    def points_to(self, grads: Sequence[Tensor]) -> bool:
+        """Whether the tables fit these gradients and where the parameters and buffers are now. Gradients that are
+        merely elsewhere are followed, without waiting for the device."""
+        if _pointers(self.written) != self.written_pointers or _layouts(grads) != self.grad_layouts:
+            return False
+        pointers = _pointers(grads)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.addresses = self._addresses_for_graph(pointers)
+            return True
+        self.addresses = [launch.table.addresses for launch in self.launches]
+        if pointers != self.grad_pointers:
+            self.grad_pointers = pointers
+            for launch, addresses in zip(self.launches, self.addresses, strict=True):
+                host = torch.from_numpy(launch.addresses_with(pointers))
+                addresses.copy_(host.pin_memory() if addresses.is_cuda else host, non_blocking=True)
+        if self._spare is None:
+            self._spare = self._make_spare()
+        return True
+
+    def _make_spare(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Address tables for the next CUDA graph, pinned on the host and on the device."""
+        if self.device.type != "cuda":
+            return None
+        device = [torch.empty_like(launch.table.addresses) for launch in self.launches]
+        return [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in device], device
+
+    def _addresses_for_graph(self, pointers: list[int]) -> list[Tensor]:
+        """A graph gets tables of its own, which later steps leave alone; it uploads them whenever it is replayed."""
+        if self._spare is not None:
+            self._of_graphs.append((pointers, *self._spare))
+            self._spare = None
+        elif not self._of_graphs or self._of_graphs[-1][0] != pointers:
+            refuse_upload_in_capture(self.device)
+        _, host, device = self._of_graphs[-1]
+        for launch, pinned, addresses in zip(self.launches, host, device, strict=True):
+            pinned.numpy()[:] = launch.addresses_with(pointers)
+            addresses.copy_(pinned, non_blocking=True)
+        return device
+
+    def step(
+        self,
+        hypers: Sequence[Hyper],
+        *,
+        active: bool,
+        read_all: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        rounding_step: Tensor | None = None,
+    ) -> None:
+        """Update parameters and buffers in place.
+
+        Args:
+            hypers: of each param group.
+            active: whether the rule takes part; without it, this is SGD.
+            read_all: measure every row in full, whatever the rule needs.
+            grad_scale, found_inf: one-element float32 tensors on the device, as `torch.amp.GradScaler` gives them: the
+                gradients are divided by the one, nothing is changed if the other is not 0.
+            rounding_step: 0-dim int64 on the device, what the random bits of stochastic rounding are drawn for.
+        """
+        rule = self.rule if active else None
+        sums = 0
+        with torch.cuda.device_of(self.params[0]):
+            if rule is not None:
+                sums = 2 if rule.project else 1
+                self._measure(rule, hypers, read_all, grad_scale, found_inf)
+            self._update(rule, hypers, sums, grad_scale, found_inf, rounding_step)
+        # Autograd cannot see these writes.
+        torch.autograd.graph.increment_version(self.written)
+        if rule is not None:
+            self.versions = self._versions_now(rule)
+
+    def _versions_now(self, rule: Rule) -> list[int]:
+        """Changes with every write that PyTorch knows of to what the partial sums were made of."""
+        return [t._version for t in (self.written if rule.project else self.measured)]
+
+    def _measure(
+        self,
+        rule: Rule,
+        hypers: Sequence[Hyper],
+        read_all: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        unknown = self.versions is None or self.versions != self._versions_now(rule)
+        for launch, addresses in zip(self.launches, self.addresses, strict=True):
+            if launch.table.n_measured > 0:
+                measure_kernel[(launch.table.n_measured,)](
+                    addresses,
+                    launch.table.segments,
+                    launch.table.chunk_segment,
+                    launch.partials,
+                    self.sums,
+                    self.counters,
+                    self.sums.shape[1],
+                    read_all=int(unknown or read_all or rule.project),
+                    read_momentum=int(unknown),
+                    **self._decision(rule, hypers),
+                    grad_scale=grad_scale,
+                    found_inf=found_inf,
+                    HAS_BUFFERS=rule.project and launch.kind.has_momentum,
+                    MAXIMIZE=launch.kind.maximize,
+                    **launch.table.constexprs,
+                    num_warps=NUM_WARPS,
+                )
+
+    def _decision(self, rule: Rule, hypers: Sequence[Hyper]) -> dict[str, Any]:
+        return {
+            "n_deciding": self.n_deciding,
+            "memory": rule.memory,
+            "handed_over": rule.handed_over if rule.name == "warmup" else None,
+            "controls": self.controls,
+            "numel": self.numel,
+            "group_of_row": self.group_of_row,
+            "lrs": tuple(h.lr for h in hypers),
+            "decays": tuple(h.weight_decay for h in hypers),
+            "gains": tuple(h.gain for h in hypers),
+            "per_grads": tuple(h.per_grad for h in hypers),
+            "per_momenta": tuple(h.per_momentum for h in hypers),
+            "RULE": rule.name,
+            "WHOLE": rule.whole,
+            "PROJECT": rule.project,
+            "DAMPED": any(h.dampening != 0 for h in hypers),
+        }
+
+    def _update(
+        self,
+        rule: Rule | None,
+        hypers: Sequence[Hyper],
+        sums: int,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        rounding_step: Tensor | None,
+    ) -> None:
+        name = None if rule is None else rule.name
+        damped, decaying = (any(of) for of in zip(*((h.dampening, h.weight_decay) for h in hypers), strict=True))
+        for index, (launch, addresses) in enumerate(zip(self.launches, self.addresses, strict=True)):
+            seed = launch.kind.seed
+            update_kernel[(launch.table.n_chunks,)](
+                addresses,
+                launch.table.segments,
+                launch.table.chunk_segment,
+                tuple(h.lr for h in hypers),
+                tuple(h.momentum for h in hypers) if launch.kind.has_momentum else None,
+                tuple(1 - h.dampening for h in hypers) if damped else None,
+                tuple(h.weight_decay for h in hypers) if decaying else None,
+                self.κ if name == "warmup" else None,
+                self.s if name is not None else None,
+                self.a if name in ("warmup", "angle", "sphere") else None,
+                self.p if rule is not None and rule.project else None,
+                launch.partials,
+                grad_scale,
+                found_inf,
+                None if seed is None else (seed + (index << 32)) % 2**63,
+                None if seed is None else rounding_step,
+                SUMS=sums,
+                NESTEROV=launch.kind.nesterov,
+                MAXIMIZE=launch.kind.maximize,
+                **launch.table.constexprs,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=False,  # see `update`
+            )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one launch of the update covers.
+
+    members, pointers: the numbers of its tensors, and where w, g and m were at first, int64 [n, 3].
+    partials: float32 [n_measured, 4], see `measure_kernel`.
+    """
+
+    table: Table
+    kind: Kind
+    members: np.ndarray
+    pointers: np.ndarray
+    partials: Tensor
+
+    def addresses_with(self, grad_pointers: Sequence[int]) -> np.ndarray:
+        """The addresses of all segments if the gradients (of all tensors, not only these) are there."""
+        pointers = self.pointers.copy()
+        pointers[:, 1] = np.array(grad_pointers, np.int64)[self.members]
+        return self.table.addresses_of(pointers)
+
+
+def _pointers(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _layouts(grads: Sequence[Tensor]) -> object:
+    """What must stay the same of the gradients; their shapes are those of their parameters (torch checks that)."""
+    if not PLAIN_TYPES.issuperset(map(type, grads)) or any(g.layout != torch.strided for g in grads):
+        return None
+    return [g.dtype for g in grads], list(map(Tensor.stride, grads))
