@@ -501,7 +501,9 @@ class HandOverWatch:
 
     def warmup_is_over(self) -> bool:
         """Whether the flag is known to be set."""
-        if self.arrival is not None and self.arrival.query():
+        if self.arrival is None or (self.flag.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return bool(self.value > 0)  # 0 until the copy has arrived, and an event must not be asked in a capture
+        if self.arrival.query():
             self.arrival = None
         return self.arrival is None and bool(self.value > 0)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-__all__ = ["FusedStep", "Hyper", "Kind", "Rule", "available", "can_use", "measure", "new_buffer", "update"]
+__all__ = ["FusedStep", "Hyper", "Kind", "Rule", "available", "bytes_moved", "can_use", "measure", "new_buffer", "update"]
 
 
 @functools.cache
@@ -46,4 +46,5 @@ def can_use(
 if available():
     from .measure import measure
     from .step import FusedStep, Hyper, Kind, Rule
+    from .traffic import bytes_moved
     from .update import new_buffer, update

@@ -177,7 +177,7 @@ def measure_kernel(
         part = _masked_products(w, g, m, size, read_w, wanted, read_m, scale, HAS_BUFFERS, CHUNK // 4)
         _store_partials(partials, part, wanted, read_w, read_momentum, HAS_BUFFERS)
     finish(
-        partials, sums, counters, n_rows, row, first, n_chunks, m_address,
+        partials, sums, counters, None, n_rows, row, first, n_chunks, m_address,
         found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
         lrs, decays, gains, per_grads, per_momenta, RULE, WHOLE, PROJECT, DAMPED, HAS_BUFFERS, M,
     )  # fmt: skip
@@ -231,7 +231,7 @@ def _store_partials(partials, products, wanted, read_w, read_momentum, HAS_BUFFE
 
 @triton.jit
 def finish(
-    partials, sums, counters, n_rows, row, first, n_chunks, m_address,
+    partials, sums, counters, gate, n_rows, row, first, n_chunks, m_address,
     found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
     lrs, decays, gains, per_grads, per_momenta,
     RULE: tl.constexpr, WHOLE: tl.constexpr, PROJECT: tl.constexpr, DAMPED: tl.constexpr,
@@ -240,6 +240,7 @@ def finish(
     """The last program of the row sums its partials; the last of all rows decides and takes the counters back to 0.
 
     counters: int32 [n_rows + 1], programs done of each row, then rows done.
+    gate: int32, where given, goes up by one once all is decided.
     """
     # The barrier and the release of the atomic publish this program's stores, its acquire fetches the others'.
     tl.debug_barrier()
@@ -250,7 +251,7 @@ def finish(
         total = tl.zeros([PARTIALS_PER_PASS, 4], tl.float64)
         for start in range(0, n_chunks, PARTIALS_PER_PASS):
             chunks = start + lanes
-            at = partials + (first + chunks) * 4 + quantities
+            at = partials + (first + chunks).to(tl.int64) * 4 + quantities
             total += tl.load(at, mask=chunks < n_chunks, other=0.0, cache_modifier=".cg").to(tl.float64)
         tl.store(sums + tl.arange(0, 4).to(tl.int64) * n_rows + row, tl.sum(total, axis=0).to(tl.float32))
         if PROJECT & DAMPED & HAS_BUFFERS:
@@ -265,6 +266,9 @@ def finish(
                     lrs, decays, gains, per_grads, per_momenta, found_inf, n_rows,
                     RULE, WHOLE, PROJECT, DAMPED,
                 )  # fmt: skip
+                if gate is not None:
+                    tl.debug_barrier()
+                    tl.atomic_add(gate, 1)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import tables
+from .cooperative import MAX_REGISTERS, cooperative_kernel, max_programs
 from .measure import measure_kernel
 from .tables import NUM_WARPS, Row, Table, build_table, dtypes_of, refuse_upload_in_capture, triples_of, upload
 from .update import update_kernel
@@ -133,6 +134,12 @@ class FusedStep:
         self.κ = self.controls[4 * n_rows]
         self.p.zero_()
         self.versions: list[int] | None = None
+        self.gate = torch.zeros((), dtype=torch.int32, device=self.device)
+        self.cooperates = (
+            len(self.launches) == 1
+            and self.n_deciding > 0
+            and self.launches[0].table.n_chunks <= max_programs(self.device)
+        )
 
     def points_to(self, grads: Sequence[Tensor]) -> bool:
         """Whether the tables fit these gradients and where the parameters and buffers are now. Gradients that are
@@ -194,28 +201,27 @@ class FusedStep:
             rounding_step: 0-dim int64 on the device, what the random bits of stochastic rounding are drawn for.
         """
         rule = self.rule if active else None
-        sums = 0
+        amp = {"grad_scale": grad_scale, "found_inf": found_inf}
+        together = rule is not None and self.cooperates
         with torch.cuda.device_of(self.params[0]):
-            if rule is not None:
-                sums = 2 if rule.project else 1
-                self._measure(rule, hypers, read_all, grad_scale, found_inf)
-            self._update(rule, hypers, sums, grad_scale, found_inf, rounding_step)
+            if rule is not None and together:
+                self._cooperate(rule, hypers, amp, rounding_step)
+            else:
+                if rule is not None:
+                    self._measure(rule, hypers, read_all, amp)
+                self._update(rule, hypers, amp, rounding_step)
         # Autograd cannot see these writes.
         torch.autograd.graph.increment_version(self.written)
         if rule is not None:
-            self.versions = self._versions_now(rule)
+            # the cooperative kernel leaves no sums of the new weights: it reads them anyway
+            self.versions = None if together else self._versions_now(rule)
 
     def _versions_now(self, rule: Rule) -> list[int]:
         """Changes with every write that PyTorch knows of to what the partial sums were made of."""
         return [t._version for t in (self.written if rule.project else self.measured)]
 
     def _measure(
-        self,
-        rule: Rule,
-        hypers: Sequence[Hyper],
-        read_all: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        self, rule: Rule, hypers: Sequence[Hyper], read_all: bool, amp: dict[str, Tensor | None]
     ) -> None:
         unknown = self.versions is None or self.versions != self._versions_now(rule)
         for launch, addresses in zip(self.launches, self.addresses, strict=True):
@@ -231,8 +237,7 @@ class FusedStep:
                     read_all=int(unknown or read_all or rule.project),
                     read_momentum=int(unknown),
                     **self._decision(rule, hypers),
-                    grad_scale=grad_scale,
-                    found_inf=found_inf,
+                    **amp,
                     HAS_BUFFERS=rule.project and launch.kind.has_momentum,
                     MAXIMIZE=launch.kind.maximize,
                     **launch.table.constexprs,
@@ -262,39 +267,77 @@ class FusedStep:
         self,
         rule: Rule | None,
         hypers: Sequence[Hyper],
-        sums: int,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        amp: dict[str, Tensor | None],
         rounding_step: Tensor | None,
     ) -> None:
-        name = None if rule is None else rule.name
-        damped, decaying = (any(of) for of in zip(*((h.dampening, h.weight_decay) for h in hypers), strict=True))
         for index, (launch, addresses) in enumerate(zip(self.launches, self.addresses, strict=True)):
-            seed = launch.kind.seed
             update_kernel[(launch.table.n_chunks,)](
                 addresses,
                 launch.table.segments,
                 launch.table.chunk_segment,
-                tuple(h.lr for h in hypers),
-                tuple(h.momentum for h in hypers) if launch.kind.has_momentum else None,
-                tuple(1 - h.dampening for h in hypers) if damped else None,
-                tuple(h.weight_decay for h in hypers) if decaying else None,
-                self.κ if name == "warmup" else None,
-                self.s if name is not None else None,
-                self.a if name in ("warmup", "angle", "sphere") else None,
-                self.p if rule is not None and rule.project else None,
-                launch.partials,
-                grad_scale,
-                found_inf,
-                None if seed is None else (seed + (index << 32)) % 2**63,
-                None if seed is None else rounding_step,
-                SUMS=sums,
-                NESTEROV=launch.kind.nesterov,
-                MAXIMIZE=launch.kind.maximize,
+                lrs=tuple(h.lr for h in hypers),
+                decays=tuple(h.weight_decay for h in hypers) if any(h.weight_decay for h in hypers) else None,
+                partials=launch.partials,
+                **self._factors(rule),
+                **amp,
+                **self._momentum_and_rounding(launch, index, hypers, rounding_step),
+                SUMS=0 if rule is None else 2 if rule.project else 1,
                 **launch.table.constexprs,
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=False,  # see `update`
             )
+
+    def _cooperate(
+        self,
+        rule: Rule,
+        hypers: Sequence[Hyper],
+        amp: dict[str, Tensor | None],
+        rounding_step: Tensor | None,
+    ) -> None:
+        (launch,), (addresses,) = self.launches, self.addresses
+        cooperative_kernel[(launch.table.n_chunks,)](
+            addresses,
+            launch.table.segments,
+            launch.table.chunk_segment,
+            launch.partials,
+            self.sums,
+            self.counters,
+            self.gate,
+            self.sums.shape[1],
+            **self._decision(rule, hypers),
+            **self._factors(rule),
+            **amp,
+            **self._momentum_and_rounding(launch, 0, hypers, rounding_step),
+            HAS_BUFFERS=launch.kind.has_momentum,
+            **launch.table.constexprs,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+            **({"maxnreg": MAX_REGISTERS, "launch_cooperative_grid": True} if self.gate.is_cuda else {}),
+        )
+
+    def _factors(self, rule: Rule | None) -> dict[str, Tensor | None]:
+        """The controls that the rule sets."""
+        name = None if rule is None else rule.name
+        return {
+            "lr_factor": self.κ if name == "warmup" else None,
+            "grad_factor": self.s if name is not None else None,
+            "weight_factor": self.a if name in ("warmup", "angle", "sphere") else None,
+            "radial": self.p if rule is not None and rule.project else None,
+        }
+
+    def _momentum_and_rounding(
+        self, launch: Launch, index: int, hypers: Sequence[Hyper], rounding_step: Tensor | None
+    ) -> dict[str, Any]:
+        kind = launch.kind
+        return {
+            "momenta": tuple(h.momentum for h in hypers) if kind.has_momentum else None,
+            "keeps": tuple(1 - h.dampening for h in hypers) if any(h.dampening for h in hypers) else None,
+            "NESTEROV": kind.nesterov,
+            "MAXIMIZE": kind.maximize,
+            # launches number their elements alike: the seed tells them apart
+            "seed": None if kind.seed is None else (kind.seed + (index << 32)) % 2**63,
+            "step": None if kind.seed is None else rounding_step,
+        }
 
 
 @dataclass(frozen=True)

@@ -108,16 +108,16 @@ def load_chunk(
     g_address = tl.load(addresses + index * 3 + 1)
     m_address = tl.load(addresses + index * 3 + 2)
     elements = tl.load(segments + index * 4)
-    first = tl.load(segments + index * 4 + 1)
-    row = tl.load(segments + index * 4 + 2)
-    group = tl.load(segments + index * 4 + 3)
-    offset = (chunk - first) * CHUNK
+    first = tl.load(segments + index * 4 + 1).to(tl.int32)
+    row = tl.load(segments + index * 4 + 2).to(tl.int32)
+    group = tl.load(segments + index * 4 + 3).to(tl.int32)
+    offset = (chunk - first).to(tl.int64) * CHUNK
     left = elements - offset
     full = (((w_address | g_address | m_address) & 15) == 0) & (left >= CHUNK)
     w = w_address.to(tl.pointer_type(W)) + offset
     g = g_address.to(tl.pointer_type(G)) + offset
     m = m_address.to(tl.pointer_type(M)) + offset
-    n_chunks = tl.maximum(tl.cdiv(elements, CHUNK), 1)
+    n_chunks = tl.maximum(tl.cdiv(elements, CHUNK), 1).to(tl.int32)
     return w, g, m, left, full, row, group, first, n_chunks, m_address
 
 

@@ -197,27 +197,45 @@ def update_kernel(
         g_at = tl.multiple_of(g + lanes, 16)
         m_at = tl.multiple_of(m + lanes, 16)
         mask = tl.full([CHUNK], True, tl.int1)
-        ww, wm = update_block(
-            tl.load(w_at, mask=mask), tl.load(g_at, mask=mask), w_at, m_at, mask, 0,
+        m_old = load_buffer(m_at, mask, momentum)
+        w_new, m_new, ww, wm = updated(
+            tl.load(w_at, mask=mask), tl.load(g_at, mask=mask), m_old, mask, 0,
             lr, momentum, keep, decay, scale, s, a, p, seed, count, NESTEROV, MAXIMIZE,
         )  # fmt: skip
-        _store_sums(partials, ww, wm, has_row, SUMS)
+        tl.store(w_at, w_new, mask=mask)
+        if momentum is not None:
+            tl.store(m_at, m_new, mask=mask)
+        store_sums(partials, ww, wm, has_row, SUMS)
     else:
         ww_part = tl.zeros([CHUNK // 4], tl.float32)
         wm_part = ww_part
         for start in range(0, tl.minimum(left, CHUNK).to(tl.int32), CHUNK // 4):
             at = start + tl.arange(0, CHUNK // 4)
             here = at < left
-            ww_, wm_ = update_block(
-                tl.load(w + at, mask=here, other=0.0), tl.load(g + at, mask=here, other=0.0), w + at, m + at, here, start,
+            m_here = load_buffer(m + at, here, momentum)
+            w_here, m_here, ww_here, wm_here = updated(
+                tl.load(w + at, mask=here, other=0.0), tl.load(g + at, mask=here, other=0.0), m_here, here, start,
                 lr, momentum, keep, decay, scale, s, a, p, seed, count, NESTEROV, MAXIMIZE,
             )  # fmt: skip
-            ww_part, wm_part = ww_part + ww_, wm_part + wm_
-        _store_sums(partials, ww_part, wm_part, has_row, SUMS)
+            tl.store(w + at, w_here, mask=here)
+            if momentum is not None:
+                tl.store(m + at, m_here, mask=here)
+            ww_part, wm_part = ww_part + ww_here, wm_part + wm_here
+        store_sums(partials, ww_part, wm_part, has_row, SUMS)
 
 
 @triton.jit
-def _store_sums(partials, ww, wm, has_row, SUMS: tl.constexpr):
+def load_buffer(m_at, mask, momentum):
+    """The momentum buffer; anything of its type if there is none."""
+    if momentum is None:
+        m = tl.zeros_like(mask).to(m_at.dtype.element_ty)
+    else:
+        m = tl.load(m_at, mask=mask, other=0.0)
+    return m
+
+
+@triton.jit
+def store_sums(partials, ww, wm, has_row, SUMS: tl.constexpr):
     if SUMS >= 1:
         partial = partials + tl.program_id(0).to(tl.int64) * 4
         tl.store(partial, tl.sum(ww), mask=has_row)
@@ -226,12 +244,14 @@ def _store_sums(partials, ww, wm, has_row, SUMS: tl.constexpr):
 
 
 @triton.jit
-def update_block(
-    w, g, w_at, m_at, mask, start,
+def updated(
+    w, g, m, mask, start,
     lr, momentum, keep, decay, scale, s, a, p, seed, step,
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
-    """Update and store one block; returns w² and w·m of what is stored."""
+    """The new w and m of a block, as they are stored, and their products w² and w·m in float32 (0 outside the mask)."""
+    w_type: tl.constexpr = w.dtype
+    m_type: tl.constexpr = m.dtype
     w = w.to(tl.float32)
     u = g.to(tl.float32)
     if a is not None:
@@ -244,30 +264,27 @@ def update_block(
         u = s * u
     if decay is not None:
         u = tl.fma(decay, w, u)
-    stored_m = tl.zeros_like(w)
     if momentum is not None:
-        m = tl.load(m_at, mask=mask, other=0.0).to(tl.float32)
+        old = m.to(tl.float32)
         if keep is None:
-            m = tl.fma(momentum, m, u)
-            stored_m = m.to(m_at.dtype.element_ty)
+            new = tl.fma(momentum, old, u)
+            m = new.to(m_type)
         else:
-            m = tl.where(is_new(m), u, tl.fma(momentum, m, keep * u))
-            stored_m = m.to(m_at.dtype.element_ty)
-            stored_m = tl.where(stored_m == 0, 0.0, stored_m)  # never −0
-        tl.store(m_at, stored_m, mask=mask)
+            new = tl.where(is_new(old), u, tl.fma(momentum, old, keep * u))
+            m = new.to(m_type)
+            m = tl.where(m == 0, tl.zeros_like(m), m)  # never −0
         if NESTEROV:
-            u = tl.fma(momentum, m, u)
+            u = tl.fma(momentum, new, u)
         else:
-            u = m
+            u = new
     if p is not None:
         u = tl.fma(-p, w, u)
     w = tl.fma(-lr, u, w)
     if seed is not None:
         w = round_stochastically(w, start, seed, step)
-    stored_w = w.to(w_at.dtype.element_ty)
-    tl.store(w_at, stored_w, mask=mask)
-    w = tl.where(mask, stored_w.to(tl.float32), 0.0)
-    return w * w, w * stored_m.to(tl.float32)
+    stored = w.to(w_type)
+    w = tl.where(mask, stored.to(tl.float32), 0.0)
+    return stored, m, w * w, w * m.to(tl.float32)
 
 
 @triton.jit

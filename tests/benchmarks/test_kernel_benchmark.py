@@ -33,10 +33,11 @@ def test_the_check_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_constants_are_put_back() -> None:
-    chunk, warps = tables.CHUNK, tables.NUM_WARPS
-    with kernels.constants(CHUNK=64, NUM_WARPS=2):
-        assert (tables.CHUNK, tables.NUM_WARPS) == (64, 2)
-    assert (tables.CHUNK, tables.NUM_WARPS) == (chunk, warps)
+    before = {name: vars(tables)[name] for name in ("CHUNK", "NUM_WARPS")}
+    changed = {"CHUNK": 64, "NUM_WARPS": 2}
+    with kernels.constants(**changed):
+        assert {name: vars(tables)[name] for name in changed} == changed
+    assert {name: vars(tables)[name] for name in changed} == before
 
 
 def test_cases_are_single_tensors_and_lists() -> None:

@@ -41,7 +41,64 @@ def test_rows_of_torch() -> None:
     for optimizer in ("torch-fused", "torch-foreach", "torch-for-loop"):
         row = perform(job(optimizer))
         assert row["cpu"]["us"][1] > 0
-        assert row["bytes"] == 20 * WORKLOADS["tiny"]().elements
+
+
+def test_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def bytes_moved(params: Any, grads: Any, buffers: Any, *, measure: str | None) -> int:
+        assert len(params) == len(grads) == len(buffers)
+        asked.append((len(params), measure))
+        return 1
+
+    monkeypatch.setattr(step_time.kernels, "bytes_moved", bytes_moved, raising=False)
+    workload = WORKLOADS["tiny"]()
+    for optimizer, expected in (("torch-fused", 20 * workload.elements), ("elr-uniform", 2)):
+        entry = step_time.OPTIMIZERS[optimizer]
+        copy = step_time.Copy(workload, entry, workload.make(CPU))
+        copy.step()
+        assert step_time.bytes_of(workload, entry, copy) == expected
+    assert asked == [(2, "grad"), (4, None)]
+
+
+class FakeEvent:
+    """A CUDA event on a clock that only steps move."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at: float | None = None
+
+    def record(self) -> None:
+        assert self.at is None
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        assert self.at is not None
+        assert other.at is not None
+        return other.at - self.at
+
+
+def test_device_time_is_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def call() -> None:
+        FakeEvent.now += 0.5  # ms
+
+    timing = step_time.device_time([call] * 4, 0.1)
+    assert timing["n"] == 50
+    assert timing["us"] == pytest.approx([500.0] * 3)
+    assert step_time.device_time([call], 0.0, steps=5) == {"us": pytest.approx([100.0] * 3), "n": 5}
+
+
+def test_copies_fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_time, "l2_bytes", lambda _: 50_000_000)
+    assert step_time.copies_for(WORKLOADS["resnet-50"](), CPU) == 1
+    small = WORKLOADS["resnet-56"]()
+    copies = step_time.copies_for(small, CPU)
+    assert copies * small.footprint >= 3 * 50_000_000 > (copies - 1) * small.footprint
+    assert step_time.copies_for(WORKLOADS["tiny"](), CPU) == step_time.MAX_COPIES
 
 
 def test_a_missing_package_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,22 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int, int]] = {
     "update bf16, rounded stochastically": ("update", "bf16 bf16 bf16", {**PLAIN, "rounded": True}, 6, 4),
     "update fp16": ("update", "fp16 fp16 fp16", PLAIN, 6, 4),
     "update bf16, fp32 gradients": ("update", "bf16 fp32 fp32", PLAIN, 10, 6),
+    "cooperative fp32, warmup": ("cooperative", "fp32 fp32 fp32", {"RULE": "warmup", "radial": None}, 12, 8),
+    "cooperative fp32, uniform, AMP": (
+        "cooperative",
+        "fp32 fp32 fp32",
+        {"RULE": "uniform", "lr_factor": None, "weight_factor": None, "radial": None, "AMP": True},
+        12,
+        8,
+    ),
+    "cooperative fp32, sphere, projected": (
+        "cooperative",
+        "fp32 fp32 fp32",
+        {"RULE": "sphere", "lr_factor": None, "PROJECT": True, "HAS_BUFFERS": True},
+        12,
+        8,
+    ),
+    "cooperative bf16, warmup": ("cooperative", "bf16 bf16 bf16", {"RULE": "warmup", "radial": None}, 6, 4),
 }
 
 
@@ -59,12 +75,12 @@ def compile_cases() -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from elropt.kernels import tables
+    from elropt.kernels import cooperative, tables
     from elropt.kernels.measure import measure_kernel
     from elropt.kernels.update import update_kernel
 
     types: dict[str, Any] = {"addresses": "*i64", "segments": "*i64", "chunk_segment": "*i32"}
-    types |= {"counters": "*i32", "group_of_row": "*i32", "step": "*i64", "seed": "i64"}
+    types |= {"counters": "*i32", "gate": "*i32", "group_of_row": "*i32", "step": "*i64", "seed": "i64"}
     types |= dict.fromkeys(["n_rows", "read_all", "read_momentum", "n_deciding"], "i32")
     tuples = ["lrs", "momenta", "keeps", "decays", "gains", "per_grads", "per_momenta"]
     types |= dict.fromkeys(tuples, ("fp32", "fp32")) | {"lrs": ("fp32", "*fp32")}
@@ -72,10 +88,10 @@ def compile_cases() -> dict[str, Any]:
         "RULE": None, "WHOLE": False, "PROJECT": False, "DAMPED": False, "HAS_BUFFERS": False,
         "SUMS": 1, "NESTEROV": True, "MAXIMIZE": False, "CHUNK": tables.CHUNK,
     }  # fmt: skip
-    kernels = {"measure": measure_kernel, "update": update_kernel}
+    kernels = {"measure": measure_kernel, "update": update_kernel, "cooperative": cooperative.cooperative_kernel}
     elements = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
-    report: dict[str, Any] = {"chunk": tables.CHUNK, "threads": 32 * tables.NUM_WARPS}
+    report: dict[str, Any] = {}
     for case, (kernel, dtypes, changes, _, _) in CASES.items():
         function = kernels[kernel]
         changes = dict(changes)
@@ -88,7 +104,7 @@ def compile_cases() -> dict[str, Any]:
             constexprs |= {"seed": None, "step": None}
         constexprs |= changes
         constexprs = {k: v for k, v in constexprs.items() if k in function.arg_names}
-        if constexprs.get("RULE") != "warmup" and kernel == "measure":
+        if constexprs.get("RULE") != "warmup" and kernel != "update":
             constexprs["handed_over"] = None
         signature = {
             name: "constexpr" if name in constexprs else types.get(name, "*fp32") for name in function.arg_names
@@ -99,10 +115,12 @@ def compile_cases() -> dict[str, Any]:
             if isinstance(signature[name], str) and signature[name].startswith("*")
         }
         options: dict[str, Any] = {"num_warps": tables.NUM_WARPS}
-        if kernel == "update":
+        if kernel != "measure":
             options["enable_fp_fusion"] = False
+        if kernel == "cooperative":
+            options |= {"maxnreg": cooperative.MAX_REGISTERS, "launch_cooperative_grid": True}
         source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attrs)
-        report[case] = {}
+        report[case] = {"elements_per_thread": constexprs["CHUNK"] // (32 * options["num_warps"])}
         for capability in CAPABILITIES:
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -152,7 +170,7 @@ def test_full_chunks_are_accessed_128_bits_at_a_time(
 ) -> None:
     ptx = compiled[case][str(capability)]["ptx"]
     *_, loaded, stored = CASES[case]
-    elements_per_thread = compiled["chunk"] // compiled["threads"]
+    elements_per_thread = compiled[case]["elements_per_thread"]
     assert wide_bytes(ptx, "ld") == loaded * elements_per_thread
     assert wide_bytes(ptx, "st") == stored * elements_per_thread
 
@@ -163,7 +181,7 @@ def test_atomics_count_programs_and_add_up_nothing(compiled: dict[str, Any], cap
         ptx = compiled[case][str(capability)]["ptx"]
         atomics = re.findall(r"\b(?:atom|red)\.\S+", ptx)
         assert all(name == "atom.global.gpu.acq_rel.add.u32" for name in atomics), (case, atomics)
-        assert bool(atomics) == (kernel == "measure"), case
+        assert bool(atomics) == (kernel != "update"), case
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""Measure, decide and update in one launch, for nets small enough to stay on the chip between the three."""
+# Triton's language looks like Python, but type checkers cannot follow it.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .measure import finish
+from .tables import load_chunk, of_group
+from .update import updated
+
+__all__ = ["MAX_REGISTERS", "cooperative_kernel", "max_programs"]
+
+# 80 registers × 256 threads: three programs share the 65,536 registers of a multiprocessor (sm_80 and later).
+MAX_REGISTERS = 80
+PROGRAMS_PER_MULTIPROCESSOR = 3
+
+
+def max_programs(device: torch.device) -> int:
+    """Programs that run at the same time, all of which the barrier needs; 0 where there is no such barrier."""
+    if device.type != "cuda":
+        return 0
+    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_deciding"])
+def cooperative_kernel(
+    addresses,
+    segments,
+    chunk_segment,
+    partials,
+    sums,
+    counters,
+    gate,
+    n_rows,
+    grad_scale,
+    found_inf,
+    n_deciding,
+    memory,
+    handed_over,
+    controls,
+    numel,
+    group_of_row,
+    lrs,
+    decays,
+    gains,
+    per_grads,
+    per_momenta,
+    momenta,
+    keeps,
+    lr_factor,
+    grad_factor,
+    weight_factor,
+    radial,
+    seed,
+    step,
+    RULE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PROJECT: tl.constexpr,
+    DAMPED: tl.constexpr,
+    HAS_BUFFERS: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`measure_kernel` (with everything read) and `update_kernel`, w, g and m kept in registers in between.
+
+    gate: int32, goes up by one at every step: every program waits for that, so all of them have to run at once
+    (`launch_cooperative_grid`, at most `max_programs`). Under the interpreter it would wait forever.
+
+    Bytes per element: read w, g and m, write w and m: 20 in float32 (12 without momentum).
+    """
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    # Nobody opens the gate before this program has arrived below.
+    before = tl.atomic_add(gate, 0)
+    w_first, g_first, m_first, left, full, row, group, first, n_chunks, m_address = load_chunk(
+        addresses, segments, chunk_segment, W, G, M, CHUNK
+    )
+    lanes = tl.arange(0, CHUNK)
+    w = _load(w_first, lanes, left, full, CHUNK)
+    g = _load(g_first, lanes, left, full, CHUNK)
+    if PROJECT & HAS_BUFFERS:
+        m = _load(m_first, lanes, left, full, CHUNK)
+    scale = None if grad_scale is None else 1.0 / tl.load(grad_scale)
+
+    has_row = row >= 0
+    if has_row:
+        wide_w, wide_g = w.to(tl.float32), g.to(tl.float32)
+        if scale is not None:
+            wide_g = scale * wide_g
+        if MAXIMIZE:
+            wide_g = -wide_g
+        partial = partials + tl.program_id(0).to(tl.int64) * 4
+        tl.store(partial, tl.sum(wide_w * wide_w))
+        tl.store(partial + 1, tl.sum(wide_g * wide_g))
+        tl.store(partial + 2, tl.sum(wide_w * wide_g))
+        if PROJECT & HAS_BUFFERS:
+            tl.store(partial + 3, tl.sum(wide_w * m.to(tl.float32)))
+        finish(
+            partials, sums, counters, gate, n_rows, row, first, n_chunks, m_address,
+            found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
+            lrs, decays, gains, per_grads, per_momenta, RULE, WHOLE, PROJECT, DAMPED, HAS_BUFFERS, M,
+        )  # fmt: skip
+    if momenta is None:
+        m = tl.zeros_like(w)
+    elif not PROJECT:  # not needed before; on its way while the program waits
+        m = _load(m_first, lanes, left, full, CHUNK)
+    while tl.atomic_add(gate, 0) == before:
+        pass
+
+    lr = of_group(group, lrs)
+    if lr_factor is not None:
+        lr = lr * tl.load(lr_factor, cache_modifier=".cg")
+    momentum = None if momenta is None else of_group(group, momenta)
+    keep = None if keeps is None else of_group(group, keeps)
+    s = None if grad_factor is None else tl.load(grad_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
+    a = None if weight_factor is None else tl.load(weight_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
+    p = None if radial is None else tl.load(radial + row, mask=has_row, other=0.0, cache_modifier=".cg")
+    count = None if step is None else tl.load(step)
+    w, m, _, _ = updated(
+        w, g, m, lanes < left, 0,
+        lr, momentum, keep, of_group(group, decays), scale, s, a, p, seed, count, NESTEROV, MAXIMIZE,
+    )  # fmt: skip
+    _store(w_first, lanes, left, full, w, CHUNK)
+    if momenta is not None:
+        _store(m_first, lanes, left, full, m, CHUNK)
+
+
+@triton.jit
+def _load(first, lanes, left, full, CHUNK: tl.constexpr):
+    if full:
+        t = tl.load(tl.multiple_of(first + lanes, 16), mask=tl.full([CHUNK], True, tl.int1), other=0.0)
+    else:
+        t = tl.load(first + lanes, mask=lanes < left, other=0.0)
+    return t
+
+
+@triton.jit
+def _store(first, lanes, left, full, t, CHUNK: tl.constexpr):
+    if full:
+        tl.store(tl.multiple_of(first + lanes, 16), t, mask=tl.full([CHUNK], True, tl.int1))
+    else:
+        tl.store(first + lanes, t, mask=lanes < left)
