@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import operator
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -73,7 +72,6 @@ class Ensemble:
         self._watch = HandOverWatch(self.memory.handed_over)
         self._fused: FusedEnsemble | None = None
         self._decided = False
-        self._snapshot(state)
 
     def _remember(self, state: State) -> tuple[RuleState, Tensor]:
         """Pack what `state` holds of each row (zeros where it holds nothing); with a rule, leave views there."""
@@ -124,19 +122,9 @@ class Ensemble:
                 self._views.append((p, "rounding_step", self.rounding_step))
 
     def is_detached(self, state: State) -> bool:
-        """Whether somebody replaced or removed what this left in `state`."""
-        dicts = [held for held in map(state.get, self.params) if held is not None]
-        values = itertools.chain.from_iterable(map(dict.values, dicts))
-        if _same_objects(dicts, self._dicts) and _same_objects(list(values), self._values):
-            return False
+        """Whether somebody replaced or removed what this left in `state`. For when anything in it has changed."""
         self._fused = None  # it may hold another momentum buffer
-        self._snapshot(state)
         return any(state.get(p, {}).get(key) is not view for p, key, view in self._views)
-
-    def _snapshot(self, state: State) -> None:
-        """What `state` holds of these parameters, to notice when it is something else."""
-        self._dicts = [held for held in map(state.get, self.params) if held is not None]
-        self._values = list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
 
     def prepare(self, state: State) -> FusedEnsemble | list[Group]:
         """The tensors that have a gradient: as one fused step, if all of them qualify for it. Changes nothing.
@@ -211,15 +199,16 @@ class Ensemble:
         record: bool,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-    ) -> None:
-        """Update what `prepare` returned, in place. `record` asks for a record where the rule itself measures nothing.
+    ) -> bool:
+        """Update what `prepare` returned, in place, and say whether `state` has got new momentum buffers. `record` asks
+        for a record where the rule itself measures nothing.
 
         `grad_scale` and `found_inf`, as `torch.amp.GradScaler` leaves them, are for a fused step alone.
         """
         self._last = None
         self._decided = False
         if not prepared:
-            return
+            return False
         if isinstance(prepared, FusedEnsemble):
             active = self.has_rule and not self._is_over()
             if record and not active:
@@ -238,10 +227,9 @@ class Ensemble:
                 for p, buffer in zip(group.params, group.momentum_buffers, strict=True)
                 if buffer is not None and state.get(p, {}).get("momentum_buffer") is not buffer
             }
-        if new:
-            for p, buffer in new.items():
-                state[p]["momentum_buffer"] = buffer
-            self._snapshot(state)
+        for p, buffer in new.items():
+            state[p]["momentum_buffer"] = buffer
+        return bool(new)
 
     def _step_groups(self, groups: list[Group], *, record: bool) -> None:
         if self.has_rule and not self._is_over():
@@ -519,10 +507,6 @@ def momentum_coefficients(
     if nesterov:
         per_grad, per_momentum = 1 + μ * per_grad, μ * per_momentum
     return abs(1 - d) / (1 - μ) if μ < 1 else math.inf, per_grad, per_momentum
-
-
-def _same_objects(a: Sequence[object], b: Sequence[object]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _present(params: Sequence[Tensor]) -> list[bool]:

@@ -123,6 +123,7 @@ class ELRSGD(Optimizer):
         validate(defaults)
         self._ensembles: list[Ensemble] | None = None
         self._layout: list[tuple[Any, ...]] = []
+        self._held: tuple[list[object], list[object]] = [], []
         self._recording = False
         super().__init__(params, defaults)
 
@@ -140,6 +141,7 @@ class ELRSGD(Optimizer):
             for key, value in _SGD_DEFAULTS.items():
                 group.setdefault(key, self.defaults.get(key, value))
         self._ensembles = None
+        self._layout, self._held = [], ([], [])
         self._recording = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -217,8 +219,9 @@ class ELRSGD(Optimizer):
             if not _unscale(self, amp):
                 return loss
             amp = dict.fromkeys(amp)
-        for ensemble, tensors in prepared:
-            ensemble.step(tensors, self.state, record=self._recording, **amp)
+        grown = [e.step(tensors, self.state, record=self._recording, **amp) for e, tensors in prepared]
+        if any(grown):
+            self._held = self._state_objects()
         self._recording = False
         return loss
 
@@ -254,10 +257,14 @@ class ELRSGD(Optimizer):
             (group, rule_key(group), group.get("scale_invariant"), group["stochastic_rounding"], group["params"])
             for group in self.param_groups
         ]
+        held = self._state_objects()
         if (
             self._ensembles is None
             or not _same_layout(layout, self._layout)
-            or any([ensemble.is_detached(self.state) for ensemble in self._ensembles])
+            or (
+                not all(map(_same_objects, held, self._held))
+                and any([ensemble.is_detached(self.state) for ensemble in self._ensembles])
+            )
         ):
             together: dict[Any, list[dict[str, Any]]] = {}
             for group in self.param_groups:
@@ -267,7 +274,14 @@ class ELRSGD(Optimizer):
             with torch.inference_mode(False):
                 self._ensembles = [Ensemble(groups, self.state) for groups in together.values()]
             self._layout = [(*rest, list(params)) for *rest, params in layout]
+            held = self._state_objects()
+        self._held = held
         return self._ensembles
+
+    def _state_objects(self) -> tuple[list[object], list[object]]:
+        """The dicts of the state and what they hold, to notice when somebody has put in something else."""
+        dicts = list(self.state.values())
+        return dicts, list(itertools.chain.from_iterable(map(dict.values, dicts)))
 
 
 _SGD_KEYS = (
@@ -321,10 +335,13 @@ def _same_layout(now: list[tuple[Any, ...]], before: list[tuple[Any, ...]]) -> b
     return len(now) == len(before) and all(
         a[0] is b[0]
         and a[1:4] == b[1:4]
-        and len(a[4]) == len(b[4])
-        and all(map(operator.is_, a[4], b[4]))
+        and _same_objects(a[4], b[4])
         for a, b in zip(now, before, strict=True)
     )
+
+
+def _same_objects(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _unscale(optimizer: Optimizer, amp: Mapping[str, Tensor | None]) -> bool:

@@ -125,8 +125,8 @@ def cooperative_kernel(
     a = None if weight_factor is None else tl.load(weight_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
     p = None if radial is None else tl.load(radial + row, mask=has_row, other=0.0, cache_modifier=".cg")
     count = None if step is None else tl.load(step)
-    w, m, _, _ = updated(
-        w, g, m, lanes < left, 0,
+    w, m = updated(
+        w, g, m, 0,
         lr, momentum, keep, of_group(group, decays), scale, s, a, p, seed, count, NESTEROV, MAXIMIZE,
     )  # fmt: skip
     _store(w_first, lanes, left, full, w, CHUNK)

@@ -76,7 +76,7 @@ def decide(
         if WHOLE:
             ww_sum += tl.where(moving, ww, 0.0)
             gg_sum += tl.where(moving, gg, 0.0)
-            sphere = tl.where((radius == 0) & directed, tl.sqrt(ww), radius)
+            sphere = tl.where((radius == 0) & directed, tl.sqrt(tl.where(directed, ww, 1.0)), radius)
             sphere_sum += tl.where(moving, sphere * sphere, 0.0)
     count = tl.maximum(tl.sum(n), 1.0)
     log_mean = tl.sum(log_e_sum) / count
@@ -130,6 +130,7 @@ def decide(
                 zero = tl.zeros([ROWS_PER_PASS], tl.float32)
                 sphere, kept = tl.sqrt(whole_sphere) + zero, moving
                 norm, grad_norm = tl.sqrt(whole_w) + zero, tl.sqrt(whole_g) + zero
+                norm, grad_norm = tl.where(norm > 0, norm, 1.0), tl.where(grad_norm > 0, grad_norm, 1.0)
             a = tl.where(kept, sphere / norm, 1.0)
             s = tl.where(moving, sphere / grad_norm if RULE == "angle" else sphere * norm, 1.0)
             if WHOLE:

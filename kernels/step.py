@@ -19,6 +19,7 @@ from .update import update_kernel
 __all__ = ["FusedStep", "Hyper", "Rule"]
 
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+_STRIDED = {torch.strided}
 
 
 class Hyper(NamedTuple):
@@ -133,7 +134,7 @@ class FusedStep:
         self.s, self.a, self.p, self.lrs = self.controls[: 4 * n_rows].view(4, n_rows)
         self.κ = self.controls[4 * n_rows]
         self.p.zero_()
-        self.versions: list[int] | None = None
+        self.versions: tuple[list[int], list[int]] | None = None
         self.gate = torch.zeros((), dtype=torch.int32, device=self.device)
         self.cooperates = (
             len(self.launches) == 1
@@ -210,20 +211,24 @@ class FusedStep:
                 if rule is not None:
                     self._measure(rule, hypers, read_all, amp)
                 self._update(rule, hypers, amp, rounding_step)
-        # Autograd cannot see these writes.
-        torch.autograd.graph.increment_version(self.written)
-        if rule is not None:
-            # the cooperative kernel leaves no sums of the new weights: it reads them anyway
-            self.versions = None if together else self._versions_now(rule)
+        # Autograd cannot see these writes (and keeps no momentum buffer for later).
+        torch.autograd.graph.increment_version(self.params)
+        if together:  # the cooperative kernel leaves no sums of the new weights: it reads them anyway
+            self.versions = None
 
-    def _versions_now(self, rule: Rule) -> list[int]:
-        """Changes with every write that PyTorch knows of to what the partial sums were made of."""
-        return [t._version for t in (self.written if rule.project else self.measured)]
+    def _norms_are_known(self, rule: Rule) -> bool:
+        """Whether the last update's sums are those of the weights (and buffers) as they are: no write that PyTorch
+        knows of has come between. Expects the next update."""
+        weights = [p._version for p in self.measured]
+        buffers = [m._version for m in self.buffers] if rule.project else []
+        known = (weights, buffers) == self.versions
+        self.versions = [version + 1 for version in weights], buffers
+        return known
 
     def _measure(
         self, rule: Rule, hypers: Sequence[Hyper], read_all: bool, amp: dict[str, Tensor | None]
     ) -> None:
-        unknown = self.versions is None or self.versions != self._versions_now(rule)
+        unknown = not self._norms_are_known(rule)
         for launch, addresses in zip(self.launches, self.addresses, strict=True):
             if launch.table.n_measured > 0:
                 measure_kernel[(launch.table.n_measured,)](
@@ -367,6 +372,8 @@ def _pointers(tensors: Sequence[Tensor]) -> list[int]:
 
 def _layouts(grads: Sequence[Tensor]) -> object:
     """What must stay the same of the gradients; their shapes are those of their parameters (torch checks that)."""
-    if not PLAIN_TYPES.issuperset(map(type, grads)) or any(g.layout != torch.strided for g in grads):
+    if not PLAIN_TYPES.issuperset(map(type, grads)):
         return None
-    return [g.dtype for g in grads], list(map(Tensor.stride, grads))
+    layouts = [g.layout for g in grads]
+    # only strided tensors have strides
+    return layouts, [g.dtype for g in grads], list(map(Tensor.stride, grads)) if _STRIDED.issuperset(layouts) else None

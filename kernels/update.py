@@ -198,13 +198,14 @@ def update_kernel(
         m_at = tl.multiple_of(m + lanes, 16)
         mask = tl.full([CHUNK], True, tl.int1)
         m_old = load_buffer(m_at, mask, momentum)
-        w_new, m_new, ww, wm = updated(
-            tl.load(w_at, mask=mask), tl.load(g_at, mask=mask), m_old, mask, 0,
+        w_new, m_new = updated(
+            tl.load(w_at, mask=mask), tl.load(g_at, mask=mask), m_old, 0,
             lr, momentum, keep, decay, scale, s, a, p, seed, count, NESTEROV, MAXIMIZE,
         )  # fmt: skip
         tl.store(w_at, w_new, mask=mask)
         if momentum is not None:
             tl.store(m_at, m_new, mask=mask)
+        ww, wm = products(w_new, m_new, mask, SUMS)
         store_sums(partials, ww, wm, has_row, SUMS)
     else:
         ww_part = tl.zeros([CHUNK // 4], tl.float32)
@@ -213,13 +214,14 @@ def update_kernel(
             at = start + tl.arange(0, CHUNK // 4)
             here = at < left
             m_here = load_buffer(m + at, here, momentum)
-            w_here, m_here, ww_here, wm_here = updated(
-                tl.load(w + at, mask=here, other=0.0), tl.load(g + at, mask=here, other=0.0), m_here, here, start,
+            w_here, m_here = updated(
+                tl.load(w + at, mask=here, other=0.0), tl.load(g + at, mask=here, other=0.0), m_here, start,
                 lr, momentum, keep, decay, scale, s, a, p, seed, count, NESTEROV, MAXIMIZE,
             )  # fmt: skip
             tl.store(w + at, w_here, mask=here)
             if momentum is not None:
                 tl.store(m + at, m_here, mask=here)
+            ww_here, wm_here = products(w_here, m_here, here, SUMS)
             ww_part, wm_part = ww_part + ww_here, wm_part + wm_here
         store_sums(partials, ww_part, wm_part, has_row, SUMS)
 
@@ -245,11 +247,11 @@ def store_sums(partials, ww, wm, has_row, SUMS: tl.constexpr):
 
 @triton.jit
 def updated(
-    w, g, m, mask, start,
+    w, g, m, start,
     lr, momentum, keep, decay, scale, s, a, p, seed, step,
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
-    """The new w and m of a block, as they are stored, and their products w² and w·m in float32 (0 outside the mask)."""
+    """The new w and m of a block, in the types that they are stored in."""
     w_type: tl.constexpr = w.dtype
     m_type: tl.constexpr = m.dtype
     w = w.to(tl.float32)
@@ -282,9 +284,20 @@ def updated(
     w = tl.fma(-lr, u, w)
     if seed is not None:
         w = round_stochastically(w, start, seed, step)
-    stored = w.to(w_type)
-    w = tl.where(mask, stored.to(tl.float32), 0.0)
-    return stored, m, w * w, w * m.to(tl.float32)
+    return w.to(w_type), m
+
+
+@triton.jit
+def products(w, m, mask, SUMS: tl.constexpr):
+    """w² and w·m in float32, as far as they are asked for; 0 outside of the mask."""
+    zero = tl.zeros(mask.shape, tl.float32)
+    ww, wm = zero, zero
+    if SUMS >= 1:
+        w = tl.where(mask, w.to(tl.float32), 0.0)
+        ww = w * w
+        if SUMS == 2:
+            wm = w * m.to(tl.float32)
+    return ww, wm
 
 
 @triton.jit

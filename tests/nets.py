@@ -31,7 +31,8 @@ def backward(net: nn.Module, step: int, scale: float = 1.0) -> torch.Tensor:
     x = torch.randn(32, 8, generator=generator)
     y = x[:, :4].argmax(1)
     net.zero_grad()
-    loss = F.cross_entropy(net(x.to(next(net.parameters()).dtype)).float(), y) * scale
+    parameter = next(net.parameters())
+    loss = F.cross_entropy(net(x.to(parameter)).float(), y.to(parameter.device)) * scale
     loss.backward()
     return loss.detach()
 

@@ -26,6 +26,9 @@ if not kernels.available():
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from elropt.kernels import tables
+from elropt.kernels.update import update_kernel
+
+from .counting import bytes_touched
 
 measure_module = importlib.import_module("elropt.kernels.measure")  # the package's `measure` is the function
 DEVICE = tables.DEVICE_TYPE
@@ -376,7 +379,8 @@ def test_measure_gives_the_same_bits_every_time() -> None:
     generator = torch.Generator().manual_seed(0)
     ws, gs = ([Shape((n,)).random(generator) for n in (5000, 1001)] for _ in range(2))
     with chunks_of(64), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure_module, "PARTIALS_PER_PASS", 8)  # several passes over the partial sums
+        if INTERPRETED:
+            patch.setattr(measure_module, "PARTIALS_PER_PASS", 8)  # several passes over the partial sums
         first, second = kernels.measure(ws, gs), kernels.measure(ws, gs)
     assert torch.equal(first, second)
     exact = torch.stack([w.double().square().sum() for w in ws])
@@ -431,7 +435,7 @@ def test_writes_are_visible_to_autograd() -> None:
         ("update", torch.float32, (4, 4, 4, 4, 4)),
         ("update with factors", torch.float32, (4, 4, 4, 4, 4)),
         ("update without momentum", torch.float32, (4, 4, 0, 4, 0)),
-        ("update, new buffer", torch.float32, (4, 4, 0, 4, 4)),
+        ("update, new buffer", torch.float32, (4, 4, 4, 4, 4)),
         ("update", torch.bfloat16, (2, 2, 2, 2, 2)),
         ("measure", torch.float32, (4, 4, 0, 0, 0)),
         ("measure with buffers", torch.float32, (4, 4, 4, 0, 0)),
@@ -439,46 +443,33 @@ def test_writes_are_visible_to_autograd() -> None:
     ],
 )
 def test_bytes_moved(call: str, dtype: torch.dtype, expected: tuple[int, ...], monkeypatch) -> None:
-    from triton.runtime import interpreter
-
     w, g, m = (torch.ones(7, 65, dtype=dtype) for _ in range(3))
     buffers: list[Tensor | None] = [None if call == "update, new buffer" else m]
-    monkeypatch.setattr(torch, "empty_like", lambda t: m)
-    touched: dict[tuple[str, int], int] = dict.fromkeys(itertools.product(["read", "write"], range(3)), 0)
-
-    def count(how: str, pointers, mask) -> None:
-        for i, t in enumerate((w, g, m)):
-            inside = (pointers >= t.data_ptr()) & (pointers < t.data_ptr() + t.nbytes)
-            touched[how, i] += int((inside & mask).sum()) * t.itemsize
-
-    load, store = interpreter._interpreter.load, interpreter._interpreter.store
-
-    def counting_load(pointers, mask, other, dtype):
-        count("read", pointers, mask)
-        return load(pointers, mask, other, dtype)
-
-    def counting_store(pointers, value, mask):
-        count("write", pointers, mask)
-        return store(pointers, value, mask)
-
-    monkeypatch.setattr(interpreter._interpreter, "load", counting_load)
-    monkeypatch.setattr(interpreter._interpreter, "store", counting_store)
+    monkeypatch.setattr(torch, "full_like", lambda t, value: m.fill_(value))
     monkeypatch.setattr(tables, "CHUNK", 64)
-    if call.startswith("measure"):
-        kernels.measure([w], [g], [m] if "buffers" in call else None, per_filter="filter" in call)
-    else:
-        vectors = (
-            dict.fromkeys(["grad_factor", "weight_factor", "radial"], torch.ones(1))
-            if "factors" in call
-            else {}
-        )
-        momentum = 0.0 if "without" in call else 0.9
-        kernels.update([w], [g], buffers, **{**PLAIN, "momentum": momentum}, **vectors, rows=[(0, 1)])
+    with bytes_touched([w, g, m]) as touched:
+        if call.startswith("measure"):
+            kernels.measure([w], [g], [m] if "buffers" in call else None, per_filter="filter" in call)
+        else:
+            vectors = (
+                dict.fromkeys(["grad_factor", "weight_factor", "radial"], torch.ones(1))
+                if "factors" in call
+                else {}
+            )
+            momentum = 0.0 if "without" in call else 0.9
+            kernels.update([w], [g], buffers, **{**PLAIN, "momentum": momentum}, **vectors, rows=[(0, 1)])
     n = w.numel()
     reads = [touched["read", i] / n for i in range(3)]
     writes = [touched["write", i] / n for i in (0, 2)]
     assert (*reads, *writes) == expected
     assert touched["write", 1] == 0
+    if call.startswith("update"):
+        has = [None if "without" in call else m]
+        assert sum(touched.values()) == kernels.bytes_moved([w], [g], has)
+    else:
+        measured = "all" if "buffers" in call else "both"
+        both = kernels.bytes_moved([w], [g], [m], measure=measured)
+        assert sum(touched.values()) == both - kernels.bytes_moved([w], [g], [m])
 
 
 def tensors(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -625,12 +616,12 @@ def test_tables_are_built_again_only_if_something_changed() -> None:
     storage = torch.arange(1.0, 25.0, device=DEVICE)
     other = torch.full((24,), 2.0, device=DEVICE)
     w, g = storage.view(4, 6), other.view(4, 6)
-    tables._build.cache_clear()
+    tables._cached_tables.cache_clear()
 
     def misses_of(call) -> int:
-        before = tables._build.cache_info().misses
+        before = tables._cached_tables.cache_info().misses
         call()
-        return tables._build.cache_info().misses - before
+        return tables._cached_tables.cache_info().misses - before
 
     def filter_norms(w: Tensor, g: Tensor) -> list[float]:
         return kernels.measure([w], [g], per_filter=True)[0].tolist()
@@ -649,10 +640,10 @@ def test_tables_are_built_again_only_if_something_changed() -> None:
     expected = halves.double().nan_to_num().square().sum()
     measured = kernels.measure([halves], [halves])[0, 0].double()
     torch.testing.assert_close(measured, expected, rtol=1e-6, atol=0)
-    # the buffer is new at the first step only
+    # a buffer is made at the first step
     buffers: list[Tensor | None] = [None]
     step = lambda: kernels.update([w], [g], buffers, **PLAIN)  # noqa: E731
-    assert [misses_of(step) for _ in range(3)] == [1, 1, 0]
+    assert [misses_of(step) for _ in range(3)] == [1, 0, 0]
     torch.testing.assert_close(buffers[0], torch.full_like(g, 2 * (1 + 0.9 + 0.81)))
 
 
@@ -678,11 +669,11 @@ def test_the_cache_is_bounded_and_keeps_no_tensor_alive() -> None:
     del w, g, m
     gc.collect()
     assert [ref() for ref in alive] == [None, None, None]
-    maxsize = tables._build.cache_info().maxsize
+    maxsize = tables._cached_tables.cache_info().maxsize
     assert maxsize is not None
     for n in range(maxsize + 3):
         kernels.measure(tensors(n)[:1], tensors(n)[:1])
-    assert tables._build.cache_info().currsize == maxsize
+    assert tables._cached_tables.cache_info().currsize == maxsize
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -690,15 +681,43 @@ def test_offsets_beyond_32_bits() -> None:
     rows, length = 3, 2**31
     layout = tables.Layout(4096, torch.float32, device, (rows, length), (length, 1))
     (table,) = tables.tables_for(
-        (tables.Triple(layout, layout, None),), rows=[(0, rows)], n_rows=rows, new_buffers=[False]
+        (tables.Triple(layout, layout, None),), rows=[(0, rows)], n_rows=rows
     )
     per_row = length // tables.CHUNK
-    segments = table.segments.tolist()
-    assert [s[0] for s in segments] == [4096 + i * length * 4 for i in range(rows)]
-    assert [s[3:6] for s in segments] == [[length, i * per_row, i] for i in range(rows)]
-    assert table.n_chunks == rows * per_row
+    assert table.addresses.tolist() == [[4096 + i * length * 4, 4096 + i * length * 4, 0] for i in range(rows)]
+    assert table.segments.tolist() == [[length, i * per_row, i, 0] for i in range(rows)]
+    assert table.n_chunks == table.n_measured == rows * per_row
+    assert table.elements == rows * length
     assert table.chunk_segment[[0, per_row - 1, per_row, -1]].tolist() == [0, 0, 1, 2]
-    tables._build.cache_clear()
+    tables._cached_tables.cache_clear()
+
+
+def test_offsets_beyond_32_bits_in_the_kernels() -> None:
+    """The last chunk of a tensor of 2³¹ + 100 elements, of which only that chunk is there."""
+    n = 2**31 + 100
+    w, g = (Shape((n % tables.CHUNK,)).random(torch.Generator().manual_seed(i)) for i in range(2))
+    before, missing = w.clone(), (n // tables.CHUNK) * tables.CHUNK * 4
+    layouts = [tables.Layout(t.data_ptr() - missing, t.dtype, t.device, (n,), (1,)) for t in (w, g)]
+    table = tables.build_table([tables.Triple(*layouts, None)], [(0, 1)], [0], tables.CHUNK)
+    table.segments[0, 1] = -(table.n_chunks - 1)  # the one program that is launched works on the last chunk
+    partials = torch.full((1, 4), torch.nan, device=DEVICE)
+    sums, counters = torch.empty(5, 1, device=DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    common = (table.addresses, table.segments, table.chunk_segment)
+    measure_module.measure_kernel[(1,)](
+        *common, partials, sums, counters, 1, 1, 0,
+        **measure_module.NO_DECISION, HAS_BUFFERS=False, **table.constexprs, num_warps=tables.NUM_WARPS,
+    )  # fmt: skip
+    torch.testing.assert_close(partials[0, 0], w.square().sum())
+    torch.testing.assert_close(partials[0, 2], (w * g).sum())
+    nothing = dict.fromkeys(
+        ["lr_factor", "grad_factor", "weight_factor", "radial", "partials", "grad_scale", "found_inf", "seed", "step"]
+    )
+    update_kernel[(1,)](
+        *common, (0.5,), None, None, None, **nothing,
+        SUMS=0, NESTEROV=False, MAXIMIZE=False, **table.constexprs, num_warps=tables.NUM_WARPS,
+    )  # fmt: skip
+    torch.testing.assert_close(w, before - 0.5 * g)
+    assert_guards_are_intact(w, g)
 
 
 def test_without_triton_the_package_imports_and_refuses_everything() -> None:
