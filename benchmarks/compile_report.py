@@ -147,9 +147,7 @@ def compile_cases() -> Report:
             for i, arg in enumerate(function.arg_names)
             if isinstance(signature[arg], str) and signature[arg].startswith("*")
         }
-        options: dict[str, Any] = {"num_warps": tables.NUM_WARPS}
-        if case.kernel != "measure":
-            options["enable_fp_fusion"] = False
+        options: dict[str, Any] = {"num_warps": tables.NUM_WARPS, "enable_fp_fusion": False}
         if case.kernel == "cooperative":
             options |= {"maxnreg": cooperative.MAX_REGISTERS, "launch_cooperative_grid": True}
         source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attrs)
@@ -208,9 +206,10 @@ def table_of(report: Report, triton_version: str, date: datetime.date) -> str:
     """The report as Markdown, a line for each case; what differs between the targets in the order of CAPABILITIES."""
     targets = " / ".join(f"sm_{capability}" for capability in CAPABILITIES)
     lines = [
-        f"triton {triton_version}, {date.isoformat()}, for {targets}: one number where all agree. *Programs*: as many as",
-        f"{REGISTERS:,} registers hold on a multiprocessor. *Shared*: bytes in the binary (1,024 are the system's own) + given at",
-        "the launch. *Spilled*: bytes of stack per thread. *Loaded*, *stored*: bytes per element, 128 bits at a time.",
+        f"triton {triton_version}, {date.isoformat()}, for {targets}: one number where all agree.",
+        f"*Programs*: what {REGISTERS:,} registers hold on a multiprocessor. *Spilled*: bytes of stack per thread.",
+        "*Shared*: bytes in the binary (the 1,024 are the system's own) + given at the launch.",
+        "*Loaded*, *stored*: bytes per element, 128 bits at a time.",
         "",
         "| case | registers | programs | spilled | shared | loaded | stored |",
         "|---|---|---|---|---|---|---|",

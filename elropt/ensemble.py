@@ -143,8 +143,8 @@ class Ensemble:
             return self._fused
         if any(group["stochastic_rounding"] is not None for group in self.groups):
             raise RuntimeError(
-                "stochastic_rounding needs the Triton kernels, which take dense float32, bfloat16 or float16 parameters "
-                "on one CUDA device; these groups are not of that kind: use stochastic_rounding=None"
+                "stochastic_rounding needs the Triton kernels, which take dense float32, bfloat16 or float16 "
+                "parameters on one CUDA device; these groups are not of that kind: use stochastic_rounding=None"
             )
         return groups
 
@@ -314,7 +314,9 @@ class Ensemble:
             (
                 0.0 if isinstance(group.lr, Tensor) else group.lr,
                 0.0 if isinstance(group.weight_decay, Tensor) else group.weight_decay,
-                *momentum_coefficients(group.momentum, group.dampening, group.nesterov, has_buffer=m is not None),
+                *momentum_coefficients(
+                    group.momentum, group.dampening, group.nesterov, has_buffer=m is not None
+                ),
                 p.numel() / count,
                 count,
             )
@@ -358,7 +360,8 @@ class FusedEnsemble:
             zip(ensemble.params, itertools.accumulate(ensemble.row_counts.values(), initial=0), strict=False)
         )
         self.rows = [
-            (first[p], count) if count else None for p, count in zip(self.params, self.row_counts, strict=True)
+            (first[p], count) if count else None
+            for p, count in zip(self.params, self.row_counts, strict=True)
         ]
         number = {p: i for i, group in enumerate(ensemble.groups) for p in group["params"]}
         self.kernels = kernels.FusedStep(
@@ -425,7 +428,11 @@ class FusedEnsemble:
             coefficients = momentum_coefficients(**hyper, has_buffer=True)
             hypers.append(
                 kernels.Hyper(
-                    lr, float(group["momentum"]), float(group["dampening"]), float(group["weight_decay"]), *coefficients
+                    lr,
+                    float(group["momentum"]),
+                    float(group["dampening"]),
+                    float(group["weight_decay"]),
+                    *coefficients,
                 )
             )
         step = self.ensemble.rounding_step
@@ -490,7 +497,9 @@ class HandOverWatch:
     def warmup_is_over(self) -> bool:
         """Whether the flag is known to be set."""
         if self.arrival is None or (self.flag.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return bool(self.value > 0)  # 0 until the copy has arrived, and an event must not be asked in a capture
+            return bool(
+                self.value > 0
+            )  # 0 until the copy has arrived, and an event must not be asked in a capture
         if self.arrival.query():
             self.arrival = None
         return self.arrival is None and bool(self.value > 0)

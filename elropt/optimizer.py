@@ -212,18 +212,31 @@ class ELRSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling() and not self._is_traceable():
+            _step_eagerly(self)  # type: ignore[arg-type]
+        else:
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         prepared = [(ensemble, ensemble.prepare(self.state)) for ensemble in self._current_ensembles()]
         # set by torch.amp.GradScaler around this call
         amp = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
         if amp["found_inf"] is not None and not all(isinstance(p, FusedEnsemble) for _, p in prepared):
             if not _unscale(self, amp):
-                return loss
+                return
             amp = dict.fromkeys(amp)
         grown = [e.step(tensors, self.state, record=self._recording, **amp) for e, tensors in prepared]
         if any(grown):
             self._held = self._state_objects()
         self._recording = False
-        return loss
+
+    def _is_traceable(self) -> bool:
+        """Whether torch.compile can trace a step: SGD by `torch._foreach_*` or a for-loop."""
+        return all(
+            group["rule"] is None and not group["project"] and (group["foreach"] or group["fused"] is False)
+            for group in self.param_groups
+        )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -254,7 +267,13 @@ class ELRSGD(Optimizer):
     def _current_ensembles(self) -> list[Ensemble]:
         """What groups of the same rule, granularity and project form; anew if anybody changed them or their state."""
         layout = [
-            (group, rule_key(group), group.get("scale_invariant"), group["stochastic_rounding"], group["params"])
+            (
+                group,
+                rule_key(group),
+                group.get("scale_invariant"),
+                group["stochastic_rounding"],
+                group["params"],
+            )
             for group in self.param_groups
         ]
         held = self._state_objects()
@@ -263,7 +282,7 @@ class ELRSGD(Optimizer):
             or not _same_layout(layout, self._layout)
             or (
                 not all(map(_same_objects, held, self._held))
-                and any([ensemble.is_detached(self.state) for ensemble in self._ensembles])
+                and any(ensemble.is_detached(self.state) for ensemble in self._ensembles)
             )
         ):
             together: dict[Any, list[dict[str, Any]]] = {}
@@ -330,12 +349,16 @@ def validate(group: Mapping[str, Any]) -> None:
     validate_choices(group)
 
 
+@torch.compiler.disable()
+def _step_eagerly(optimizer: ELRSGD) -> None:
+    """Rules look at addresses and version counters, which a trace would take for constants."""
+    optimizer._step()
+
+
 def _same_layout(now: list[tuple[Any, ...]], before: list[tuple[Any, ...]]) -> bool:
     """Whether the groups are the same objects with the same options and the same parameters."""
     return len(now) == len(before) and all(
-        a[0] is b[0]
-        and a[1:4] == b[1:4]
-        and _same_objects(a[4], b[4])
+        a[0] is b[0] and a[1:4] == b[1:4] and _same_objects(a[4], b[4])
         for a, b in zip(now, before, strict=True)
     )
 
@@ -352,10 +375,11 @@ def _unscale(optimizer: Optimizer, amp: Mapping[str, Tensor | None]) -> bool:
     found_inf, scale = amp["found_inf"], amp["grad_scale"]
     if found_inf is not None and found_inf.item() != 0:
         return False
-    for group in optimizer.param_groups if scale is not None else []:
-        for p in group["params"]:
-            if p.grad is not None:
-                p.grad.div_(scale.to(p.grad.device))
+    if scale is not None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.div_(scale.to(p.grad.device))
     return True
 
 
@@ -392,7 +416,9 @@ def validate_choices(group: Mapping[str, Any]) -> None:
         )
     seed = group["stochastic_rounding"]
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
-        raise ValueError(f"stochastic_rounding={seed!r} is not valid: a seed (an integer from 0 to 2⁶³−1), or None")
+        raise ValueError(
+            f"stochastic_rounding={seed!r} is not valid: a seed (an integer from 0 to 2⁶³−1), or None"
+        )
     if flag is not None and not isinstance(flag, bool):
         raise ValueError(
             f"scale_invariant={flag!r} is not valid: True, False, or leave it out to have it measured"

@@ -13,7 +13,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-__all__ = ["FusedStep", "Hyper", "Kind", "Rule", "available", "bytes_moved", "can_use", "measure", "new_buffer", "update"]
+__all__ = [
+    "FusedStep",
+    "Hyper",
+    "Kind",
+    "Rule",
+    "available",
+    "bytes_moved",
+    "can_use",
+    "measure",
+    "new_buffer",
+    "update",
+]
 
 
 @functools.cache

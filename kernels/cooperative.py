@@ -71,6 +71,7 @@ def cooperative_kernel(
 ):
     """`measure_kernel` (with everything read) and `update_kernel`, w, g and m kept in registers in between.
 
+    n_deciding: rows, and programs without a row.
     gate: int32, goes up by one at every step: every program waits for that, so all of them have to run at once
     (`launch_cooperative_grid`, at most `max_programs`). Under the interpreter it would wait forever.
 
@@ -79,7 +80,7 @@ def cooperative_kernel(
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
-    # Nobody opens the gate before this program has arrived below.
+    # It opens once all programs, those without a row too, have been at `finish`: not before this one has read it.
     before = tl.atomic_add(gate, 0)
     w_first, g_first, m_first, left, full, row, group, first, n_chunks, m_address = load_chunk(
         addresses, segments, chunk_segment, W, G, M, CHUNK
@@ -104,11 +105,11 @@ def cooperative_kernel(
         tl.store(partial + 2, tl.sum(wide_w * wide_g))
         if PROJECT & HAS_BUFFERS:
             tl.store(partial + 3, tl.sum(wide_w * m.to(tl.float32)))
-        finish(
-            partials, sums, counters, gate, n_rows, row, first, n_chunks, m_address,
-            found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
-            lrs, decays, gains, per_grads, per_momenta, RULE, WHOLE, PROJECT, DAMPED, HAS_BUFFERS, M,
-        )  # fmt: skip
+    finish(
+        partials, sums, counters, gate, n_rows, row, first, n_chunks, m_address,
+        found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
+        lrs, decays, gains, per_grads, per_momenta, RULE, WHOLE, PROJECT, DAMPED, HAS_BUFFERS, M,
+    )  # fmt: skip
     if momenta is None:
         m = tl.zeros_like(w)
     elif not PROJECT:  # not needed before; on its way while the program waits
@@ -121,8 +122,16 @@ def cooperative_kernel(
         lr = lr * tl.load(lr_factor, cache_modifier=".cg")
     momentum = None if momenta is None else of_group(group, momenta)
     keep = None if keeps is None else of_group(group, keeps)
-    s = None if grad_factor is None else tl.load(grad_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
-    a = None if weight_factor is None else tl.load(weight_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
+    s = (
+        None
+        if grad_factor is None
+        else tl.load(grad_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
+    )
+    a = (
+        None
+        if weight_factor is None
+        else tl.load(weight_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
+    )
     p = None if radial is None else tl.load(radial + row, mask=has_row, other=0.0, cache_modifier=".cg")
     count = None if step is None else tl.load(step)
     w, m = updated(

@@ -144,7 +144,9 @@ def decide(
             group = tl.load(group_of_row + at, mask=exists, other=0)
             per_grad = of_group(group, per_grads)
             if DAMPED:  # a new buffer takes the whole of its first gradient
-                per_grad = tl.where(tl.load(sums + 4 * n_rows + at, mask=exists, other=0.0) != 0, 1.0, per_grad)
+                per_grad = tl.where(
+                    tl.load(sums + 4 * n_rows + at, mask=exists, other=0.0) != 0, 1.0, per_grad
+                )
             wm = tl.load(sums + 3 * n_rows + at, mask=exists, other=0.0)
             square = tl.where(directed, a * ww, 1.0)
             radial = per_grad * (s * wg / square + of_group(group, decays))

@@ -72,6 +72,7 @@ def measure(
                     HAS_BUFFERS=any(m is not None for m in buffers),
                     **table.constexprs,
                     num_warps=NUM_WARPS,
+                    enable_fp_fusion=False,
                 )
     return sums[:4]
 
@@ -237,27 +238,32 @@ def finish(
     RULE: tl.constexpr, WHOLE: tl.constexpr, PROJECT: tl.constexpr, DAMPED: tl.constexpr,
     HAS_BUFFERS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """The last program of the row sums its partials; the last of all rows decides and takes the counters back to 0.
+    """The last program of a row sums its partials; the last of `n_deciding` decides and takes the counters back to 0.
 
-    counters: int32 [n_rows + 1], programs done of each row, then rows done.
+    counters: int32 [n_rows + 1]: programs done of each row, then rows done and programs without a row.
     gate: int32, where given, goes up by one once all is decided.
     """
-    # The barrier and the release of the atomic publish this program's stores, its acquire fetches the others'.
-    tl.debug_barrier()
-    if tl.atomic_add(counters + row, 1) == n_chunks - 1:
-        tl.store(counters + row, 0)
-        lanes = tl.arange(0, PARTIALS_PER_PASS)[:, None]
-        quantities = tl.arange(0, 4)[None, :]
-        total = tl.zeros([PARTIALS_PER_PASS, 4], tl.float64)
-        for start in range(0, n_chunks, PARTIALS_PER_PASS):
-            chunks = start + lanes
-            at = partials + (first + chunks).to(tl.int64) * 4 + quantities
-            total += tl.load(at, mask=chunks < n_chunks, other=0.0, cache_modifier=".cg").to(tl.float64)
-        tl.store(sums + tl.arange(0, 4).to(tl.int64) * n_rows + row, tl.sum(total, axis=0).to(tl.float32))
-        if PROJECT & DAMPED & HAS_BUFFERS:
-            new = is_new(tl.load(m_address.to(tl.pointer_type(M))).to(tl.float32))
-            tl.store(sums + 4 * n_rows + row, new.to(tl.float32))
-        if memory is not None:
+    is_last = 1
+    if row >= 0:
+        # The barrier and the release of the atomic publish this program's stores, its acquire fetches the others'.
+        tl.debug_barrier()
+        is_last = (tl.atomic_add(counters + row, 1) == n_chunks - 1).to(tl.int32)
+        if is_last != 0:
+            tl.store(counters + row, 0)
+            lanes = tl.arange(0, PARTIALS_PER_PASS)[:, None]
+            quantities = tl.arange(0, 4)[None, :]
+            total = tl.zeros([PARTIALS_PER_PASS, 4], tl.float64)
+            for start in range(0, n_chunks, PARTIALS_PER_PASS):
+                chunks = start + lanes
+                at = partials + (first + chunks).to(tl.int64) * 4 + quantities
+                total += tl.load(at, mask=chunks < n_chunks, other=0.0, cache_modifier=".cg").to(tl.float64)
+            at = sums + tl.arange(0, 4).to(tl.int64) * n_rows + row
+            tl.store(at, tl.sum(total, axis=0).to(tl.float32))
+            if PROJECT & DAMPED & HAS_BUFFERS:
+                new = is_new(tl.load(m_address.to(tl.pointer_type(M))).to(tl.float32))
+                tl.store(sums + 4 * n_rows + row, new.to(tl.float32))
+    if memory is not None:
+        if is_last != 0:
             tl.debug_barrier()
             if tl.atomic_add(counters + n_rows, 1) == n_deciding - 1:
                 tl.store(counters + n_rows, 0)

@@ -1,4 +1,6 @@
 """One step over tensors that stay the same from step to step: measure and decide in one launch, update in another."""
+# Triton's launches look like calls of Python functions, but type checkers cannot follow them.
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ from torch import Tensor
 from . import tables
 from .cooperative import MAX_REGISTERS, cooperative_kernel, max_programs
 from .measure import measure_kernel
-from .tables import NUM_WARPS, Row, Table, build_table, dtypes_of, refuse_upload_in_capture, triples_of, upload
+from .tables import (
+    NUM_WARPS,
+    Row,
+    Table,
+    build_table,
+    dtypes_of,
+    refuse_upload_in_capture,
+    triples_of,
+    upload,
+)
 from .update import update_kernel
 
 __all__ = ["FusedStep", "Hyper", "Rule"]
@@ -247,11 +258,12 @@ class FusedStep:
                     MAXIMIZE=launch.kind.maximize,
                     **launch.table.constexprs,
                     num_warps=NUM_WARPS,
+                    enable_fp_fusion=False,  # so that a sum has the same bits as in the update
                 )
 
-    def _decision(self, rule: Rule, hypers: Sequence[Hyper]) -> dict[str, Any]:
+    def _decision(self, rule: Rule, hypers: Sequence[Hyper], rowless_programs: int = 0) -> dict[str, Any]:
         return {
-            "n_deciding": self.n_deciding,
+            "n_deciding": self.n_deciding + rowless_programs,
             "memory": rule.memory,
             "handed_over": rule.handed_over if rule.name == "warmup" else None,
             "controls": self.controls,
@@ -309,7 +321,7 @@ class FusedStep:
             self.counters,
             self.gate,
             self.sums.shape[1],
-            **self._decision(rule, hypers),
+            **self._decision(rule, hypers, launch.table.n_chunks - launch.table.n_measured),
             **self._factors(rule),
             **amp,
             **self._momentum_and_rounding(launch, 0, hypers, rounding_step),
@@ -376,4 +388,8 @@ def _layouts(grads: Sequence[Tensor]) -> object:
         return None
     layouts = [g.layout for g in grads]
     # only strided tensors have strides
-    return layouts, [g.dtype for g in grads], list(map(Tensor.stride, grads)) if _STRIDED.issuperset(layouts) else None
+    return (
+        layouts,
+        [g.dtype for g in grads],
+        list(map(Tensor.stride, grads)) if _STRIDED.issuperset(layouts) else None,
+    )

@@ -1,6 +1,6 @@
 """The whole SGD step, with the rule's factors, in one pass over w, g and m."""
 # Triton's language looks like Python, but type checkers cannot follow it.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def update(
 
     # Without momentum there are no buffers, whatever the list holds.
     old = momentum_buffers if momentum != 0 else [None] * len(params)
-    buffers = [
-        new_buffer(g) if momentum != 0 and m is None else m for g, m in zip(grads, old, strict=True)
-    ]
+    buffers = [new_buffer(g) if momentum != 0 and m is None else m for g, m in zip(grads, old, strict=True)]
     tables = tables_for(
         triples_of(params, grads, buffers), rows=rows, n_rows=max(lengths.values(), default=0)
     )
@@ -168,7 +166,7 @@ def update_kernel(
     lrs, momenta, keeps (1−d), decays (ω): tuples with an entry per param group, lrs of floats or device scalars.
     All of μ, d, ω, lr_factor, s, a, p, grad_scale and found_inf may be None: then they cost neither arithmetic nor
     traffic. A found_inf other than 0 ends the program before it has changed anything.
-    SUMS: 1: Σ w² of the new, rounded w goes to partials[chunk, 0] for the next step; 2: Σ w·m to partials[chunk, 3] too.
+    SUMS: 1: Σ w² of the new, rounded w goes to partials[chunk, 0] for the next step; 2: Σ w·m to [chunk, 3] too.
     seed, step: round w to bfloat16 stochastically (`round_stochastically`).
 
     Bytes per element: read w, g and m, write w and m: 20 in float32 (12 without momentum).

@@ -13,8 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from elropt import ELRSGD, param_groups
-from elropt.rules import RuleState
-from elropt.rules import GRANULARITIES
+from elropt.rules import GRANULARITIES, RuleState
 
 from .nets import bn_mlp, train
 

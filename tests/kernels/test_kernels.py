@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import itertools
 import math
 import subprocess
 import sys
@@ -680,11 +679,11 @@ def test_offsets_beyond_32_bits() -> None:
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
     rows, length = 3, 2**31
     layout = tables.Layout(4096, torch.float32, device, (rows, length), (length, 1))
-    (table,) = tables.tables_for(
-        (tables.Triple(layout, layout, None),), rows=[(0, rows)], n_rows=rows
-    )
+    (table,) = tables.tables_for((tables.Triple(layout, layout, None),), rows=[(0, rows)], n_rows=rows)
     per_row = length // tables.CHUNK
-    assert table.addresses.tolist() == [[4096 + i * length * 4, 4096 + i * length * 4, 0] for i in range(rows)]
+    assert table.addresses.tolist() == [
+        [4096 + i * length * 4, 4096 + i * length * 4, 0] for i in range(rows)
+    ]
     assert table.segments.tolist() == [[length, i * per_row, i, 0] for i in range(rows)]
     assert table.n_chunks == table.n_measured == rows * per_row
     assert table.elements == rows * length
@@ -710,7 +709,17 @@ def test_offsets_beyond_32_bits_in_the_kernels() -> None:
     torch.testing.assert_close(partials[0, 0], w.square().sum())
     torch.testing.assert_close(partials[0, 2], (w * g).sum())
     nothing = dict.fromkeys(
-        ["lr_factor", "grad_factor", "weight_factor", "radial", "partials", "grad_scale", "found_inf", "seed", "step"]
+        [
+            "lr_factor",
+            "grad_factor",
+            "weight_factor",
+            "radial",
+            "partials",
+            "grad_scale",
+            "found_inf",
+            "seed",
+            "step",
+        ]
     )
     update_kernel[(1,)](
         *common, (0.5,), None, None, None, **nothing,

@@ -47,9 +47,6 @@ RULES = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- decide
-
-
 @st.composite
 def decisions(draw: st.DrawFn) -> dict[str, Any]:
     n = draw(st.sampled_from([1, 2, 7, 255, 256, 257, 600]))
@@ -130,7 +127,9 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
         None, n, RULE=rule, WHOLE=granularity == "network", PROJECT=project, DAMPED=False,
     )  # fmt: skip
 
-    factors = dict(zip(["grad_factor", "weight_factor", "radial"], actual[:-1].view(4, n).cpu(), strict=False))
+    factors = dict(
+        zip(["grad_factor", "weight_factor", "radial"], actual[:-1].view(4, n).cpu(), strict=False)
+    )
     for name, expected in controls._asdict().items():
         if name == "lr_factor" and expected is not None:
             torch.testing.assert_close(actual[-1].cpu().double(), expected, rtol=3e-5, atol=0)
@@ -148,10 +147,9 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     assert actual_over.item() == after.handed_over.item()
 
 
-# ------------------------------------------------------------------------------------------------------- whole optimizers
-
-
-def net_and_optimizer(fused: bool, *, flagged: bool = False, depth: int = 4, **options: Any) -> tuple[nn.Sequential, ELRSGD]:
+def net_and_optimizer(
+    fused: bool, *, flagged: bool = False, depth: int = 4, **options: Any
+) -> tuple[nn.Sequential, ELRSGD]:
     net = bn_mlp(depth=depth, width=8).to(DEVICE)
     tracked = invariant_weights(net)
     params: Any = list(net.parameters())
@@ -182,7 +180,9 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("rule", "granularity"), RULES, ids=str)
-def test_twelve_steps_agree_with_the_reference(rule: str | None, granularity: str, options: dict[str, Any]) -> None:
+def test_twelve_steps_agree_with_the_reference(
+    rule: str | None, granularity: str, options: dict[str, Any]
+) -> None:
     """Long enough for the radial tests to end; one gradient is missing now and then, all move in memory."""
     nets = []
     for fused in (True, False):
@@ -232,28 +232,15 @@ def test_layer_stats_are_those_of_the_reference() -> None:
         assert row.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------ bytes and launches
-
-
-def bytes_of_step(net: nn.Module, optimizer: ELRSGD, step: int) -> dict[str, float]:
-    """Bytes per element that a step reads of and writes to the weight of the first layer and the head."""
+def bytes_of_step(net: nn.Sequential, optimizer: ELRSGD, step: int) -> dict[str, float]:
+    """Bytes per element that a step reads of and writes to the weight of the first layer, and of the head."""
     backward(net, step)
-    result = {}
-    for name, p in (("layer", net[0].weight), ("head", net[-1].weight)):
-        touched_tensors = [p, p.grad]
-        if "momentum_buffer" in optimizer.state[p]:
-            touched_tensors.append(optimizer.state[p]["momentum_buffer"])
-        before = copy.deepcopy([p.detach(), *(s for s in optimizer.state[p].values())])
-        del before
-        result[name] = touched_tensors
-    with bytes_touched([t for ts in result.values() for t in ts]) as touched:
+    weights = {"layer": net[0].weight, "head": net[-1].weight}
+    parts = {name: [p, p.grad, optimizer.state[p]["momentum_buffer"]] for name, p in weights.items()}
+    with bytes_touched([t for ts in parts.values() for t in ts]) as touched:
         optimizer.step()
-    n_of = [t.numel() for ts in result.values() for t in ts]
-    owners = [name for name, ts in result.items() for _ in ts]
-    bytes_per_element = dict.fromkeys(result, 0.0)
-    for (_, i), count in touched.items():
-        bytes_per_element[owners[i]] += count / n_of[i]
-    return bytes_per_element
+    counts = [touched["read", i] + touched["write", i] for i in range(6)]
+    return {name: sum(counts[3 * i : 3 * i + 3]) / p.numel() for i, (name, p) in enumerate(weights.items())}
 
 
 @interpreted
@@ -374,7 +361,9 @@ def test_one_launch_to_measure_and_one_to_update_whatever_the_groups() -> None:
         for step in range(2):
             backward(net, step)
             optimizer.step()
-    expected = ["cooperative_kernel"] if "cooperative_kernel" in launches else ["measure_kernel", "update_kernel"]
+    expected = (
+        ["cooperative_kernel"] if "cooperative_kernel" in launches else ["measure_kernel", "update_kernel"]
+    )
     assert launches == expected * 2
 
 
@@ -429,6 +418,53 @@ def test_the_cooperative_kernel_computes_the_same(
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
 
 
+@interpreted
+@pytest.mark.parametrize("tracked_first", [True, False])
+def test_the_gate_opens_when_the_last_program_has_arrived(
+    tracked_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it has rows or not. Here the programs do not wait, so only their arrivals are looked at."""
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(step_module, "max_programs", lambda device: 1000)
+    monkeypatch.setattr(tables, "CHUNK", 64)
+    net = bn_mlp(depth=3, width=12).to(
+        DEVICE
+    )  # several programs for some tensors; biases and gains without rows
+    tracked = invariant_weights(net)
+    rest = [p for p in net.parameters() if all(p is not w for w in tracked)]
+    groups = [{"params": tracked, "scale_invariant": True}, {"params": rest, "scale_invariant": False}]
+    optimizer = ELRSGD(groups[:: 1 if tracked_first else -1], lr=0.1, rule="uniform", fused=True)
+    backward(net, 0)
+    opened_after: list[int] = []
+    reads = 0
+    atomic_rmw = interpreter._interpreter.atomic_rmw
+
+    def without_waiting(op: Any, pointers: Any, values: Any, mask: Any, sem: Any) -> Any:
+        nonlocal reads
+        fused = optimizer._ensembles[0]._fused  # type: ignore[index]
+        result = atomic_rmw(op, pointers, values, mask, sem)
+        if int(pointers[0]) == fused.kernels.gate.data_ptr():  # type: ignore[union-attr]
+            reads += int(values[0]) == 0
+            if int(values[0]) == 1:
+                opened_after.append((reads + 1) // 2)  # each program reads it before and after
+            elif reads % 2 == 0:
+                result = result + 2  # anything else than before
+        return result
+
+    with monkeypatch.context() as patch, counted_launches() as launches:
+        patch.setattr(interpreter._interpreter, "atomic_rmw", without_waiting)
+        for _ in range(2):
+            optimizer.step()
+    kernels_of = optimizer._ensembles[0]._fused.kernels  # type: ignore[index,union-attr]
+    programs = kernels_of.launches[0].table.n_chunks
+    assert launches == ["cooperative_kernel"] * 2
+    assert programs > kernels_of.launches[0].table.n_measured > len(tracked)
+    assert opened_after == [programs, 2 * programs]
+    assert kernels_of.gate.item() == 2
+    assert (kernels_of.counters == 0).all()
+
+
 def test_pointers_that_stay_upload_nothing_and_moved_parameters_are_followed() -> None:
     net, optimizer = net_and_optimizer(True, rule="uniform", flagged=True)
     backward(net, 0)
@@ -455,16 +491,15 @@ def test_pointers_that_stay_upload_nothing_and_moved_parameters_are_followed() -
     assert torch.cosine_similarity(direction, grad.flatten(), dim=0) > 0.99
 
 
-# ------------------------------------------------------------------------------------------------------------------- AMP
-
-
 def everything(net: nn.Module, optimizer: ELRSGD) -> list[Tensor]:
     state = [t.clone() for p in net.parameters() for t in optimizer.state[p].values()]
     return [*(p.detach().clone() for p in net.parameters()), *state]
 
 
 @pytest.mark.parametrize("dampening", [0.0, 0.3])
-@pytest.mark.parametrize(("rule", "project"), [(None, False), ("warmup", False), ("uniform", True), ("angle", False)])
+@pytest.mark.parametrize(
+    ("rule", "project"), [(None, False), ("warmup", False), ("uniform", True), ("angle", False)]
+)
 def test_grad_scaler(rule: str | None, project: bool, dampening: float) -> None:
     """Overflows at the first and at a later step: as if these steps had not been there."""
     results = []
@@ -533,9 +568,6 @@ def test_grad_scaler_where_only_some_groups_qualify_for_the_kernels() -> None:
                 scaler.update()
         results.append(net)
     assert_same_nets(*results, rtol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------- lr, first step, rounding
 
 
 @pytest.mark.parametrize("rule", [None, "uniform", "warmup"])
@@ -642,7 +674,7 @@ def test_stochastic_rounding_without_the_kernels_is_refused() -> None:
         optimizer.step()
     assert (p == 1).all()
     for seed in (-1, 2**63, 0.5, True):
-        with pytest.raises(ValueError, match="stochastic_rounding=.* is not valid"):
+        with pytest.raises(ValueError, match=r"stochastic_rounding=.* is not valid"):
             ELRSGD([p], stochastic_rounding=seed)  # type: ignore[arg-type]
 
 
