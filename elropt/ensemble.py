@@ -149,12 +149,16 @@ class Ensemble:
         return groups
 
     def prepare_groups(self, state: State) -> list[Group]:
-        """`prepare`, for any backend."""
+        """`prepare`, for any backend. Where neighbours lie on different devices, a group becomes several."""
         prepared = []
-        for group in self.groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
+        runs = (
+            (group, list(run))
+            for group in self.groups
+            for _, run in itertools.groupby(
+                [p for p in group["params"] if p.grad is not None], key=lambda p: p.device
+            )
+        )
+        for group, params in runs:
             grads = [p.grad for p in params]
             for p in params:
                 _check_gradient(p, group, has_rows=self.row_counts[p] > 0)

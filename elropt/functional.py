@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -20,7 +19,7 @@ __all__ = ["Group", "apply", "choose_backend", "elr_sgd", "measure"]
 
 @dataclasses.dataclass
 class Group:
-    """The tensors of one param group that have a gradient, and the group's hyper-parameters.
+    """Tensors of one param group that have a gradient, on one device, and the group's hyper-parameters.
 
     Attributes:
         params, grads: tensors of equal shapes.
@@ -78,13 +77,12 @@ def measure(
     """The sums over every row of all groups, gathered on one device."""
     sums = [torch.empty(4, 0, dtype=torch.float32, device=device)]
     for group in groups:
-        measured = (i for i, count in enumerate(group.row_counts) if count)
-        for _, run in itertools.groupby(measured, key=lambda i: group.params[i].device):
-            run = list(run)
+        measured = [i for i, count in enumerate(group.row_counts) if count]
+        if measured:
             part = group.backend.measure(
-                [group.params[i] for i in run],
-                [group.grads[i] for i in run],
-                [group.momentum_buffers[i] for i in run] if with_momentum else None,
+                [group.params[i] for i in measured],
+                [group.grads[i] for i in measured],
+                [group.momentum_buffers[i] for i in measured] if with_momentum else None,
                 per_filter=per_filter,
             )
             if group.maximize:
