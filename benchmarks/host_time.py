@@ -2,11 +2,11 @@
 
     python -m benchmarks.host_time --out runs/host_time.json
 
-Kernels run under the interpreter on the CPU, and here each launch is replaced by nothing. What is left is the
-host's work: finding out whether tensors, state and options are those of the step before, and preparing arguments. The
-peer is the whole `step()` of torch's fused SGD on the CPU, on tensors of 4 elements, so that it computes next to
-nothing. Optimizers take turns step by step; ratios are those of one turn. On a GPU, `benchmarks.step_time host` measures
-both with their launches.
+Kernels run under the interpreter on the CPU, and here each launch is replaced by nothing. What is left is the host's
+work: finding out whether tensors, state and options are those of the step before, and preparing arguments. The peer is
+the whole `step()` of torch's fused SGD on the CPU, on tensors of 4 elements, so that it computes next to nothing.
+Optimizers take turns step by step; ratios are those of one turn. On a GPU, `benchmarks.step_time host` measures both
+with their launches.
 """
 
 from __future__ import annotations

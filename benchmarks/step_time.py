@@ -337,16 +337,19 @@ def bytes_of(workload: Workload, entry: Entry, copy: Copy) -> int:
     """Bytes that ELRSGD's kernels read and write; for others the least that SGD with momentum has to."""
     if not isinstance(copy.optimizer, ELRSGD):
         return 5 * workload.elements * workload.dtype.itemsize
-    total = 0
-    for group in copy.optimizer.param_groups:
-        params = group["params"]
-        total += kernels.bytes_moved(  # type: ignore[attr-defined]
-            params,
-            [p.grad for p in params],
-            [copy.optimizer.state[p].get("momentum_buffer") for p in params],
-            measure=entry.measured if group["scale_invariant"] else None,
+    (ensemble,) = copy.optimizer._current_ensembles()
+    fused = ensemble._fused
+    together = fused is not None and ensemble.has_rule and fused.kernels.cooperates
+    return sum(
+        kernels.bytes_moved(
+            group["params"],
+            [p.grad for p in group["params"]],
+            [copy.optimizer.state[p].get("momentum_buffer") for p in group["params"]],
+            # one cooperative launch reads everything once
+            measure=entry.measured if group["scale_invariant"] and not together else None,
         )
-    return total
+        for group in copy.optimizer.param_groups
+    )
 
 
 def handed_over(copies: Sequence[Copy]) -> bool | None:

@@ -18,6 +18,7 @@ from .rules import RADIAL_TESTS, Hyper, LayerControls, LayerStats, RuleState, de
 
 ROW_STATE_KEYS = RuleState._fields[:-1]
 STATE_DTYPES = {**dict.fromkeys(RuleState._fields, torch.float32), "rounding_step": torch.int64}
+FUSED_ENSEMBLES = 8  # that an ensemble keeps
 STEPS_PER_LOOK = 16  # on a GPU, at whether the warm-up is over
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -70,7 +71,10 @@ class Ensemble:
         self.has_rule = (self.rule is not None or self.project) and any(self.row_counts.values())
         self.memory, self._packed = self._remember(state)
         self._watch = HandOverWatch(self.memory.handed_over)
-        self._fused: FusedEnsemble | None = None
+        self._fused: FusedEnsemble | None = None  # of the last step
+        self._all_fused: dict[
+            tuple[bool, ...] | None, FusedEnsemble
+        ] = {}  # by which parameters have a gradient
         self._decided = False
 
     def _remember(self, state: State) -> tuple[RuleState, Tensor]:
@@ -123,7 +127,7 @@ class Ensemble:
 
     def is_detached(self, state: State) -> bool:
         """Whether somebody replaced or removed what this left in `state`. For when anything in it has changed."""
-        self._fused = None  # it may hold another momentum buffer
+        self._all_fused.clear()  # they may hold another momentum buffer
         return any(state.get(p, {}).get(key) is not view for p, key, view in self._views)
 
     def prepare(self, state: State) -> FusedEnsemble | list[Group]:
@@ -132,14 +136,24 @@ class Ensemble:
         Raises:
             RuntimeError: a gradient that the rule or the backend cannot take.
         """
-        if self._fused is not None and self._fused.fits():
+        grads = [p.grad for p in self.params]
+        present = None
+        if type(None) in set(map(type, grads)):
+            present = tuple(g is not None for g in grads)
+            grads = [g for g in grads if g is not None]
+        self._fused = self._all_fused.get(present)
+        if self._fused is not None and self._fused.fits(grads):  # type: ignore[arg-type]
             return self._fused
         self._fused = None
         groups = self.prepare_groups(state)
         backends = {group.backend for group in groups}
         devices = {group.params[0].device for group in groups}
         if backends == {kernels} and len(devices) == 1 and (not self.has_rule or devices == {self.device}):
-            self._fused = FusedEnsemble(self, groups)
+            with torch.inference_mode(False):
+                self._fused = FusedEnsemble(self, groups)
+            while len(self._all_fused) >= FUSED_ENSEMBLES:
+                del self._all_fused[next(iter(self._all_fused))]
+            self._all_fused[present] = self._fused
             return self._fused
         if any(group["stochastic_rounding"] is not None for group in self.groups):
             raise RuntimeError(
@@ -354,7 +368,6 @@ class FusedEnsemble:
         self.options = self._options_now()
         self.params = [p for group in groups for p in group.params]
         self.row_counts = [count for group in groups for count in group.row_counts]
-        self.present = None if len(self.params) == len(ensemble.params) else _present(ensemble.params)
         self.buffers: list[Tensor | None] = [
             kernels.new_buffer(g) if m is None and group.momentum != 0 else m
             for group in groups
@@ -407,19 +420,16 @@ class FusedEnsemble:
             for group in self.ensemble.groups
         ]
 
-    def fits(self) -> bool:
+    def fits(self, grads: Sequence[Tensor]) -> bool:
         """Whether this can take the next step too; if gradients have only moved, it follows them."""
-        if self.options != self._options_now():
-            return False
-        grads = [p.grad for p in self.ensemble.params]
-        if self.present is not None:
-            if [g is not None for g in grads] != self.present:
-                return False
-            grads = [g for g in grads if g is not None]
-        return self.kernels.points_to(grads)  # type: ignore[arg-type]
+        return self.options == self._options_now() and self.kernels.points_to(grads)
 
-    def step(self, **options: Any) -> None:
+    def step(self, *, grad_scale: Tensor | None, found_inf: Tensor | None, **options: Any) -> None:
         device = self.kernels.device
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(device, non_blocking=True)
+        if found_inf is not None:
+            found_inf = found_inf.to(device, non_blocking=True)
         hypers = []
         for group in self.ensemble.groups:
             hyper = {k: group[k] for k in ("momentum", "dampening", "nesterov")}
@@ -440,9 +450,8 @@ class FusedEnsemble:
                 )
             )
         step = self.ensemble.rounding_step
-        self.kernels.step(hypers, rounding_step=step, **options)
+        self.kernels.step(hypers, grad_scale=grad_scale, found_inf=found_inf, rounding_step=step, **options)
         if step is not None:
-            found_inf = options["found_inf"]
             step.add_(1 if found_inf is None else (found_inf == 0).squeeze())
 
     def new_buffers(self, state: State) -> dict[Tensor, Tensor]:
@@ -520,10 +529,6 @@ def momentum_coefficients(
     if nesterov:
         per_grad, per_momentum = 1 + μ * per_grad, μ * per_momentum
     return abs(1 - d) / (1 - μ) if μ < 1 else math.inf, per_grad, per_momentum
-
-
-def _present(params: Sequence[Tensor]) -> list[bool]:
-    return [p.grad is not None for p in params]
 
 
 def _hyper_vectors(columns: list[tuple[float, ...]], device: torch.device) -> Hyper:

@@ -124,6 +124,7 @@ class ELRSGD(Optimizer):
         self._ensembles: list[Ensemble] | None = None
         self._layout: list[tuple[Any, ...]] = []
         self._held: tuple[list[object], list[object]] = [], []
+        self._captured: dict[int, FusedEnsemble] = {}
         self._recording = False
         super().__init__(params, defaults)
 
@@ -141,7 +142,7 @@ class ELRSGD(Optimizer):
             for key, value in _SGD_DEFAULTS.items():
                 group.setdefault(key, self.defaults.get(key, value))
         self._ensembles = None
-        self._layout, self._held = [], ([], [])
+        self._layout, self._held, self._captured = [], ([], []), {}
         self._recording = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -220,6 +221,9 @@ class ELRSGD(Optimizer):
 
     def _step(self) -> None:
         prepared = [(ensemble, ensemble.prepare(self.state)) for ensemble in self._current_ensembles()]
+        for _, tensors in prepared:
+            if isinstance(tensors, FusedEnsemble) and tensors.kernels.in_capture:
+                self._captured[id(tensors)] = tensors  # a graph that is replayed later uses its memory
         # set by torch.amp.GradScaler around this call
         amp = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
         if amp["found_inf"] is not None and not all(isinstance(p, FusedEnsemble) for _, p in prepared):

@@ -120,6 +120,7 @@ class FusedStep:
                 partials = torch.zeros(table.n_measured, 4, dtype=torch.float32, device=self.device)
                 self.launches.append(Launch(table, kind, np.array(members), pointers, partials))
         self.addresses = [launch.table.addresses for launch in self.launches]
+        self.in_capture = False  # whether this step becomes part of a CUDA graph
         self._of_graphs: list[tuple[list[int], list[Tensor], list[Tensor]]] = []
         self._spare = self._make_spare()
         if rule is not None:
@@ -159,7 +160,8 @@ class FusedStep:
         if _pointers(self.written) != self.written_pointers or _layouts(grads) != self.grad_layouts:
             return False
         pointers = _pointers(grads)
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        self.in_capture = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.in_capture:
             self.addresses = self._addresses_for_graph(pointers)
             return True
         self.addresses = [launch.table.addresses for launch in self.launches]

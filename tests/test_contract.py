@@ -103,7 +103,7 @@ def test_iterates_are_those_of_the_oracle(
 
 @settings(deadline=None, max_examples=60)
 @given(
-    backend=st.sampled_from(["reference", "foreach"]),
+    backend=st.sampled_from(list(BACKENDS)),
     rule_granularity=st.sampled_from(RULES),
     lr=st.floats(1e-4, 0.5),
     momentum=st.floats(0, 0.95),
@@ -131,5 +131,6 @@ def test_any_hyper_parameters(
         "project": project,
         "maximize": maximize,
     }
-    ours, expected = run_both(backend, torch.float64, *rule_granularity, steps=3, lr=lr, seed=seed, **hyper)
-    assert_same(ours, expected, 1e-5, hyper)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    ours, expected = run_both(backend, dtype, *rule_granularity, steps=3, lr=lr, seed=seed, **hyper)
+    assert_same(ours, expected, 1e-4 if backend == "triton" else 1e-5, hyper)

@@ -386,8 +386,7 @@ def test_measure_gives_the_same_bits_every_time() -> None:
     torch.testing.assert_close(first[0].double(), exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="10⁸ elements are too many for the interpreter")
+@pytest.mark.slow
 def test_sums_over_1e8_elements_are_accurate() -> None:
     w, g = (torch.rand(100_000_007, device=DEVICE) for _ in range(2))
     sums = kernels.measure([w], [g]).double().flatten()
@@ -396,6 +395,23 @@ def test_sums_over_1e8_elements_are_accurate() -> None:
             (a.double() * b.double()).sum() for a, b in zip(x.split(2**22), y.split(2**22), strict=True)
         )
         assert abs(sums[i] / exact - 1) < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [16, 4096])
+def test_many_tiny_tensors(chunk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [Shape((n % 6,), shift=n % 3) for n in range(120)]
+    ws, gs, ms = ([shape.random(generator) for shape in shapes] for _ in range(3))
+    before = [[t.clone() for t in ts] for ts in (ws, gs, ms)]
+    with chunks_of(chunk), poisoned_allocations():
+        sums = kernels.measure(ws, gs, ms)
+        kernels.update(ws, gs, ms, **PLAIN)
+    assert_guards_are_intact(*ws, *gs, *ms)
+    for i, (w, g, m) in enumerate(zip(*before, strict=True)):
+        assert_one_step(ws[i], ms[i], w, g, m, **PLAIN)
+        pairs = ((w, w), (g, g), (w, g), (w, m))
+        exact = torch.stack([(a.double() * b.double()).sum() for a, b in pairs])
+        torch.testing.assert_close(sums[:, i].double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_non_finite_gradients_show_up_in_their_row_alone() -> None:

@@ -465,15 +465,28 @@ def test_the_gate_opens_when_the_last_program_has_arrived(
     assert (kernels_of.counters == 0).all()
 
 
-def test_pointers_that_stay_upload_nothing_and_moved_parameters_are_followed() -> None:
+def test_pointers_that_stay_upload_nothing_and_moved_parameters_are_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uploads = []
+    addresses_with = step_module.Launch.addresses_with
+    monkeypatch.setattr(
+        step_module.Launch, "addresses_with", lambda *args: uploads.append(1) or addresses_with(*args)
+    )
     net, optimizer = net_and_optimizer(True, rule="uniform", flagged=True)
     backward(net, 0)
     optimizer.step()
     fused = optimizer._ensembles[0]._fused  # type: ignore[index]
     assert fused is not None
-    backward(net, 1)
+    grads = [p.grad for p in net.parameters()]
     optimizer.step()
+    assert uploads == []
+    for p in net.parameters():
+        p.grad = p.grad.clone()  # type: ignore[union-attr]
+    optimizer.step()
+    assert uploads == [1]
     assert optimizer._ensembles[0]._fused is fused  # type: ignore[index]
+    del grads
     for p in net.parameters():
         p.data = p.data.clone()
     backward(net, 2)
