@@ -57,8 +57,9 @@ class Ensemble:
     that saving, loading and copying an optimizer need nothing of their own.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], state: State) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], state: State, number: int = 0) -> None:
         self.groups = list(groups)
+        self.number = number  # among the ensembles of an optimizer
         self.key = rule_key(self.groups[0])
         self.rule, self.granularity, self.project = self.key
         self.per_filter = self.granularity == "filter"
@@ -75,7 +76,8 @@ class Ensemble:
         self._all_fused: dict[
             tuple[bool, ...] | None, FusedEnsemble
         ] = {}  # by which parameters have a gradient
-        self._decided = False
+        self._decided = False  # whether the last step was fused and measured
+        self._grad_scale: Tensor | None = None  # of the gradients as the last step has left them
 
     def _remember(self, state: State) -> tuple[RuleState, Tensor]:
         """Pack what `state` holds of each row (zeros where it holds nothing); with a rule, leave views there."""
@@ -109,11 +111,7 @@ class Ensemble:
     def _remember_rounding(self, state: State) -> None:
         """One counter of steps for all parameters that are rounded stochastically."""
         rounded = [
-            p
-            for group in self.groups
-            if group["stochastic_rounding"] is not None
-            for p in group["params"]
-            if p.dtype == torch.bfloat16
+            p for group in self.groups if group["stochastic_rounding"] is not None for p in group["params"]
         ]
         self.rounding_step = None
         if rounded:
@@ -126,7 +124,7 @@ class Ensemble:
                 self._views.append((p, "rounding_step", self.rounding_step))
 
     def is_detached(self, state: State) -> bool:
-        """Whether somebody replaced or removed what this left in `state`. For when anything in it has changed."""
+        """Asked when anything in `state` has changed: whether it is what this left there. Forgets the fused steps."""
         self._all_fused.clear()  # they may hold another momentum buffer
         return any(state.get(p, {}).get(key) is not view for p, key, view in self._views)
 
@@ -151,9 +149,7 @@ class Ensemble:
         if backends == {kernels} and len(devices) == 1 and (not self.has_rule or devices == {self.device}):
             with torch.inference_mode(False):
                 self._fused = FusedEnsemble(self, groups)
-            while len(self._all_fused) >= FUSED_ENSEMBLES:
-                del self._all_fused[next(iter(self._all_fused))]
-            self._all_fused[present] = self._fused
+                self._fused.present = present
             return self._fused
         if any(group["stochastic_rounding"] is not None for group in self.groups):
             raise RuntimeError(
@@ -223,15 +219,17 @@ class Ensemble:
 
         `grad_scale` and `found_inf`, as `torch.amp.GradScaler` leaves them, are for a fused step alone.
         """
-        self._last = None
-        self._decided = False
+        self._last, self._decided, self._grad_scale = None, False, None
         if not prepared:
             return False
         if isinstance(prepared, FusedEnsemble):
             active = self.has_rule and not self._is_over()
             if record and not active:
-                self._last = self.measure_now(self.prepare_groups(state), remember=True)
+                groups = self.prepare_groups(state)
+                self._last = self.measure_now(groups, remember=True, grad_scale=grad_scale)
             prepared.step(active=active, read_all=record, grad_scale=grad_scale, found_inf=found_inf)
+            self._keep_fused(prepared)
+            self._grad_scale = None if active or grad_scale is None else grad_scale.clone()
             self._decided = active
             if active:
                 self._watch.look()
@@ -249,8 +247,14 @@ class Ensemble:
             state[p]["momentum_buffer"] = buffer
         return bool(new)
 
+    def _keep_fused(self, fused: FusedEnsemble) -> None:
+        """For the next step of these gradients; only what has been stepped has its buffers in the state."""
+        if fused.present not in self._all_fused and len(self._all_fused) >= FUSED_ENSEMBLES:
+            del self._all_fused[next(iter(self._all_fused))]
+        self._all_fused[fused.present] = fused
+
     def _step_groups(self, groups: list[Group], *, record: bool) -> None:
-        if self.has_rule and not self._is_over():
+        if self.has_rule and not self._is_over() and any(sum(group.row_counts) for group in groups):
             rows, memory, absent = self._active_memory(groups)
             stats, controls, after = elr_sgd(
                 groups, memory, self._hyper(groups), absent=absent, **self._decision
@@ -266,14 +270,21 @@ class Ensemble:
         """What the last step measured and applied; if it measured nothing, weights and gradients as they are now."""
         if self._last is None and self._decided and self._fused is not None:
             self._last = self._fused.record()
-        return self._last or self.measure_now(self.prepare_groups(state))
+        return self._last or self.measure_now(self.prepare_groups(state), grad_scale=self._grad_scale)
 
-    def measure_now(self, groups: list[Group], *, remember: bool = False) -> StepRecord | None:
+    def measure_now(
+        self, groups: list[Group], *, remember: bool = False, grad_scale: Tensor | None = None
+    ) -> StepRecord | None:
         """What a step would measure and apply now. Changes nothing that a step depends on; `remember` keeps the
-        result of the radial tests where no rule does."""
+        result of the radial tests where no rule does. `grad_scale`: what the gradients are to be divided by."""
         if not any(sum(group.row_counts) for group in groups):
             return None
         stats = measure(groups, self.device, per_filter=self.per_filter, with_momentum=self.project)
+        if grad_scale is not None:
+            scale = grad_scale.to(self.device).squeeze()
+            stats = stats._replace(
+                grad_sq=stats.grad_sq / scale**2, weight_dot_grad=stats.weight_dot_grad / scale
+            )
         rows, state, absent = self._active_memory(groups)
         if self.has_rule and self._is_over():
             return self._record(groups, stats, LayerControls(), state.tracked)
@@ -365,11 +376,12 @@ class FusedEnsemble:
 
     def __init__(self, ensemble: Ensemble, groups: list[Group]) -> None:
         self.ensemble = ensemble
+        self.present: tuple[bool, ...] | None = None  # which parameters have a gradient, None: all
         self.options = self._options_now()
         self.params = [p for group in groups for p in group.params]
         self.row_counts = [count for group in groups for count in group.row_counts]
         self.buffers: list[Tensor | None] = [
-            kernels.new_buffer(g) if m is None and group.momentum != 0 else m
+            buffer_for(g, m, group)
             for group in groups
             for g, m in zip(group.grads, group.momentum_buffers, strict=True)
         ]
@@ -405,6 +417,7 @@ class FusedEnsemble:
             )
             if ensemble.has_rule
             else None,
+            number=ensemble.number,
         )
         self._are_new = self.buffers != [m for group in groups for m in group.momentum_buffers]
 
@@ -415,6 +428,7 @@ class FusedEnsemble:
                 *(group[k] for k in ("foreach", "fused", "differentiable", "nesterov", "maximize")),
                 group["stochastic_rounding"],
                 group["momentum"] != 0,
+                group["dampening"] != 0,
                 isinstance(group["weight_decay"], Tensor),
             )
             for group in self.ensemble.groups
@@ -465,23 +479,34 @@ class FusedEnsemble:
             if m is not None and state.get(p, {}).get("momentum_buffer") is not m
         }
 
-    def record(self) -> StepRecord:
-        """What the kernels measured and applied at the last step."""
+    def record(self) -> StepRecord | None:
+        """What the kernels measured and applied at the last step; NaN where the rule did not need it."""
         k, ensemble = self.kernels, self.ensemble
+        if not any(self.row_counts):
+            return None
         rows = np.concatenate([np.arange(r[0], r[0] + r[1]) for r in self.rows if r is not None])
         chosen = _upload(rows, k.device)
         controls = LayerControls(
-            k.κ if ensemble.rule == "warmup" else None,
+            k.κ.clone() if ensemble.rule == "warmup" else None,
             k.s[chosen] if ensemble.rule is not None else None,
             k.a[chosen] if ensemble.rule in ("warmup", "angle", "sphere") else None,
             k.p[chosen] if ensemble.project else None,
         )
         lrs: list[float | Tensor] = [
-            0.0 if row is None or row[1] == 0 else k.lrs[row[0]] for row in self.rows
+            0.0 if row is None or row[1] == 0 else k.lrs[row[0]].clone() for row in self.rows
         ]
         stats = LayerStats(*k.sums[:4, chosen])
         tracked = ensemble.memory.tracked[chosen]
         return StepRecord(self.params, self.row_counts, lrs, ensemble.per_filter, stats, controls, tracked)
+
+
+def buffer_for(grad: Tensor, buffer: Tensor | None, group: Group) -> Tensor | None:
+    """The momentum buffer that the kernels are to use; theirs marks a new one by −0.0."""
+    if group.momentum == 0:
+        return None
+    if buffer is None:
+        return kernels.new_buffer(grad)
+    return buffer if group.dampening == 0 else kernels.without_marks(buffer)
 
 
 class HandOverWatch:
@@ -505,7 +530,7 @@ class HandOverWatch:
         if self.arrival is None and not torch.cuda.is_current_stream_capturing():
             self.copy.copy_(self.flag, non_blocking=True)
             self.arrival = torch.cuda.Event()
-            self.arrival.record()
+            self.arrival.record(torch.cuda.current_stream(self.flag.device))
 
     def warmup_is_over(self) -> bool:
         """Whether the flag is known to be set."""

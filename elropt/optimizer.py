@@ -142,7 +142,8 @@ class ELRSGD(Optimizer):
             for key, value in _SGD_DEFAULTS.items():
                 group.setdefault(key, self.defaults.get(key, value))
         self._ensembles = None
-        self._layout, self._held, self._captured = [], ([], []), {}
+        self._layout, self._held = [], ([], [])
+        self.__dict__.setdefault("_captured", {})  # graphs outlive load_state_dict
         self._recording = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -198,7 +199,8 @@ class ELRSGD(Optimizer):
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. Never waits for the device.
+        """One step. Never waits for the device, unless torch.amp.GradScaler is used where only some tensors qualify for
+        the kernels.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -225,8 +227,9 @@ class ELRSGD(Optimizer):
             if isinstance(tensors, FusedEnsemble) and tensors.kernels.in_capture:
                 self._captured[id(tensors)] = tensors  # a graph that is replayed later uses its memory
         # set by torch.amp.GradScaler around this call
-        amp = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-        if amp["found_inf"] is not None and not all(isinstance(p, FusedEnsemble) for _, p in prepared):
+        amp = {name: _tensor_or_none(self, name) for name in ("grad_scale", "found_inf")}
+        all_fused = all(isinstance(tensors, FusedEnsemble) or not tensors for _, tensors in prepared)
+        if amp["found_inf"] is not None and not all_fused:
             if not _unscale(self, amp):
                 return
             amp = dict.fromkeys(amp)
@@ -289,17 +292,34 @@ class ELRSGD(Optimizer):
                 and any(ensemble.is_detached(self.state) for ensemble in self._ensembles)
             )
         ):
+            self._refuse_capture()
             together: dict[Any, list[dict[str, Any]]] = {}
             for group in self.param_groups:
                 validate_choices(group)
                 _refuse_duplicates(group)
                 together.setdefault(rule_key(group), []).append(group)
             with torch.inference_mode(False):
-                self._ensembles = [Ensemble(groups, self.state) for groups in together.values()]
+                self._ensembles = [
+                    Ensemble(groups, self.state, number) for number, groups in enumerate(together.values())
+                ]
             self._layout = [(*rest, list(params)) for *rest, params in layout]
             held = self._state_objects()
         self._held = held
         return self._ensembles
+
+    def _refuse_capture(self) -> None:
+        """What a rule remembers cannot be made while a CUDA graph is captured: each replay would make it anew."""
+        remembering = [
+            group
+            for group in self.param_groups
+            if group["rule"] is not None or group["project"] or group["stochastic_rounding"] is not None
+        ]
+        on_cuda = any(p.is_cuda for group in remembering for p in group["params"])
+        if on_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the optimizer's state would have to be made during CUDA graph capture: run one step before it, also "
+                "after load_state_dict or add_param_group"
+            )
 
     def _state_objects(self) -> tuple[list[object], list[object]]:
         """The dicts of the state and what they hold, to notice when somebody has put in something else."""
@@ -369,6 +389,11 @@ def _same_layout(now: list[tuple[Any, ...]], before: list[tuple[Any, ...]]) -> b
 
 def _same_objects(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _tensor_or_none(optimizer: Optimizer, name: str) -> Tensor | None:
+    value = getattr(optimizer, name, None)  # without any gradient, torch.amp.GradScaler says 0
+    return value if isinstance(value, Tensor) else None
 
 
 def _unscale(optimizer: Optimizer, amp: Mapping[str, Tensor | None]) -> bool:

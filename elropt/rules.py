@@ -25,6 +25,7 @@ GRANULARITIES: dict[str | None, tuple[str, ...]] = {
 RADIAL_TESTS = 8  # steps after which a layer counts as scale-invariant for good
 SMOOTHING = 0.9  # of c over the steps of the warm-up
 EQUALIZATION_RATE = 0.1  # share of log(E/Ē) that the warm-up rescales away per step
+TINY = torch.finfo(torch.float32).tiny  # a squared norm below this, 1.2e-38, counts as zero
 EQUALIZED_STD = 0.1  # standard deviation of log E, from the smoothed c, below which the warm-up hands over
 
 
@@ -84,8 +85,8 @@ def decide(
     have no influence on the others.
     """
     tracked = radial_test(stats, state.tracked, hyper.numel)
-    directed = (tracked > 0) & torch.isfinite(stats.weight_sq) & (stats.weight_sq > 0)
-    moving = directed & torch.isfinite(stats.grad_sq) & (stats.grad_sq > 0)
+    directed = (tracked > 0) & torch.isfinite(stats.weight_sq) & (stats.weight_sq >= TINY)
+    moving = directed & torch.isfinite(stats.grad_sq) & (stats.grad_sq >= TINY)
     state = state._replace(tracked=tracked)
     controls = LayerControls()
     if rule == "warmup":
@@ -191,8 +192,10 @@ def radial_test(stats: LayerStats, passed: Tensor, numel: Tensor) -> Tensor:
     """
     cosine = stats.weight_dot_grad / (stats.weight_sq.sqrt() * stats.grad_sq.sqrt())
     zero = cosine.abs() < 0.02 / numel.sqrt() + 1e-4
-    finite = torch.isfinite(stats.weight_sq) & torch.isfinite(stats.grad_sq) & torch.isfinite(cosine)
-    testing = finite & (passed >= 0) & (passed < RADIAL_TESTS)
+    judged = torch.isfinite(cosine)
+    for square in (stats.weight_sq, stats.grad_sq):
+        judged = judged & torch.isfinite(square) & (square >= TINY)
+    testing = judged & (passed >= 0) & (passed < RADIAL_TESTS)
     return torch.where(testing, torch.where(zero, passed + 1, -1.0), passed)
 
 

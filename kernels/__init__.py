@@ -24,6 +24,7 @@ __all__ = [
     "measure",
     "new_buffer",
     "update",
+    "without_marks",
 ]
 
 
@@ -58,4 +59,4 @@ if available():
     from .measure import measure
     from .step import FusedStep, Hyper, Kind, Rule
     from .traffic import bytes_moved
-    from .update import new_buffer, update
+    from .update import new_buffer, update, without_marks

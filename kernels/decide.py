@@ -18,6 +18,7 @@ RADIAL_TESTS = tl.constexpr(8)
 SMOOTHING = tl.constexpr(0.9)
 EQUALIZATION_RATE = tl.constexpr(0.1)
 EQUALIZED_VARIANCE = tl.constexpr(0.1**2)
+TINY = tl.constexpr(2.0**-126)  # sqrt and log take smaller ones for 0 on a GPU
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -170,12 +171,12 @@ def _rows(sums, memory, numel, at, n_rows):
     radius = tl.load(memory + n_rows + at, mask=exists, other=0.0)
     passed = tl.load(memory + 2 * n_rows + at, mask=exists, other=-1.0)
     entries = tl.load(numel + at, mask=exists, other=1.0)
-    finite = (ww > 0) & (ww < INFINITY) & (gg > 0) & (gg < INFINITY)
+    finite = (ww >= TINY) & (ww < INFINITY) & (gg >= TINY) & (gg < INFINITY)
     cosine = tl.abs(wg) / (tl.sqrt(tl.where(finite, ww, 1.0)) * tl.sqrt(tl.where(finite, gg, 1.0)))
     testing = finite & (cosine < INFINITY) & (passed >= 0) & (passed < RADIAL_TESTS)
     zero = cosine < 0.02 / tl.sqrt(entries) + 1e-4
     passed = tl.where(testing, tl.where(zero, passed + 1, -1.0), passed)
-    directed = (passed > 0) & (ww > 0) & (ww < INFINITY) & (gg != -1.0)
+    directed = (passed > 0) & (ww >= TINY) & (ww < INFINITY) & (gg != -1.0)
     return ww, gg, wg, c, radius, passed, directed, directed & finite, exists
 
 

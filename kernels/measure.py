@@ -260,7 +260,8 @@ def finish(
             at = sums + tl.arange(0, 4).to(tl.int64) * n_rows + row
             tl.store(at, tl.sum(total, axis=0).to(tl.float32))
             if PROJECT & DAMPED & HAS_BUFFERS:
-                new = is_new(tl.load(m_address.to(tl.pointer_type(M))).to(tl.float32))
+                m = tl.load(m_address.to(tl.pointer_type(M)), mask=m_address != 0, other=0.0)
+                new = is_new(m.to(tl.float32))
                 tl.store(sums + 4 * n_rows + row, new.to(tl.float32))
     if memory is not None:
         if is_last != 0:

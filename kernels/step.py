@@ -80,6 +80,7 @@ class FusedStep:
         kinds: for each param group.
         rows: for each tensor the (first, count) of its rows in the memory of the rule, or None.
         rule: None where nothing is ever decided.
+        number: of this step among those of an optimizer, for the random bits of stochastic rounding.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
@@ -95,6 +96,7 @@ class FusedStep:
         kinds: Sequence[Kind],
         rows: Sequence[Row],
         rule: Rule | None,
+        number: int = 0,
     ) -> None:
         self.device = params[0].device
         refuse_upload_in_capture(self.device)
@@ -119,12 +121,16 @@ class FusedStep:
                 pointers = np.array([[t.pointer if t else 0 for t in triples[i]] for i in members], np.int64)
                 partials = torch.zeros(table.n_measured, 4, dtype=torch.float32, device=self.device)
                 self.launches.append(Launch(table, kind, np.array(members), pointers, partials))
+        # launches number their elements alike: their seeds must differ
+        self.seeds = [
+            None if launch.kind.seed is None else _mixed(launch.kind.seed, number, index)
+            for index, launch in enumerate(self.launches)
+        ]
         self.addresses = [launch.table.addresses for launch in self.launches]
         self.in_capture = False  # whether this step becomes part of a CUDA graph
         self._of_graphs: list[tuple[list[int], list[Tensor], list[Tensor]]] = []
         self._spare = self._make_spare()
-        if rule is not None:
-            self._prepare_rule(params, groups, rows, rule.memory.shape[1])
+        self._prepare_rule(params, groups, rows, 0 if rule is None else rule.memory.shape[1])
 
     def _prepare_rule(
         self, params: Sequence[Tensor], groups: Sequence[int], rows: Sequence[Row], n_rows: int
@@ -135,13 +141,17 @@ class FusedStep:
         for p, group, row in zip(params, groups, rows, strict=True):
             if row is not None:
                 first, count = row
-                numel[first : first + count] = p.numel() / max(count, 1)
+                numel[first : first + count] = max(p.numel() / max(count, 1), 1)
                 group_of_row[first : first + count] = group
                 self.n_deciding += count
                 self.measured.append(p)
         self.numel, self.group_of_row = upload(numel, self.device), upload(group_of_row, self.device)
         self.sums = torch.full((5, n_rows), -1.0, dtype=torch.float32, device=self.device)
         self.counters = torch.zeros(n_rows + 1, dtype=torch.int32, device=self.device)
+        # parameters that are parts of one tensor may share its version counter, which then counts each of them
+        self.shares_counters = len({p.untyped_storage().data_ptr() for p in self.measured}) < len(
+            self.measured
+        )
         self.controls = torch.ones(4 * n_rows + 1, dtype=torch.float32, device=self.device)
         self.s, self.a, self.p, self.lrs = self.controls[: 4 * n_rows].view(4, n_rows)
         self.κ = self.controls[4 * n_rows]
@@ -217,17 +227,24 @@ class FusedStep:
         rule = self.rule if active else None
         amp = {"grad_scale": grad_scale, "found_inf": found_inf}
         together = rule is not None and self.cooperates
-        with torch.cuda.device_of(self.params[0]):
-            if rule is not None and together:
-                self._cooperate(rule, hypers, amp, rounding_step)
-            else:
-                if rule is not None:
-                    self._measure(rule, hypers, read_all, amp)
-                self._update(rule, hypers, amp, rounding_step)
+        try:
+            with torch.cuda.device_of(self.params[0]):
+                if rule is not None and together:
+                    self._cooperate(rule, hypers, amp, rounding_step)
+                else:
+                    if rule is not None:
+                        self._measure(rule, hypers, read_all, amp)
+                    self._update(rule, hypers, amp, rounding_step)
+        except BaseException:  # between launches: programs have been counted that will not be followed
+            self.counters.zero_()
+            self.versions = None
+            raise
         # Autograd cannot see these writes (and keeps no momentum buffer for later).
         torch.autograd.graph.increment_version(self.params)
         if together:  # the cooperative kernel leaves no sums of the new weights: it reads them anyway
             self.versions = None
+        elif self.shares_counters and self.versions is not None:
+            self.versions = [p._version for p in self.measured], self.versions[1]
 
     def _norms_are_known(self, rule: Rule) -> bool:
         """Whether the last update's sums are those of the weights (and buffers) as they are: no write that PyTorch
@@ -353,8 +370,7 @@ class FusedStep:
             "keeps": tuple(1 - h.dampening for h in hypers) if any(h.dampening for h in hypers) else None,
             "NESTEROV": kind.nesterov,
             "MAXIMIZE": kind.maximize,
-            # launches number their elements alike: the seed tells them apart
-            "seed": None if kind.seed is None else (kind.seed + (index << 32)) % 2**63,
+            "seed": None if kind.seed is None else self.seeds[index],
             "step": None if kind.seed is None else rounding_step,
         }
 
@@ -380,6 +396,11 @@ class Launch:
         return self.table.addresses_of(pointers)
 
 
+def _mixed(*numbers: int) -> int:
+    """A seed of 63 bits that differs if one of the numbers does."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def _pointers(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
@@ -387,6 +408,8 @@ def _pointers(tensors: Sequence[Tensor]) -> list[int]:
 def _layouts(grads: Sequence[Tensor]) -> object:
     """What must stay the same of the gradients; their shapes are those of their parameters (torch checks that)."""
     if not PLAIN_TYPES.issuperset(map(type, grads)):
+        return None
+    if any(map(Tensor.is_neg, grads)):  # lazily negated views
         return None
     layouts = [g.layout for g in grads]
     # only strided tensors have strides

@@ -98,7 +98,7 @@ def load_chunk(
 ):
     """What this program works on: pointers to its first element in w, g and m, the number of elements from
     there to the end of the segment, whether it is a full chunk on 16-byte boundaries, the segment's row, group,
-    first chunk and number of chunks, and the addresses of its buffer.
+    first chunk and number of chunks, and the address of its buffer (0 if there is nothing at it).
 
     Bytes: 60 per chunk. Offsets are int64.
     """
@@ -106,8 +106,8 @@ def load_chunk(
     index = tl.load(chunk_segment + chunk).to(tl.int64)
     w_address = tl.load(addresses + index * 3)
     g_address = tl.load(addresses + index * 3 + 1)
-    m_address = tl.load(addresses + index * 3 + 2)
     elements = tl.load(segments + index * 4)
+    m_address = tl.where(elements > 0, tl.load(addresses + index * 3 + 2), 0)
     first = tl.load(segments + index * 4 + 1).to(tl.int32)
     row = tl.load(segments + index * 4 + 2).to(tl.int32)
     group = tl.load(segments + index * 4 + 3).to(tl.int32)

@@ -123,6 +123,13 @@ def new_buffer(grad: Tensor) -> Tensor:
     return torch.full_like(grad, -0.0)
 
 
+def without_marks(buffer: Tensor) -> Tensor:
+    """A buffer from elsewhere, in which −0.0 is a value and not the mark of a new one: +0.0 in its place, unless all of
+    it is −0.0. For dampening; the buffer itself if there is nothing to do, which the host does not know."""
+    mark = (buffer == 0) & torch.signbit(buffer)
+    return buffer.copy_(torch.where(mark & ~mark.all(), 0.0, buffer))
+
+
 def _checked(name: str, factor: Tensor | None, dim: int, device: torch.device) -> Tensor | None:
     if factor is None:
         return None

@@ -57,11 +57,15 @@ def test_one_launch_and_two_launches_agree(
         assert (a - b).norm() / b.norm() < 1e-3
 
 
-def test_runs_are_repeatable_to_the_bit() -> None:
+@pytest.mark.parametrize("programs", [0, 10**6])
+def test_runs_are_repeatable_to_the_bit(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if programs == 0:
+        monkeypatch.setattr("elropt.kernels.step.max_programs", lambda device: 0)
     results = []
     for _ in range(2):
         torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(n, 37, device="cuda")) for n in (1, 50, 3000, 40000)]
+        sizes = (1, 50, 3000, 4000 if programs else 40000)
+        params = [nn.Parameter(torch.randn(n, 37, device="cuda")) for n in sizes]
         optimizer = ELRSGD(
             [{"params": params, "scale_invariant": True}], lr=0.1, momentum=0.9, rule="uniform"
         )
@@ -74,7 +78,10 @@ def test_runs_are_repeatable_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
-def test_carried_norms_have_the_bits_of_measured_ones(forgotten: bool) -> None:
+def test_carried_norms_have_the_bits_of_measured_ones(
+    forgotten: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elropt.kernels.step.max_programs", lambda device: 0)
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(n, 37, device="cuda")) for n in (1, 50, 3000)]
     optimizer = ELRSGD([{"params": params, "scale_invariant": True}], lr=0.1, momentum=0.9, rule="uniform")
@@ -88,6 +95,24 @@ def test_carried_norms_have_the_bits_of_measured_ones(forgotten: bool) -> None:
     measured = kernels.measure(weights, [torch.ones_like(w) for w in weights])[0]
     used = optimizer._ensembles[0]._fused.kernels.sums[0]  # type: ignore[index,union-attr]
     assert torch.equal(measured, used)
+
+
+def test_many_programs_without_a_row_pass_the_gate() -> None:
+    """200 small tensors that are not tracked, behind and before one that is: they wait, and are waited for."""
+    params = [nn.Parameter(torch.randn(8, device="cuda")) for _ in range(200)]
+    tracked = nn.Parameter(torch.randn(300, 300, device="cuda"))
+    optimizer = ELRSGD(
+        [{"params": params, "scale_invariant": False}, {"params": [tracked], "scale_invariant": True}],
+        lr=1e-3, momentum=0.9, rule="angle", fused=True,
+    )  # fmt: skip
+    radius = tracked.norm().item()
+    for _ in range(500):
+        for p in (*params, tracked):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    torch.cuda.synchronize()
+    assert optimizer._ensembles[0]._fused.kernels.cooperates  # type: ignore[index,union-attr]
+    assert tracked.norm().item() == pytest.approx(radius, rel=0.01)
 
 
 def test_memory_is_flat() -> None:

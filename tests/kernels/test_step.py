@@ -178,6 +178,14 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(params=["two launches"] if INTERPRETED else ["two launches", "one launch"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU these small nets would otherwise always go in one cooperative launch."""
+    if request.param == "two launches":
+        monkeypatch.setattr(step_module, "max_programs", lambda device: 0)
+
+
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("rule", "granularity"), RULES, ids=str)
 def test_twelve_steps_agree_with_the_reference(
@@ -509,6 +517,7 @@ def everything(net: nn.Module, optimizer: ELRSGD) -> list[Tensor]:
     return [*(p.detach().clone() for p in net.parameters()), *state]
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("dampening", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("rule", "project"), [(None, False), ("warmup", False), ("uniform", True), ("angle", False)]
@@ -689,6 +698,198 @@ def test_stochastic_rounding_without_the_kernels_is_refused() -> None:
     for seed in (-1, 2**63, 0.5, True):
         with pytest.raises(ValueError, match=r"stochastic_rounding=.* is not valid"):
             ELRSGD([p], stochastic_rounding=seed)  # type: ignore[arg-type]
+
+
+def single(shape: tuple[int, ...] = (6, 5), seed: int = 0, **options: Any) -> tuple[nn.Parameter, ELRSGD]:
+    """One tracked parameter with a gradient, and its optimizer."""
+    generator = torch.Generator().manual_seed(seed)
+    p = nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE))
+    p.grad = torch.randn(shape, generator=generator).to(DEVICE)
+    options = {"lr": 0.1, "momentum": 0.9, "fused": True, **options}
+    return p, ELRSGD([{"params": [p], "scale_invariant": True}], **options)
+
+
+def test_a_tracked_parameter_without_elements() -> None:
+    p, optimizer = single((0, 3), rule="uniform", project=True, dampening=0.5)
+    for _ in range(2):
+        optimizer.step()
+    assert p.shape == (0, 3)
+
+
+@pytest.mark.parametrize("rule", ["warmup", "uniform", "angle", "sphere"])
+@pytest.mark.parametrize("size", [1e-23, 0.0])
+def test_a_gradient_whose_square_is_no_normal_float_counts_as_zero(rule: str, size: float) -> None:
+    for fused in (True, False):
+        p, optimizer = single(rule=rule, fused=fused or None, foreach=None if fused else False, momentum=0.0)
+        p.grad.fill_(size)  # type: ignore[union-attr]
+        before = p.detach().clone()
+        for _ in range(2):
+            optimizer.step()
+        torch.testing.assert_close(p.detach(), before)
+
+
+def test_a_launch_that_is_interrupted_leaves_nothing_counted() -> None:
+    results = []
+    for interrupted in (False, True):
+        params = [single((8, 9), seed=i)[0] for i in range(2)]
+        params[1].data, params[1].grad = params[1].data.bfloat16(), params[1].grad.bfloat16()  # type: ignore[union-attr]
+        optimizer = ELRSGD([{"params": params, "scale_invariant": True}], lr=0.01, rule="angle", fused=True)
+        optimizer.step()
+        if interrupted:
+            before = [p.detach().clone() for p in params]
+            kernel, calls = step_module.measure_kernel, []
+
+            class Interrupted:
+                def __getitem__(self, grid: Any, kernel: Any = kernel, calls: list[int] = calls) -> Any:
+                    calls.append(1)
+                    if len(calls) == 2:
+                        raise KeyboardInterrupt
+                    return kernel[grid]
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(step_module, "measure_kernel", Interrupted())
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.step()
+            assert all(map(torch.equal, params, before))
+        for _ in range(3):
+            optimizer.step()
+        results.append(params)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_step_that_was_prepared_but_not_taken_leaves_no_buffers() -> None:
+    """An overflow at the first step, in the path in which the optimizer itself looks at it; then other gradients."""
+    results = []
+    for overflow in (True, False):
+        params = [single(seed=i)[0] for i in range(3)]
+        groups = [
+            {"params": params[:2], "fused": True, "rule": None},
+            {"params": params[2:], "foreach": True, "rule": "uniform", "scale_invariant": True},
+        ]
+        optimizer = ELRSGD(groups, lr=0.1, momentum=0.9)
+        if overflow:
+            optimizer.found_inf = torch.ones((), device=DEVICE)  # type: ignore[attr-defined]
+            optimizer.step()
+            assert all("momentum_buffer" not in optimizer.state[p] for p in params)
+            del optimizer.found_inf
+        grads = [p.grad for p in params]
+        for present in ((0, 1, 2), (0, 2), (0, 1, 2), (1, 2), (0, 1, 2)):
+            for i, p in enumerate(params):
+                p.grad = grads[i] if i in present else None
+            optimizer.step()
+        results.append([t.detach() for p in params for t in (p, optimizer.state[p]["momentum_buffer"])])
+    assert all(map(torch.equal, *results))
+
+
+def test_gradients_of_untracked_parameters_alone() -> None:
+    for fused in (True, False):
+        net, optimizer = net_and_optimizer(fused, flagged=True, rule="uniform")
+        for step in range(3):
+            backward(net, step)
+            if step == 1:
+                for p in invariant_weights(net):
+                    p.grad = None
+                before = net[-1].weight.clone()
+            optimizer.step()
+            if step == 1:
+                assert not torch.equal(before, net[-1].weight)
+                assert len(layer_stats(optimizer)) == 0
+
+
+def test_grad_scaler_without_any_gradient() -> None:
+    p, optimizer = single(rule="uniform")
+    scaler = torch.amp.GradScaler(DEVICE)
+    scaler.scale(torch.ones((), device=DEVICE))
+    p.grad = None
+    optimizer.found_inf, optimizer.grad_scale = 0, scaler._scale  # type: ignore[attr-defined]
+    before = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("when", ["recorded", "after the step"])
+def test_what_is_recorded_under_amp_is_not_scaled(when: str) -> None:
+    elrs = []
+    for scale in (1.0, 1024.0):
+        net, optimizer = net_and_optimizer(True, flagged=True, rule=None)
+        backward(net, 0, scale=scale)
+        optimizer.grad_scale = torch.tensor(scale, device=DEVICE)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.zeros((), device=DEVICE)  # type: ignore[attr-defined]
+        if when == "recorded":
+            optimizer.record_next_step()
+        optimizer.step()
+        elrs.append(effective_lrs(optimizer))
+    assert elrs[0].keys() == elrs[1].keys()
+    for name, elr in elrs[0].items():
+        assert elrs[1][name] == pytest.approx(elr, rel=1e-4)
+
+
+def test_a_record_does_not_change_with_the_next_step() -> None:
+    net, optimizer = net_and_optimizer(True, flagged=True, rule="warmup", lr=5.0)
+    backward(net, 0)
+    optimizer.step()
+    (record,) = optimizer.layer_records()
+    before = copy.deepcopy((record.controls, record.stats, record.lrs))
+    optimizer.param_groups[0]["lr"] = 0.5
+    backward(net, 1)
+    optimizer.step()
+    for a, b in zip(before[0], record.controls, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    assert all(map(torch.equal, before[1], record.stats))
+    assert [float(lr) for lr in before[2]] == [float(lr) for lr in record.lrs]
+
+
+@pytest.mark.parametrize("rule", [None, "uniform"])
+def test_minus_zero_in_a_buffer_of_somebody_else_is_a_value(rule: str | None) -> None:
+    """After an SGD checkpoint, and after a change of the dampening in mid-run."""
+    results = []
+    for fused in (True, False):
+        p, optimizer = single(rule=rule, fused=fused or None, foreach=None if fused else False)
+        p.grad[0] = -0.0  # type: ignore[index]
+        optimizer.step()
+        optimizer.param_groups[0]["dampening"] = 0.5
+        p.grad.fill_(1.0)  # type: ignore[union-attr]
+        optimizer.step()
+        results.append(optimizer.state[p]["momentum_buffer"])
+    torch.testing.assert_close(*results)
+
+
+def test_parameters_that_are_rounded_alike_do_not_share_random_bits() -> None:
+    flat = [nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16, device=DEVICE)) for _ in range(2)]
+    groups = [{"params": [p], "rule": rule} for p, rule in zip(flat, (None, "uniform"), strict=True)]
+    optimizer = ELRSGD(groups, lr=1.0, fused=True, stochastic_rounding=0, rule=None)
+    for p in flat:
+        p.grad = torch.full_like(p, 2.0**-10)
+    optimizer.step()
+    down = [(p < 1).double().flatten() for p in flat]
+    assert 0.1 < down[0].mean() < 0.4
+    assert abs(torch.corrcoef(torch.stack(down))[0, 1]) < 0.1
+
+
+def test_a_net_that_becomes_bfloat16_in_mid_run_is_rounded_from_then_on() -> None:
+    net, optimizer = net_and_optimizer(True, rule="uniform", stochastic_rounding=1)
+    backward(net, 0)
+    optimizer.step()
+    net.bfloat16()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+        optimizer.state[p]["momentum_buffer"] = optimizer.state[p]["momentum_buffer"].bfloat16()
+    optimizer.step()
+    assert optimizer.state[net[0].weight]["rounding_step"] == 2
+
+
+@interpreted
+def test_parameters_that_share_a_version_counter_carry_their_norms() -> None:
+    flat = torch.randn(60, generator=torch.Generator().manual_seed(0))
+    params = [nn.Parameter(flat[:30]), nn.Parameter(flat[30:])]
+    optimizer = ELRSGD([{"params": params, "scale_invariant": True}], lr=0.1, rule="uniform", fused=True)
+    for step in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with bytes_touched(params) as touched:
+            optimizer.step()
+        assert touched["read", 0] == (2 if step == 0 else 1) * 4 * 30
 
 
 def test_nothing_of_an_optimizer_stays_alive() -> None:
