@@ -90,13 +90,12 @@ def cooperative_kernel(
     g = _load(g_first, lanes, left, full, CHUNK)
     if PROJECT & HAS_BUFFERS:
         m = _load(m_first, lanes, left, full, CHUNK)
-    scale = None if grad_scale is None else 1.0 / tl.load(grad_scale)
+    if grad_scale is not None:
+        g = (1.0 / tl.load(grad_scale)) * g.to(tl.float32)
 
     has_row = row >= 0
     if has_row:
         wide_w, wide_g = w.to(tl.float32), g.to(tl.float32)
-        if scale is not None:
-            wide_g = scale * wide_g
         if MAXIMIZE:
             wide_g = -wide_g
         partial = partials + tl.program_id(0).to(tl.int64) * 4
@@ -136,7 +135,7 @@ def cooperative_kernel(
     count = None if step is None else tl.load(step)
     w, m = updated(
         w, g, m, 0,
-        lr, momentum, keep, of_group(group, decays), scale, s, a, p, seed, count, NESTEROV, MAXIMIZE,
+        lr, momentum, keep, of_group(group, decays), None, s, a, p, seed, count, NESTEROV, MAXIMIZE,
     )  # fmt: skip
     _store(w_first, lanes, left, full, w, CHUNK)
     if momenta is not None:
