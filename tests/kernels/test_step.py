@@ -420,6 +420,13 @@ def test_the_cooperative_kernel_computes_the_same(
             for step in range(3):
                 w.grad = torch.randn(30, 20, generator=torch.Generator().manual_seed(step + 1)).to(DEVICE)
                 optimizer.step()
+            optimizer.grad_scale = torch.tensor(64.0, device=DEVICE)  # type: ignore[attr-defined]
+            w.grad *= 64  # type: ignore[operator]
+            for found_inf in (1.0, 0.0):
+                optimizer.found_inf = torch.tensor(found_inf, device=DEVICE)  # type: ignore[attr-defined]
+                before = w.detach().clone()
+                optimizer.step()
+                assert torch.equal(before, w) == (found_inf == 1.0)
         assert ("cooperative_kernel" in launches) == cooperates
         results.append([w.detach(), *optimizer.state[w].values()])
     for a, b in zip(*results, strict=True):
