@@ -1,24 +1,26 @@
 """Everything that needs a GPU, in one command that ends in time: tests, sanitizer, benchmarks.
 
-    python -m benchmarks.gpu_suite --out DIR                                    # all parts, within 9 minutes
+    python -m benchmarks.gpu_suite --out DIR --minutes 30                       # all parts
     python -m benchmarks.gpu_suite --out DIR --part tests --part sanitizer
     python -m benchmarks.gpu_suite --out DIR --device cpu --tiny                # try it without a GPU
 
-For a machine that is there for a short while and may have no network: it runs from a checkout, elropt need not be
-installed. Packages that the machine lacks can be carried in a folder `.vendor` in the checkout, into which pure-Python
+It runs from a checkout, elropt need not be installed, nor need there be a network. Packages that the machine lacks can
+be carried in a folder `.vendor` in the checkout, into which pure-Python
 wheels (hypothesis, sortedcontainers, torch_optimi, pytorch_optimizer …) were unpacked, as by
 `pip install --target .vendor --no-deps …`: it is put in front of PYTHONPATH. Tests whose modules are missing count as
 failed and do not keep the others from running.
 
 Each part is a process with a time limit, ended with all its children when that is over; what it has written stays. DIR
 gets `summary.json` (for each part its command, exit code, seconds and the end of what it printed), `suite.log` (all of
-that) and the result files of the benchmarks: at most 8 files. What an earlier call left in DIR under these names is
-overwritten.
+that) and the result files of the benchmarks. A later call with the same DIR adds its parts; one that runs again
+replaces its result.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -32,18 +34,22 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
-from benchmarks.step_time import check, check_device, write
+from benchmarks.step_time import OPTIMIZERS, check, check_device, write
 from elropt import env_report
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL_LINES = 40
 LEAST_SECONDS = 15.0  # a part is not started with less than that left
 
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+PYTEST = [
+    *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"),
+    *("-W", "default"),  # what packages there warn of is not what is tested here
+]
 SANITIZER_TESTS = [
     "tests/kernels/test_kernels.py",
+    "tests/kernels/test_step.py",
     "-k",
-    "three_steps or same_bits or non_finite or autograd",
+    "three_steps or same_bits or non_finite or autograd or launch_for_each_combination or whatever_the_groups",
 ]
 
 
@@ -72,9 +78,20 @@ def tests(context: Context) -> list[str]:
     """The tests of what runs on the device."""
     if context.tiny:
         return [*PYTEST, "tests/gpu"]
+    # compiling is most of the work, and many processes can do it
+    parallel = ["-n", "12"] if importlib.util.find_spec("xdist") else []
+    # a kernel that hangs must not take the others' time
+    limited = (
+        ["--timeout=60", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
+    )
     return [
+        *("env", "OMP_NUM_THREADS=1"),
         *PYTEST,
-        "--maxfail=20",
+        *parallel,
+        *limited,
+        "--tb=short",
+        "--maxfail=100",
+        "--ignore=tests/kernels/test_compile.py",  # needs no GPU, and compiles in each process
         "tests/gpu",
         "tests/kernels",
         "tests/test_contract.py",
@@ -88,6 +105,7 @@ def sanitizer(tool: str) -> Callable[[Context], list[str]]:
     Every tensor is an allocation of the driver's, so that memcheck sees what runs over its end.
     """
     sanitize = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "99"]
+    sanitize += ["--report-api-errors", "no"]  # torch asks the driver for what may not be there
     return lambda _: ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *sanitize, *PYTEST, *SANITIZER_TESTS]
 
 
@@ -104,7 +122,14 @@ def step_time(context: Context) -> list[str]:
         "0.05",
     ]
     out = ["--device", context.device, "--out", str(context.out / "step_time.json")]
-    return module("step_time", *out, *(tiny if context.tiny else []))
+    some = [word for name in OPTIMIZERS if name != "torch-compiled" for word in ("--optimizer", name)]
+    return module("step_time", *out, *(tiny if context.tiny else some))
+
+
+def compiled(context: Context) -> list[str]:
+    """Times of torch's compiled SGD beside its fused one: slow to compile, so apart from the others."""
+    chosen = ["--optimizer", "torch-fused", "--optimizer", "torch-compiled", "--workload", "resnet-50"]
+    return module("step_time", "--out", str(context.out / "compiled.json"), *chosen)
 
 
 def host(context: Context) -> list[str]:
@@ -135,7 +160,7 @@ def accuracy_folder(context: Context) -> Path:
 
 
 PARTS = {
-    "tests": Part(tests, 3),
+    "tests": Part(tests, 4),
     "memcheck": Part(sanitizer("memcheck"), 2, gpu_only=True),
     "racecheck": Part(sanitizer("racecheck"), 2, gpu_only=True),
     "kernels": Part(lambda c: module("kernels", "--out", str(c.out / "kernels.json")), 2, gpu_only=True),
@@ -143,7 +168,8 @@ PARTS = {
     "host": Part(host, 1),
     "end-to-end": Part(end_to_end, 2),
     "accuracy": Part(accuracy, 2),
-    "step-time": Part(step_time, 9),
+    "step-time": Part(step_time, 7),
+    "compiled": Part(compiled, 3, gpu_only=True),
 }
 GROUPS = {"sanitizer": ("memcheck", "racecheck")}
 
@@ -176,11 +202,14 @@ def run_part(command: list[str], limit: float, log: Path) -> dict[str, Any]:
             code, timed_out = process.wait(limit), False
         except subprocess.TimeoutExpired:
             code, timed_out = None, True
+            process.send_signal(signal.SIGINT)  # pytest then says what has failed so far
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(15)
         finally:
             end_group(process)
     with log.open("rb") as output:
         output.seek(begin)
-        printed = output.read().decode(errors="replace").replace(str(ROOT), ".")
+        printed = output.read().decode(errors="replace").replace(f"{ROOT}{os.sep}", "")
     return {
         "command": public(command),
         "rc": code,
@@ -217,8 +246,9 @@ def run_suite(names: list[str], context: Context, minutes: float, console: Conso
     deadline = time.monotonic() + 60 * minutes
     context.out.mkdir(parents=True, exist_ok=True)
     log = context.out / "suite.log"
-    log.write_bytes(b"")
     parts: dict[str, dict[str, Any]] = {}
+    if (context.out / "summary.json").exists():
+        parts = json.loads((context.out / "summary.json").read_text(encoding="utf-8"))["parts"]
     summary = {"kind": "suite", "env": env_report.collect(), "device": context.device, "parts": parts}
     for name in names:
         left = deadline - time.monotonic()
@@ -238,6 +268,8 @@ def run_suite(names: list[str], context: Context, minutes: float, console: Conso
             console.print(f"{name}: {end}, {part['seconds']} s")
         if name == "accuracy":
             keep_accuracy(context)
+        for unfinished in context.out.glob("*.part"):
+            unfinished.unlink()
         write(context.out / "summary.json", summary)
     return summary
 
@@ -269,13 +301,13 @@ def main(
     names = [name for wanted in part or PARTS for name in GROUPS.get(wanted, (wanted,))]
     console = Console()
     summary = run_suite(names, Context(out.resolve(), device, tiny), minutes, console)
-    for name, result in summary["parts"].items():
+    for name, result in ((name, summary["parts"][name]) for name in names):
         state = result.get("skipped") or (
             "time is over" if result["timed_out"] else f"exit code {result['rc']}"
         )
         console.print(f"{name:12} {result.get('seconds', 0):6.1f} s  {state}")
     console.print(f"wrote {out}")
-    if any(result.get("rc") != 0 for result in summary["parts"].values() if "skipped" not in result):
+    if any(result.get("rc") != 0 for result in map(summary["parts"].get, names) if "skipped" not in result):
         raise typer.Exit(1)
 
 

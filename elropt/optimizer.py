@@ -147,8 +147,9 @@ class ELRSGD(Optimizer):
         self._recording = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, except that the rule's state stays float32 whatever the dtype of the parameters, and that what
-        `torch.optim.SGD` does not know (rule, granularity, scale_invariant …) stays as it is here if not in the dict.
+        """As torch's, except that the rule's state stays float32 whatever the dtype of the parameters, that what
+        `torch.optim.SGD` does not know (rule, granularity, scale_invariant …) stays as it is here if not in the dict,
+        and that `foreach` and `fused` always do: they say how to compute here, not what.
 
         Raises:
             ValueError: groups, shapes or hyper-parameters that do not fit; nothing has been changed then.
@@ -157,7 +158,7 @@ class ELRSGD(Optimizer):
 
         def complete(_: Optimizer, final: dict[str, Any]) -> None:
             final["param_groups"] = [
-                {**{k: v for k, v in mine.items() if k not in _SGD_KEYS}, **theirs}
+                {**{k: v for k, v in mine.items() if k not in _SGD_KEYS}, **theirs, **_backend_of(mine)}
                 for mine, theirs in zip(self.param_groups, final["param_groups"], strict=False)
             ] + final["param_groups"][len(self.param_groups) :]
             self._check_loaded(final)
@@ -325,6 +326,10 @@ class ELRSGD(Optimizer):
         """The dicts of the state and what they hold, to notice when somebody has put in something else."""
         dicts = list(self.state.values())
         return dicts, list(itertools.chain.from_iterable(map(dict.values, dicts)))
+
+
+def _backend_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in ("foreach", "fused")}
 
 
 _SGD_KEYS = (

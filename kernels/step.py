@@ -128,7 +128,7 @@ class FusedStep:
         ]
         self.addresses = [launch.table.addresses for launch in self.launches]
         self.in_capture = False  # whether this step becomes part of a CUDA graph
-        self._of_graphs: list[tuple[list[int], list[Tensor], list[Tensor]]] = []
+        self._of_graphs: list[GraphTables] = []
         self._spare = self._make_spare()
         self._prepare_rule(params, groups, rows, 0 if rule is None else rule.memory.shape[1])
 
@@ -184,25 +184,34 @@ class FusedStep:
             self._spare = self._make_spare()
         return True
 
-    def _make_spare(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Address tables for the next CUDA graph, pinned on the host and on the device."""
+    def _make_spare(self) -> GraphTables | None:
+        """Address tables for the next CUDA graph, with the addresses of this step."""
         if self.device.type != "cuda":
             return None
-        device = [torch.empty_like(launch.table.addresses) for launch in self.launches]
-        return [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in device], device
+        device = [launch.table.addresses.clone() for launch in self.launches]
+        host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in device]
+        return GraphTables(list(self.grad_pointers), host, device)
 
     def _addresses_for_graph(self, pointers: list[int]) -> list[Tensor]:
-        """A graph gets tables of its own, which later steps leave alone; it uploads them whenever it is replayed."""
+        """A graph gets tables of its own, which later steps leave alone. If its gradients lie elsewhere than those of
+        the step before, it uploads them whenever it is replayed."""
+        is_new = self._spare is not None
         if self._spare is not None:
-            self._of_graphs.append((pointers, *self._spare))
+            self._of_graphs.append(self._spare)
             self._spare = None
-        elif not self._of_graphs or self._of_graphs[-1][0] != pointers:
-            refuse_upload_in_capture(self.device)
-        _, host, device = self._of_graphs[-1]
-        for launch, pinned, addresses in zip(self.launches, host, device, strict=True):
-            pinned.numpy()[:] = launch.addresses_with(pointers)
-            addresses.copy_(pinned, non_blocking=True)
-        return device
+        held = self._of_graphs[-1] if self._of_graphs else None
+        if held is None or not (is_new or held.pointers == pointers):
+            raise RuntimeError(
+                "another CUDA graph has taken the tables that were ready: run one step between two captures"
+            )
+        if held.pointers != pointers:
+            held.pointers, held.uploads = pointers, True
+            for launch, pinned in zip(self.launches, held.host, strict=True):
+                pinned.numpy()[:] = launch.addresses_with(pointers)
+        if held.uploads:
+            for pinned, addresses in zip(held.host, held.device, strict=True):
+                addresses.copy_(pinned, non_blocking=True)
+        return held.device
 
     def step(
         self,
@@ -373,6 +382,16 @@ class FusedStep:
             "seed": None if kind.seed is None else self.seeds[index],
             "step": None if kind.seed is None else rounding_step,
         }
+
+
+@dataclass
+class GraphTables:
+    """The address tables of a CUDA graph: on the device, and pinned on the host in case the graph `uploads` them."""
+
+    pointers: list[int]
+    host: list[Tensor]
+    device: list[Tensor]
+    uploads: bool = False
 
 
 @dataclass(frozen=True)

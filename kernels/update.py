@@ -269,8 +269,8 @@ def updated(
         u = -u
     if s is not None:
         u = s * u
-    if decay is not None:
-        u = tl.fma(decay, w, u)
+    if decay is not None:  # 0·w is no zero if w is infinite, or u is −0
+        u = tl.where(decay == 0, u, tl.fma(decay, w, u))
     if momentum is not None:
         old = m.to(tl.float32)
         if keep is None:

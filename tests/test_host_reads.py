@@ -15,6 +15,8 @@ from elropt.rules import GRANULARITIES
 
 from .nets import backward, bn_mlp
 
+pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"reference": {"foreach": False}, "foreach": {"foreach": True}, "triton": {"fused": True}}
 READS = {

@@ -17,6 +17,18 @@ from elropt.rules import GRANULARITIES, RuleState
 
 from .nets import bn_mlp, train
 
+
+def test_which_backend_computes_is_not_loaded() -> None:
+    net = bn_mlp(depth=2)
+    saved = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    train(net, saved, range(2))
+    optimizer = ELRSGD(net.parameters(), lr=0.3, foreach=True)
+    optimizer.load_state_dict(saved.state_dict())
+    assert (optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["foreach"]) == (None, True)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.1, 0.9)
+    train(net, optimizer, range(2, 4))
+
+
 RULES = [(rule, granularity) for rule, allowed in GRANULARITIES.items() for granularity in allowed]
 
 

@@ -126,6 +126,7 @@ def test_a_whole_training_step_with_gradients_made_in_the_graph(rule: str) -> No
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_capturing_without_a_step_before_it_is_refused() -> None:
     net, optimizer = make("uniform", False, torch.tensor(0.1, device="cuda"))
     for p in net.parameters():

@@ -212,7 +212,7 @@ def update_cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=50 if INTERPRETED else 15)  # each is compiled anew on a GPU
 @given(update_cases())
 def test_update_agrees_with_float64(case: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(case["seed"])
@@ -273,7 +273,7 @@ def test_update_agrees_with_float64(case: dict[str, Any]) -> None:
             assert m is None or buffers[i] is ms[i]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=25 if INTERPRETED else 10)
 @given(
     st.lists(st.tuples(shapes, st.sampled_from(DTYPES), st.booleans()), min_size=1, max_size=4),
     st.booleans(),

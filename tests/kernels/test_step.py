@@ -63,7 +63,7 @@ def decisions(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=80 if INTERPRETED else 30)
 @given(decisions())
 def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     n, (rule, granularity), project = case["n"], case["rule"], case["project"]
@@ -428,6 +428,18 @@ def test_the_cooperative_kernel_computes_the_same(
                 optimizer.step()
                 assert torch.equal(before, w) == (found_inf == 1.0)
         assert ("cooperative_kernel" in launches) == cooperates
+        if cooperates:
+            tensors = [
+                w,
+                w.grad,
+                *([optimizer.state[w]["momentum_buffer"]] if options.get("momentum", 1) else []),
+            ]
+            with bytes_touched(tensors) as touched:
+                optimizer.step()
+            extra = 4 if options.get("dampening") else 0  # one element of m, to see whether it is new
+            assert sum(touched.values()) == (4 + 4 + 4 + (8 if len(tensors) == 3 else 0)) * w.numel() + extra
+        else:
+            optimizer.step()
         results.append([w.detach(), *optimizer.state[w].values()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
@@ -714,6 +726,27 @@ def single(shape: tuple[int, ...] = (6, 5), seed: int = 0, **options: Any) -> tu
     p.grad = torch.randn(shape, generator=generator).to(DEVICE)
     options = {"lr": 0.1, "momentum": 0.9, "fused": True, **options}
     return p, ELRSGD([{"params": [p], "scale_invariant": True}], **options)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # 0·inf, which is then not used
+@pytest.mark.parametrize("rule", [None, "uniform"])
+def test_a_group_without_decay_beside_one_with_it(rule: str | None) -> None:
+    """0·w would make NaN of an infinite weight, and +0 of −0."""
+    results = []
+    for fused in (True, False):
+        params = [single(seed=i)[0] for i in range(2)]
+        with torch.no_grad():
+            params[1][0, 0] = torch.inf
+        params[1].grad[1] = -0.0  # type: ignore[index]
+        groups = [{"params": [p], "weight_decay": decay} for p, decay in zip(params, (0.1, 0.0), strict=True)]
+        optimizer = ELRSGD(
+            groups, lr=0.1, momentum=0.9, rule=rule, fused=fused or None, foreach=None if fused else False
+        )
+        optimizer.step()
+        results.append([t.detach() for p in params for t in (p, optimizer.state[p]["momentum_buffer"])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+        assert torch.equal(torch.signbit(a), torch.signbit(b))
 
 
 def test_a_tracked_parameter_without_elements() -> None:
