@@ -98,6 +98,17 @@ def bench(kernel: str, tensors: Tensors) -> Row:
     return {"ms": list(ms), "bytes": moved, "gb_per_s": moved / (ms[1] * 1e6)}
 
 
+@contextlib.contextmanager
+def recorded(row: Row, report: dict[str, Any], out: Path) -> Iterator[None]:
+    """Add the row to the result file once it is complete, or with what went wrong."""
+    try:
+        yield
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {first_line(error)}"
+    report["rows"].append(row)
+    write(out, report)
+
+
 def all_rows(device: torch.device, report: dict[str, Any], out: Path, console: Console) -> None:
     """Every kernel on every case; the result file grows by a row at a time."""
     every = cases(SIZES, LISTS)
@@ -109,13 +120,9 @@ def all_rows(device: torch.device, report: dict[str, Any], out: Path, console: C
                 row: Row = {"kernel": kernel, "case": case, "dtype": str(dtype).removeprefix("torch.")}
                 row |= {"tensors": len(workload.shapes), "elements": workload.elements}
                 progress.update(task, description=f"{case} {row['dtype']} {kernel}")
-                try:
+                with recorded(row, report, out):
                     tensors = tensors or Tensors(workload, dtype, device)
                     row |= bench(kernel, tensors)
-                except Exception as error:
-                    row["error"] = f"{type(error).__name__}: {first_line(error)}"
-                report["rows"].append(row)
-                write(out, report)
                 progress.advance(task)
             del tensors
             torch.cuda.empty_cache()
@@ -167,14 +174,9 @@ def sweep_rows(device: torch.device, report: dict[str, Any], out: Path, console:
                     "chunk": chunk,
                     "warps": warps,
                 }
-                try:
-                    with constants(CHUNK=chunk, NUM_WARPS=warps):
-                        row["correct"] = is_correct(device)
-                        row |= {kernel: bench(kernel, tensors) for kernel in ("measure", "update")}
-                except Exception as error:
-                    row["error"] = f"{type(error).__name__}: {first_line(error)}"
-                report["rows"].append(row)
-                write(out, report)
+                with recorded(row, report, out), constants(CHUNK=chunk, NUM_WARPS=warps):
+                    row["correct"] = is_correct(device)
+                    row |= {kernel: bench(kernel, tensors) for kernel in ("measure", "update")}
                 progress.advance(task)
             del tensors
             torch.cuda.empty_cache()

@@ -73,9 +73,7 @@ class Ensemble:
         self.memory, self._packed = self._remember(state)
         self._watch = HandOverWatch(self.memory.handed_over)
         self._fused: FusedEnsemble | None = None  # of the last step
-        self._all_fused: dict[
-            tuple[bool, ...] | None, FusedEnsemble
-        ] = {}  # by which parameters have a gradient
+        self._all_fused: dict[tuple[bool, ...] | None, FusedEnsemble] = {}  # by what is `present`
         self._decided = False  # whether the last step was fused and measured
         self._grad_scale: Tensor | None = None  # of the gradients as the last step has left them
 
@@ -134,13 +132,12 @@ class Ensemble:
         Raises:
             RuntimeError: a gradient that the rule or the backend cannot take.
         """
-        grads = [p.grad for p in self.params]
+        grads = [g for p in self.params if (g := p.grad) is not None]
         present = None
-        if type(None) in set(map(type, grads)):
-            present = tuple(g is not None for g in grads)
-            grads = [g for g in grads if g is not None]
+        if len(grads) < len(self.params):
+            present = tuple(p.grad is not None for p in self.params)
         self._fused = self._all_fused.get(present)
-        if self._fused is not None and self._fused.fits(grads):  # type: ignore[arg-type]
+        if self._fused is not None and self._fused.fits(grads):
             return self._fused
         self._fused = None
         groups = self.prepare_groups(state)
@@ -151,7 +148,7 @@ class Ensemble:
                 self._fused = FusedEnsemble(self, groups)
                 self._fused.present = present
             return self._fused
-        if any(group["stochastic_rounding"] is not None for group in self.groups):
+        if groups and self.rounding_step is not None:
             raise RuntimeError(
                 "stochastic_rounding needs the Triton kernels, which take dense float32, bfloat16 or float16 "
                 "parameters on one CUDA device; these groups are not of that kind: use stochastic_rounding=None"
@@ -419,7 +416,9 @@ class FusedEnsemble:
             else None,
             number=ensemble.number,
         )
-        self._are_new = self.buffers != [m for group in groups for m in group.momentum_buffers]
+        self._are_new = any(
+            m is None for group in groups if group.momentum != 0 for m in group.momentum_buffers
+        )
 
     def _options_now(self) -> list[tuple[Any, ...]]:
         """What the launches, or the choice of this backend, depend on."""
@@ -446,23 +445,15 @@ class FusedEnsemble:
             found_inf = found_inf.to(device, non_blocking=True)
         hypers = []
         for group in self.ensemble.groups:
-            hyper = {k: group[k] for k in ("momentum", "dampening", "nesterov")}
-            lr = group["lr"]
+            momentum, dampening, lr = float(group["momentum"]), float(group["dampening"]), group["lr"]
             if isinstance(lr, Tensor):
                 # a tensor on the CPU is read there, one on a GPU by the kernels
                 lr = float(lr) if lr.device.type == "cpu" and device.type != "cpu" else lr.to(device)
             else:
                 lr = float(lr)
-            coefficients = momentum_coefficients(**hyper, has_buffer=True)
-            hypers.append(
-                kernels.Hyper(
-                    lr,
-                    float(group["momentum"]),
-                    float(group["dampening"]),
-                    float(group["weight_decay"]),
-                    *coefficients,
-                )
-            )
+            coefficients = momentum_coefficients(momentum, dampening, group["nesterov"], has_buffer=True)
+            decay = float(group["weight_decay"])
+            hypers.append(kernels.Hyper(lr, momentum, dampening, decay, *coefficients))
         step = self.ensemble.rounding_step
         self.kernels.step(hypers, grad_scale=grad_scale, found_inf=found_inf, rounding_step=step, **options)
         if step is not None:

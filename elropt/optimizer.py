@@ -217,7 +217,7 @@ class ELRSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling() and not self._is_traceable():
-            _step_eagerly(self)  # type: ignore[arg-type]
+            self._step_eagerly()
         else:
             self._step()
         return loss
@@ -238,6 +238,11 @@ class ELRSGD(Optimizer):
         if any(grown):
             self._held = self._state_objects()
         self._recording = False
+
+    @torch.compiler.disable()
+    def _step_eagerly(self) -> None:
+        """Rules look at addresses and version counters, which a trace would take for constants."""
+        self._step()
 
     def _is_traceable(self) -> bool:
         """Whether torch.compile can trace a step: SGD by `torch._foreach_*` or a for-loop."""
@@ -376,12 +381,6 @@ def validate(group: Mapping[str, Any]) -> None:
     if not math.isfinite(group["dampening"]):
         raise ValueError(f"dampening={group['dampening']} is not valid: it must be finite")
     validate_choices(group)
-
-
-@torch.compiler.disable()
-def _step_eagerly(optimizer: ELRSGD) -> None:
-    """Rules look at addresses and version counters, which a trace would take for constants."""
-    optimizer._step()
 
 
 def _same_layout(now: list[tuple[Any, ...]], before: list[tuple[Any, ...]]) -> bool:

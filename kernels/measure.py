@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decide import decide
-from .tables import NUM_WARPS, load_chunk, tables_for, triples_of
+from .decide import RADIAL_TESTS, decide
+from .tables import load_chunk, tables_for, triples_of
 
 __all__ = ["measure", "measure_kernel"]
 
@@ -70,9 +70,7 @@ def measure(
                     read_momentum=1,
                     **NO_DECISION,
                     HAS_BUFFERS=any(m is not None for m in buffers),
-                    **table.constexprs,
-                    num_warps=NUM_WARPS,
-                    enable_fp_fusion=False,
+                    **table.options,
                 )
     return sums[:4]
 
@@ -157,7 +155,7 @@ def measure_kernel(
         passed = tl.load(memory + 2 * n_rows + row)
         over = False if handed_over is None else tl.load(handed_over) != 0
         wanted = (read_all != 0) | ((passed >= 0) & (over == 0))
-        read_w = (read_all != 0) | (wanted & (passed < 8))
+        read_w = (read_all != 0) | (wanted & (passed < RADIAL_TESTS))
     read_m = (read_momentum != 0) & (m_address != 0)
     scale = 1.0
     if grad_scale is not None:

@@ -1,6 +1,6 @@
 """One step over tensors that stay the same from step to step: measure and decide in one launch, update in another."""
 # Triton's launches look like calls of Python functions, but type checkers cannot follow them.
-# pyright: reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from . import tables
 from .cooperative import MAX_REGISTERS, cooperative_kernel, max_programs
 from .measure import measure_kernel
 from .tables import (
-    NUM_WARPS,
     Row,
     Table,
     build_table,
@@ -27,7 +26,7 @@ from .tables import (
 )
 from .update import update_kernel
 
-__all__ = ["FusedStep", "Hyper", "Rule"]
+__all__ = ["FusedStep", "Hyper", "Kind", "Rule"]
 
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 _STRIDED = {torch.strided}
@@ -101,7 +100,7 @@ class FusedStep:
         self.device = params[0].device
         refuse_upload_in_capture(self.device)
         self.params, self.buffers = list(params), [m for m in buffers if m is not None]
-        self.kinds, self.rule = list(kinds), rule
+        self.rule = rule
         self.written = [*self.params, *self.buffers]
         self.written_pointers = _pointers(self.written)
         self.grad_layouts, self.grad_pointers = _layouts(grads), _pointers(grads)
@@ -118,9 +117,8 @@ class FusedStep:
             chosen = [[of[i] for i in members] for of in (triples, rows, groups)]
             table = build_table(*chosen, tables.CHUNK)
             if table.n_chunks > 0:
-                pointers = np.array([[t.pointer if t else 0 for t in triples[i]] for i in members], np.int64)
                 partials = torch.zeros(table.n_measured, 4, dtype=torch.float32, device=self.device)
-                self.launches.append(Launch(table, kind, np.array(members), pointers, partials))
+                self.launches.append(Launch(table, kind, np.array(members), partials))
         # launches number their elements alike: their seeds must differ
         self.seeds = [
             None if launch.kind.seed is None else _mixed(launch.kind.seed, number, index)
@@ -250,7 +248,7 @@ class FusedStep:
             raise
         # Autograd cannot see these writes (and keeps no momentum buffer for later).
         torch.autograd.graph.increment_version(self.params)
-        if together:  # the cooperative kernel leaves no sums of the new weights: it reads them anyway
+        if rule is None or together:  # no sums of the new weights: the cooperative kernel reads them anyway
             self.versions = None
         elif self.shares_counters and self.versions is not None:
             self.versions = [p._version for p in self.measured], self.versions[1]
@@ -284,9 +282,7 @@ class FusedStep:
                     **amp,
                     HAS_BUFFERS=rule.project and launch.kind.has_momentum,
                     MAXIMIZE=launch.kind.maximize,
-                    **launch.table.constexprs,
-                    num_warps=NUM_WARPS,
-                    enable_fp_fusion=False,  # so that a sum has the same bits as in the update
+                    **launch.table.options,
                 )
 
     def _decision(self, rule: Rule, hypers: Sequence[Hyper], rowless_programs: int = 0) -> dict[str, Any]:
@@ -327,9 +323,7 @@ class FusedStep:
                 **amp,
                 **self._momentum_and_rounding(launch, index, hypers, rounding_step),
                 SUMS=0 if rule is None else 2 if rule.project else 1,
-                **launch.table.constexprs,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=False,  # see `update`
+                **launch.table.options,
             )
 
     def _cooperate(
@@ -354,9 +348,7 @@ class FusedStep:
             **amp,
             **self._momentum_and_rounding(launch, 0, hypers, rounding_step),
             HAS_BUFFERS=launch.kind.has_momentum,
-            **launch.table.constexprs,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
+            **launch.table.options,
             **({"maxnreg": MAX_REGISTERS, "launch_cooperative_grid": True} if self.gate.is_cuda else {}),
         )
 
@@ -398,19 +390,18 @@ class GraphTables:
 class Launch:
     """What one launch of the update covers.
 
-    members, pointers: the numbers of its tensors, and where w, g and m were at first, int64 [n, 3].
+    members: the numbers of its tensors among those of the step.
     partials: float32 [n_measured, 4], see `measure_kernel`.
     """
 
     table: Table
     kind: Kind
     members: np.ndarray
-    pointers: np.ndarray
     partials: Tensor
 
     def addresses_with(self, grad_pointers: Sequence[int]) -> np.ndarray:
         """The addresses of all segments if the gradients (of all tensors, not only these) are there."""
-        pointers = self.pointers.copy()
+        pointers = self.table.pointers.copy()
         pointers[:, 1] = np.array(grad_pointers, np.int64)[self.members]
         return self.table.addresses_of(pointers)
 

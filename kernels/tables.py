@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ class Table:
         [n_segments] and, in bytes of w, g and m, [n_segments, 3].
     n_measured: chunks at the front that belong to rows.
     elements, measured: of all segments, and of those that have a row.
+    pointers: on the host, int64 [n_tensors, 3], where w, g and m were when the table was made (0 without a buffer).
     constexprs: the element types W, G and M and the CHUNK of the launch.
     """
 
@@ -72,6 +73,7 @@ class Table:
     chunk_segment: Tensor
     owner: np.ndarray
     shifts: np.ndarray
+    pointers: np.ndarray
     n_measured: int
     elements: int
     measured: int
@@ -84,6 +86,12 @@ class Table:
     def addresses_of(self, pointers: np.ndarray) -> np.ndarray:
         """What `addresses` has to hold for the pointers [n_tensors, 3] of w, g and m; 0 stays 0."""
         return _addresses(pointers, self.owner, self.shifts)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every launch over this table has in common. Products and sums are fused by `tl.fma` alone: bits must not
+        depend on which factors are given, nor on which kernel adds up a norm."""
+        return {**self.constexprs, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -336,6 +344,7 @@ def build_table(triples: Sequence[Triple], rows: Sequence[Row], groups: Sequence
         chunk_segment=upload(np.repeat(np.arange(len(segments), dtype=np.int32), chunks), device),
         owner=owner,
         shifts=shifts,
+        pointers=pointers,
         n_measured=int(chunks[has_row].sum()),
         elements=int(elements.sum()),
         measured=int(elements[has_row].sum()),

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .measure import is_new
-from .tables import NUM_WARPS, Row, load_chunk, of_group, tables_for, triples_of
+from .tables import Row, load_chunk, of_group, tables_for, triples_of
 
 __all__ = ["update", "update_kernel"]
 
@@ -103,10 +103,7 @@ def update(
                     SUMS=0,
                     NESTEROV=bool(nesterov),
                     MAXIMIZE=bool(maximize),
-                    **table.constexprs,
-                    num_warps=NUM_WARPS,
-                    # Rounding must not depend on which factors are given: sums are fused by tl.fma alone.
-                    enable_fp_fusion=False,
+                    **table.options,
                 )
     if momentum != 0:
         momentum_buffers[:] = buffers

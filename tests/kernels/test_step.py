@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from elropt import ELRSGD, effective_lrs, kernels, layer_stats
+from elropt import ELRSGD, effective_lrs, kernels, layer_stats, rules
 from elropt.rules import RADIAL_TESTS, Hyper, LayerStats, RuleState
 from elropt.rules import decide as specified
 
@@ -30,6 +30,7 @@ from ..nets import backward, bn_mlp, invariant_weights
 from .counting import bytes_touched
 
 step_module = importlib.import_module("elropt.kernels.step")
+decide_module = importlib.import_module("elropt.kernels.decide")
 DEVICE = tables.DEVICE_TYPE
 INTERPRETED = DEVICE == "cpu"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -45,6 +46,13 @@ RULES = [
     ("sphere", "layer"),
     ("sphere", "network"),
 ]
+
+
+def test_the_kernel_has_the_constants_of_the_rules() -> None:
+    constants = {name: getattr(decide_module, name).value for name in ("RADIAL_TESTS", "SMOOTHING", "TINY")}
+    assert constants == {name: getattr(rules, name) for name in constants}
+    assert decide_module.EQUALIZATION_RATE.value == rules.EQUALIZATION_RATE
+    assert decide_module.EQUALIZED_VARIANCE.value == rules.EQUALIZED_STD**2
 
 
 @st.composite
@@ -148,9 +156,9 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
 
 
 def net_and_optimizer(
-    fused: bool, *, flagged: bool = False, depth: int = 4, **options: Any
+    fused: bool, *, flagged: bool = False, depth: int = 4, dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[nn.Sequential, ELRSGD]:
-    net = bn_mlp(depth=depth, width=8).to(DEVICE)
+    net = bn_mlp(depth=depth, width=8, dtype=dtype).to(DEVICE)
     tracked = invariant_weights(net)
     params: Any = list(net.parameters())
     if flagged:
@@ -202,6 +210,32 @@ def test_twelve_steps_agree_with_the_reference(
             kept.append([p.grad for p in net.parameters()])  # so that the next ones are elsewhere
             if step in (3, 7, 10):
                 net[3].weight.grad = None
+            optimizer.step()
+        nets.append(net)
+    assert_same_nets(*nets)
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("options", [{"flagged": True}, {"project": True, "dampening": 0.3}], ids=str)
+@pytest.mark.parametrize(("rule", "granularity"), [*RULES[1:4], RULES[-1]], ids=str)
+def test_rows_of_several_chunks_agree_with_the_reference(
+    rule: str, granularity: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Partial sums, carried ones too, are found by row and chunk; the last chunk of each tensor is not full."""
+    monkeypatch.setattr(tables, "CHUNK", 16)
+    nets = []
+    for fused in (True, False):
+        net = bn_mlp(depth=3, width=9).to(DEVICE)
+        tracked = invariant_weights(net)
+        rest = [p for p in net.parameters() if all(p is not w for w in tracked)]
+        groups = [{"params": rest, "scale_invariant": False}, {"params": tracked, "scale_invariant": True}]
+        chosen = {k: v for k, v in options.items() if k != "flagged"}
+        optimizer = ELRSGD(
+            groups, lr=0.01, momentum=0.9, rule=rule, granularity=granularity, **chosen,
+            fused=fused or None, foreach=None if fused else False,
+        )  # fmt: skip
+        for step in range(4):
+            backward(net, step)
             optimizer.step()
         nets.append(net)
     assert_same_nets(*nets)
@@ -329,13 +363,21 @@ def test_a_write_that_no_version_counter_sees_is_noticed_one_step_late() -> None
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [16, 4096])
 @pytest.mark.parametrize("project", [False, True])
-def test_the_carried_sums_are_those_that_would_be_measured(project: bool) -> None:
+def test_the_carried_sums_are_those_that_would_be_measured(
+    project: bool, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is stored: rounded."""
+    monkeypatch.setattr(tables, "CHUNK", chunk)
     results = []
     for forget in (False, True):
-        net, optimizer = net_and_optimizer(True, flagged=True, rule="uniform", project=project)
+        net, optimizer = net_and_optimizer(True, flagged=True, rule="uniform", project=project, dtype=dtype)
         for step in range(4):
-            backward(net, step)
+            generator = torch.Generator().manual_seed(step)
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape, generator=generator).to(p)
             if forget and step > 0:
                 optimizer._ensembles[0]._fused.kernels.versions = None  # type: ignore[index,union-attr]
             optimizer.step()
@@ -707,6 +749,12 @@ def test_stochastic_rounding_leaves_other_dtypes_alone() -> None:
     assert all(map(torch.equal, *results))
 
 
+def test_stochastic_rounding_where_nothing_has_a_gradient() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    ELRSGD([p], lr=0.1, stochastic_rounding=1).step()
+    assert (p == 1).all()
+
+
 def test_stochastic_rounding_without_the_kernels_is_refused() -> None:
     p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     p.grad = torch.ones_like(p)
@@ -930,6 +978,25 @@ def test_parameters_that_share_a_version_counter_carry_their_norms() -> None:
         with bytes_touched(params) as touched:
             optimizer.step()
         assert touched["read", 0] == (2 if step == 0 else 1) * 4 * 30
+
+
+@interpreted
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_norm_is_not_carried_over_steps_without_the_rule(shared: bool) -> None:
+    """The warm-up is over for a step, then armed again: that step left no sums."""
+    flat = torch.randn(60, generator=torch.Generator().manual_seed(0))
+    params = [nn.Parameter(t if shared else t.clone()) for t in (flat[:30], flat[30:])]
+    optimizer = ELRSGD([{"params": params, "scale_invariant": True}], lr=0.1, fused=True)
+    reads = []
+    for over in (0.0, 0.0, 1.0, 0.0):
+        for p in params:
+            p.grad = torch.ones_like(p)
+            if p in optimizer.state:
+                optimizer.state[p]["handed_over"].fill_(over)
+        with bytes_touched(params) as touched:
+            optimizer.step()
+        reads.append(touched["read", 0] / (4 * 30))
+    assert reads == [2, 1, 1, 2]
 
 
 def test_nothing_of_an_optimizer_stays_alive() -> None:
