@@ -1,0 +1,95 @@
+"""python -m benchmarks.studies: every study is a command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.studies import STUDIES
+from benchmarks.studies import study as studies
+from benchmarks.studies.study import SIZES, Study
+from benchmarks.sweep import default_jobs
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Measure the claims that elropt stands on. Example: python -m benchmarks.studies warmup --size small",
+)
+
+
+def command(study: Study) -> Callable[..., None]:
+    """The command of one study."""
+
+    def run(
+        size: Annotated[
+            str,
+            typer.Option(help="tiny: does it run; small: minutes on 2 cores; full: hours on a GPU."),
+        ] = "small",
+        device: Annotated[
+            str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU if there is one.")
+        ] = None,
+        jobs: Annotated[
+            int | None, typer.Option(min=1, help="Runs at a time. Default: the CPU's cores; 1 on a GPU.")
+        ] = None,
+        out: Annotated[Path, typer.Option(help="Folder for the rows, the JSON file and the plots.")] = Path(
+            "runs/studies"
+        ),
+        fresh: Annotated[bool, typer.Option("--fresh", help="Forget the rows of an earlier call.")] = False,
+    ) -> None:
+        if size not in SIZES:
+            raise typer.BadParameter(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
+        device = device or studies.default_device()
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise typer.BadParameter(f"--device {device} cannot be used: {error}") from error
+        if fresh:
+            (out / f"{study.name}-{size}.rows.jsonl").unlink(missing_ok=True)
+        try:
+            studies.run(
+                study,
+                study.stages(size, device),
+                f"{study.name}-{size}",
+                out,
+                jobs=jobs or default_jobs(device),
+                console=studies.make_console(),
+                size=size,
+            )
+        except FileNotFoundError as error:  # data
+            raise typer.BadParameter(str(error)) from error
+
+    run.__doc__ = (
+        f"{study.question}\n\nA call that was stopped goes on where it stopped. "
+        f"Example: python -m benchmarks.studies {study.name} --size small --out runs/studies"
+    )
+    return run
+
+
+for _study in STUDIES.values():
+    app.command(_study.name)(command(_study))
+
+
+@app.command()
+def report(
+    result: Annotated[Path, typer.Argument(help="The JSON file of a study.")],
+    out: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("runs/studies"),
+) -> None:
+    """Print and draw a result again.
+
+    Example: python -m benchmarks.studies report benchmarks/results/study-warmup-small.json --out plots
+    """
+    try:
+        content = json.loads(result.read_text(encoding="utf-8"))
+        study = STUDIES[content["study"]]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise typer.BadParameter(f"{result} is not the result of a study: {error}") from error
+    studies.report(study, content, out, studies.make_console())
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,274 @@
+"""Methods compared over learning rates: what the studies that train have in common.
+
+The first stage trains every method at every learning rate of its grid and is judged on the validation images. The
+second trains each method at its best learning rate with fresh seeds and reads the test images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from benchmarks.statistics import Curve, Interval, UsableRange, curve, interval, paired, usable_range
+from benchmarks.studies.study import Stage
+from benchmarks.sweep import Row
+from benchmarks.training import Method, Run, Task
+from elropt import plots
+
+FRESH_SEEDS = 100  # the seeds of the second stage start here
+USABLE = 0.9  # share of the best-tuned SGD's gain over chance that a usable learning rate reaches
+
+
+class Entry(NamedTuple):
+    """A method on a task. Accuracies are in percent."""
+
+    task: str
+    method: str
+    unit: str
+    is_sgd: bool  # with or without a linear warm-up: a baseline
+    curve: Curve  # of validation accuracy
+    best_lr: float
+    usable: UsableRange | None
+    test: dict[int, float]  # by fresh seed, at the best learning rate
+    val_rows: list[Row]
+    test_rows: list[Row]
+
+    @property
+    def accuracy(self) -> Interval:
+        """Test accuracy at the best learning rate."""
+        return interval(list(self.test.values()))
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best learning rate is the first or the last of its grid."""
+        return self.curve.best in (0, len(self.curve.lrs) - 1)
+
+
+class Plan(NamedTuple):
+    """What is compared on what, with how many seeds in the first and in the second stage."""
+
+    tasks: Sequence[Task]
+    methods: Sequence[Method]
+    seeds: int
+    fresh_seeds: int
+
+
+def two_stages(plan: Plan) -> Sequence[Stage]:
+    """Choose on the validation images, then read the test images."""
+    return lambda rows: grid(plan), lambda rows: finals(rows, plan.fresh_seeds)
+
+
+def stages(plans: dict[str, Callable[[str], Plan]]) -> Callable[[str, str], Sequence[Stage]]:
+    """The stages of a study whose plans are functions of the device, by size."""
+    return lambda size, device: two_stages(plans[size](device))
+
+
+def with_lrs(methods: Sequence[Method], lrs: tuple[float, ...]) -> list[Method]:
+    """The same methods with another grid."""
+    return [dataclasses.replace(method, lrs=lrs) for method in methods]
+
+
+def grid(plan: Plan) -> list[Run]:
+    """First stage: every method at every learning rate of its grid on every task."""
+    return [
+        Run(task, method, lr, seed)
+        for seed in range(plan.seeds)
+        for task in plan.tasks
+        for method in plan.methods
+        for lr in method.lrs
+    ]
+
+
+def finals(rows: Sequence[Row], seeds: int) -> list[Run]:
+    """Second stage: every method of the first at its best learning rate, read on the test images.
+
+    The first seed's row has E of every layer.
+    """
+    runs = []
+    for of_one in by_method(row for row in rows if row["spec"]["part"] == "val").values():
+        best = validation_curve(of_one).best_lr
+        spec = of_one[0]["spec"]
+        method = Method(**{**spec["method"], "lrs": tuple(spec["method"]["lrs"])})
+        runs += [
+            Run(Task(**spec["task"]), method, best, FRESH_SEEDS + index, "test", layers=index == 0)
+            for index in range(seeds)
+        ]
+    return runs
+
+
+def by_method(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by (task, method), in the order in which these come."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((label(row["spec"]["task"]), row["spec"]["method"]["name"]), []).append(row)
+    return groups
+
+
+def label(task: dict[str, Any]) -> str:
+    """A task in a few words, such as "plain-38-w8, cifar10 8×8, batch 64, 5 epochs"."""
+    size = "" if task["image_size"] is None else " {0}×{0}".format(task["image_size"])
+    return f"{task['model']}, {task['data']}{size}, batch {task['batch_size']}, {task['epochs']} epochs"
+
+
+def validation_curve(rows: Iterable[Row]) -> Curve:
+    """Validation accuracy in percent against the learning rate."""
+    return curve([(row["spec"]["lr"], 100 * row["accuracy"]) for row in rows if row["spec"]["part"] == "val"])
+
+
+def entries(rows: Sequence[Row]) -> list[Entry]:
+    """Every method on every task."""
+    groups = by_method(rows)
+    curves = {key: validation_curve(of_one) for key, of_one in groups.items()}
+    result = []
+    for (task, method), of_one in groups.items():
+        mine = curves[task, method]
+        baselines = [c for key, c in curves.items() if key[0] == task and _is_sgd(groups[key])]
+        sgd = max((c.mean.max() for c in baselines), default=np.nan)
+        chance = 100 / of_one[0]["classes"]
+        val, test = ([row for row in of_one if row["spec"]["part"] == part] for part in ("val", "test"))
+        result.append(
+            Entry(
+                task,
+                method,
+                of_one[0]["spec"]["method"]["unit"],
+                _is_sgd(of_one),
+                mine,
+                mine.best_lr,
+                usable_range(mine, chance + USABLE * (sgd - chance)),
+                {row["spec"]["seed"]: 100 * row["accuracy"] for row in test},
+                val,
+                test,
+            )
+        )
+    return result
+
+
+def _is_sgd(rows: Sequence[Row]) -> bool:
+    method = rows[0]["spec"]["method"]
+    return method["optimizer"] == "sgd" and method["start"] is None
+
+
+def best_sgd(of_task: Sequence[Entry]) -> Entry | None:
+    """The best-tuned SGD: with or without linear warm-up, by validation."""
+    candidates = [entry for entry in of_task if entry.is_sgd]
+    return max(candidates, key=lambda entry: entry.curve.mean.max(), default=None)
+
+
+def against_sgd(entry: Entry, of_task: Sequence[Entry]) -> Interval | None:
+    """Test accuracy minus that of the best-tuned SGD, paired by seed."""
+    sgd = best_sgd(of_task)
+    return None if sgd is None or not entry.test else paired(entry.test, sgd.test)
+
+
+def by_task(every: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """Entries by task."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in every:
+        groups.setdefault(entry.task, []).append(entry)
+    return groups
+
+
+def conclusions(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
+    """task → method → what came out, as plain values."""
+    return {
+        task: {entry.method: _conclusion(entry, of_task) for entry in of_task}
+        for task, of_task in by_task(entries(rows)).items()
+    }
+
+
+def _conclusion(entry: Entry, of_task: Sequence[Entry]) -> dict[str, Any]:
+    difference = against_sgd(entry, of_task)
+    sgd = best_sgd(of_task)
+    return {
+        "best_lr": entry.best_lr,
+        "best_lr_at_edge": entry.at_edge,
+        "val_accuracy": float(entry.curve.mean.max()),
+        "test_accuracy": entry.accuracy._asdict() if entry.test else None,
+        "against_best_sgd": None if difference is None or entry is sgd else difference._asdict(),
+        "usable_lrs": None
+        if entry.usable is None
+        else {**entry.usable._asdict(), "width": entry.usable.width},
+        "seconds": float(np.mean([row["seconds"] for row in entry.val_rows])),
+    }
+
+
+def accuracy_table(task: str, of_task: Sequence[Entry]) -> Table:
+    """The comparison on one task."""
+    table = Table(
+        title=task,
+        caption="lr chosen by validation; test accuracy with fresh seeds, mean [95 % bootstrap interval]; "
+        "Δ: minus the best-tuned SGD, paired by seed; usable: largest / smallest lr that reaches 90 % of "
+        "SGD's gain over chance; * the best lr is at the end of its grid",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("method", no_wrap=True)
+    for column in ("best lr", "validation %", "test %", "Δ", "usable"):
+        table.add_column(column, justify="right", no_wrap=True)
+    sgd = best_sgd(of_task)
+    for entry in of_task:
+        difference = against_sgd(entry, of_task)
+        table.add_row(
+            entry.method,
+            f"{entry.best_lr:g}{'*' if entry.at_edge else ''}",
+            f"{entry.curve.mean.max():.1f}",
+            f"{entry.accuracy:.1f}" if entry.test else "–",
+            "–" if difference is None or entry is sgd else f"{difference:+.1f}",
+            "–" if entry.usable is None else str(entry.usable),
+        )
+    return table
+
+
+def draw_curves(ax: Axes, of_task: Sequence[Entry], *, title: str, unit: str = "SGD's") -> None:
+    """Validation accuracy against the learning rate, for the methods with learning rates of one unit."""
+    lines = {
+        e.method: (e.curve.lrs, e.curve.mean, e.curve.low, e.curve.high) for e in of_task if e.unit == unit
+    }
+    plots.accuracy_against_lr(ax, lines, xlabel=f"learning rate ({unit})")
+    ax.set(title=title, ylabel="validation accuracy (%)")
+
+
+def mean_over_runs(rows: Sequence[Row], column: str) -> dict[int, float]:
+    """step → geometric mean over runs of a column of `training.Trace`, at the steps that all recorded."""
+    steps = sorted(set.intersection(*(set(row["trace_steps"]) for row in rows))) if rows else []
+    result = {}
+    for step in steps:
+        values = [row[column][row["trace_steps"].index(step)] for row in rows if row[column]]
+        values = np.array([np.nan if value is None else value for value in values])
+        if values.size and (values > 0).all():
+            result[step] = float(np.exp(np.log(values).mean()))
+    return result
+
+
+def tiny_tasks(device: str) -> list[Task]:
+    """To see whether a study runs."""
+    return [Task("bn-mlp-4-w16", epochs=2, device=device)]
+
+
+def digits_mlp(depth: int, device: str, **changes: Any) -> Task:
+    """A BN-MLP on digits: seconds on a CPU."""
+    return Task(**{"model": f"bn-mlp-{depth}-w64", "epochs": 20, "split": 1, "device": device, **changes})
+
+
+def small_cifar(model: str, device: str, **changes: Any) -> Task:
+    """A thin conv net on 8×8 images of CIFAR-10, 250 steps: a comparison of starts, not of final accuracies."""
+    options = {"data": "cifar10", "image_size": 8, "limit": 4000, "split": 1, "epochs": 5, "batch_size": 64}
+    return Task(**{"model": model, **options, "channels_last": True, "device": device, **changes})
+
+
+def full_cifar(model: str, device: str, **changes: Any) -> Task:
+    """The standard recipe (crop, flip, cosine, weight decay 5e-4), fast: bfloat16, channels last, compiled."""
+    options = {"data": "cifar10", "epochs": 30, "weight_decay": 5e-4, "augment": True}
+    fast = {"amp": True, "channels_last": True, "compile": True, "device": device}
+    return Task(**{"model": model, **options, **fast, **changes})
+
+
+def describe(run: Run) -> str:
+    """A run in a few words, for the progress bar."""
+    return f"{run.task.model} {run.method.name} lr={run.lr:g}"

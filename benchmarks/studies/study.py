@@ -1,0 +1,99 @@
+"""What a study is, and how one is run: rows by a resumable sweep, then a summary, tables and plots from the rows."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console, RenderableType
+
+from benchmarks.sweep import Row, sweep, without_nan
+from elropt import env_report
+
+SIZES = ("tiny", "small", "full")
+
+
+Stage = Callable[[list[Row]], Sequence[Any]]  # the specs to measure next, given the rows so far
+
+
+class Study(NamedTuple):
+    """A question and how it is answered.
+
+    work: measures one spec, in a process of its own.
+    stages: (size, device) → the stages; a later one can depend on what an earlier one has chosen.
+    summarize: rows → what is concluded, as plain values for JSON.
+    tables: (rows, summary) → what to print.
+    draw: (rows, summary, folder) → the plots written.
+    """
+
+    name: str
+    question: str
+    work: Callable[[Any], Row]
+    stages: Callable[[str, str], Sequence[Stage]]
+    summarize: Callable[[list[Row]], dict[str, Any]]
+    tables: Callable[[list[Row], dict[str, Any]], Sequence[RenderableType]]
+    draw: Callable[[list[Row], dict[str, Any], Path], Sequence[Path]]
+    describe: Callable[[Any], str] = str
+
+
+def run(
+    study: Study, stages: Sequence[Stage], stem: str, out: Path, *, jobs: int, console: Console, **about: Any
+) -> Path:
+    """Measure, write `out/STEM.json` with `about` in it, print and draw; returns that file.
+
+    Rows are kept in `out/STEM.rows.jsonl`: the same command goes on where it was stopped.
+    """
+    started = time.perf_counter()
+    rows: list[Row] = []
+    for stage in stages:
+        specs, rows_file = stage(rows), out / f"{stem}.rows.jsonl"
+        rows += sweep(specs, study.work, rows_file, jobs=jobs, console=console, describe=study.describe)
+    result = {
+        "study": study.name,
+        "question": study.question,
+        **about,
+        "env": env_report.collect(),
+        "commits": sorted({str(row["commit"]) for row in rows}),
+        "jobs": jobs,
+        "command_seconds": round(time.perf_counter() - started, 1),
+        "summary": study.summarize(rows),
+        "rows": [{key: value for key, value in row.items() if key != "commit"} for row in rows],
+    }
+    result_file = out / f"{stem}.json"
+    result_file.write_text(dumps(result), encoding="utf-8")
+    report(study, result, out, console)
+    console.print(f"{len(rows)} runs; wrote {result_file}")
+    return result_file
+
+
+def report(study: Study, result: dict[str, Any], out: Path, console: Console) -> list[Path]:
+    """Print the tables of a result and draw its plots; the summary is made again from the rows."""
+    summary = study.summarize(result["rows"])
+    for table in study.tables(result["rows"], summary):
+        console.print(table)
+    out.mkdir(parents=True, exist_ok=True)
+    written = list(study.draw(result["rows"], summary, out))
+    console.print(f"drew {', '.join(map(str, written))}")
+    return written
+
+
+def dumps(result: dict[str, Any]) -> str:
+    """JSON without NaN, one row a line."""
+    head = {key: value for key, value in result.items() if key != "rows"}
+    rows = ",\n".join(json.dumps(without_nan(row), allow_nan=False) for row in result["rows"])
+    return json.dumps(without_nan(head), allow_nan=False, indent=1)[:-2] + f',\n "rows": [\n{rows}\n]}}\n'
+
+
+def make_console() -> Console:
+    """A console wide enough for the tables where nobody looks at it, as in a log file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
