@@ -65,6 +65,24 @@ def equalized(optimizer: Optimizer, weights: list[Tensor], steps: int) -> None:
     optimizer.register_step_pre_hook(before)
 
 
+def calibrated(optimizer: Optimizer, weights: list[Tensor], steps: int, angle: float) -> None:
+    """As `equalized`, but to an E at which no layer turns by more than `angle` a step (lr·E, before momentum)."""
+    count = 0
+
+    @torch.no_grad()
+    def before(*_: object) -> None:
+        nonlocal count
+        if count == steps:
+            return
+        log_e = log_relative_grads(weights)
+        target = min(log_e.mean().item(), math.log(angle / max(optimizer.param_groups[0]["lr"], 1e-30)))
+        for w, a in zip(weights, ((log_e - target) / 2).exp(), strict=True):
+            rescale(optimizer, w, a)
+        count += 1
+
+    optimizer.register_step_pre_hook(before)
+
+
 def released(optimizer: Optimizer, weights: list[Tensor], steps: int, fade: bool) -> None:
     """Gradient factors Ē/E as under rule="uniform" for `steps` steps; with `fade` they go to 1 as a power does."""
     count = 0
@@ -130,6 +148,7 @@ WARMUPS: dict[str, Callable[[Optimizer, list[Tensor]], None]] = {
     "balance": partial(capped, critical=rules.balance),
     "equalize": partial(equalized, steps=1),
     "equalize-20": partial(equalized, steps=20),
+    **{f"cal {angle:g} {k}": partial(calibrated, steps=k, angle=angle) for angle in (0.0005,.001,.002,.004,.008,.016,.03) for k in (1,5,20,50)},
     "released-20": partial(released, steps=20, fade=False),
     "released-100": partial(released, steps=100, fade=False),
     **{f"spread {spread:g}": partial(imposed, spread=spread) for spread in SPREADS},
