@@ -44,7 +44,7 @@ class Case(NamedTuple):
     stored: int
 
 
-PLAIN = {"grad_factor": None, "weight_factor": None, "radial": None, "lr_factor": None, "SUMS": 0}
+PLAIN = {"grad_factor": None, "weight_factor": None, "radial": None, "SUMS": 0}
 FP32, BF16, FP16, MIXED = "fp32 fp32 fp32", "bf16 bf16 bf16", "fp16 fp16 fp16", "bf16 fp32 fp32"
 CASES = {
     "measure fp32": Case("measure", FP32, {"memory": None, "RULE": None}, 8, 0),
@@ -75,14 +75,14 @@ CASES = {
     "cooperative fp32, uniform, AMP": Case(
         "cooperative",
         FP32,
-        {"RULE": "uniform", "lr_factor": None, "weight_factor": None, "radial": None, "AMP": True},
+        {"RULE": "uniform", "weight_factor": None, "radial": None, "AMP": True},
         12,
         8,
     ),
     "cooperative fp32, sphere, projected": Case(
         "cooperative",
         FP32,
-        {"RULE": "sphere", "lr_factor": None, "PROJECT": True, "HAS_BUFFERS": True},
+        {"RULE": "sphere", "PROJECT": True, "HAS_BUFFERS": True},
         12,
         8,
     ),

@@ -10,33 +10,35 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from elropt import rules
+from elropt import dynamics
 
 SPREADS = (1e-4, 1e-2, 1.0, 1e2, 1e4)  # that the study of spreads imposes
-Critical = Callable[[Tensor, Tensor], Tensor]
+Critical = Callable[[np.ndarray], np.ndarray]
 
 
 def capped(optimizer: Optimizer, weights: list[Tensor], critical: Critical) -> None:
-    """lr = min(lr, critical learning rate) for all parameters until the cap no longer binds (docs/theory.md §4)."""
+    """lr = min(lr, critical learning rate) for all parameters until the cap no longer binds (docs/theory.md §4).
+
+    Of momentum the cap takes the gain 1/(1-μ) of a single gradient in the long run (§6).
+    """
 
     def before(*_: object) -> None:
         nonlocal over
         if over:
             return
         group = optimizer.param_groups[0]
-        gain = (1 - group["dampening"]) / (1 - group["momentum"])
-        log_elr = log_relative_grads(weights) + math.log(max(group["lr"], 1e-30) * gain)
-        kappa = critical(log_elr, torch.ones_like(log_elr, dtype=torch.bool)).exp().item()
-        if kappa >= 1:
+        cap = float(critical(log_relative_grads(weights).exp().numpy())) * (1 - group["momentum"])
+        if group["lr"] <= cap:
             over = True
         else:
             restored[:] = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * kappa
+                group["lr"] *= cap / restored[0]
 
     def after(*_: object) -> None:
         for group, lr in zip(optimizer.param_groups, restored, strict=False):
@@ -59,24 +61,6 @@ def equalized(optimizer: Optimizer, weights: list[Tensor], steps: int) -> None:
             return
         log_e = log_relative_grads(weights)
         for w, a in zip(weights, ((log_e - log_e.mean()) / 2).exp(), strict=True):
-            rescale(optimizer, w, a)
-        count += 1
-
-    optimizer.register_step_pre_hook(before)
-
-
-def calibrated(optimizer: Optimizer, weights: list[Tensor], steps: int, angle: float) -> None:
-    """As `equalized`, but to an E at which no layer turns by more than `angle` a step (lr·E, before momentum)."""
-    count = 0
-
-    @torch.no_grad()
-    def before(*_: object) -> None:
-        nonlocal count
-        if count == steps:
-            return
-        log_e = log_relative_grads(weights)
-        target = min(log_e.mean().item(), math.log(angle / max(optimizer.param_groups[0]["lr"], 1e-30)))
-        for w, a in zip(weights, ((log_e - target) / 2).exp(), strict=True):
             rescale(optimizer, w, a)
         count += 1
 
@@ -144,13 +128,10 @@ def log_relative_grads(weights: list[Tensor]) -> Tensor:
 
 
 WARMUPS: dict[str, Callable[[Optimizer, list[Tensor]], None]] = {
-    "monotone": partial(capped, critical=rules.monotone),
-    "balance": partial(capped, critical=rules.balance),
+    "monotone": partial(capped, critical=dynamics.monotone_lr),
+    "balance": partial(capped, critical=dynamics.balance_lr),
     "equalize": partial(equalized, steps=1),
     "equalize-20": partial(equalized, steps=20),
-    **{f"cal {angle:g} {k}": partial(calibrated, steps=k, angle=angle) for angle in (0.0005,.001,.002,.004,.008,.016,.03) for k in (1,5,20,50)},
-    "released-20": partial(released, steps=20, fade=False),
-    "released-100": partial(released, steps=100, fade=False),
     **{f"spread {spread:g}": partial(imposed, spread=spread) for spread in SPREADS},
     "fading-100": partial(released, steps=100, fade=True),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from . import kernels
 from .functional import Group, apply, choose_backend, elr_sgd, measure
-from .rules import RADIAL_TESTS, Hyper, LayerControls, LayerStats, RuleState, decide
+from .rules import RADIAL_TESTS, Hyper, LayerControls, LayerStats, RuleState, decide, growth_gain
 
 ROW_STATE_KEYS = RuleState._fields[:-1]
 STATE_DTYPES = {**dict.fromkeys(RuleState._fields, torch.float32), "rounding_step": torch.int64}
@@ -261,7 +260,7 @@ class Ensemble:
             return
         if record:
             self._last = self.measure_now(groups, remember=True)
-        apply(groups, self._controls_without_rule())
+        apply(groups, self._controls_without_rule(groups))
 
     def record(self, state: State) -> StepRecord | None:
         """What the last step measured and applied; if it measured nothing, weights and gradients as they are now."""
@@ -307,12 +306,13 @@ class Ensemble:
         """Whether this rule has nothing left to do."""
         return self.rule == "warmup" and not self.project and self._watch.warmup_is_over()
 
-    def _controls_without_rule(self) -> LayerControls:
+    def _controls_without_rule(self, groups: list[Group]) -> LayerControls:
         """Plain SGD. On a GPU the step at which the host learns of the hand-over depends on timing, so there the
-        arithmetic of the steps before it is kept, with a factor of one."""
+        arithmetic of the steps before it is kept, with factors of one."""
         if not self.has_rule or self.device.type == "cpu":
             return LayerControls()
-        return LayerControls(lr_factor=torch.ones((), dtype=torch.float32, device=self.device))
+        rows = sum(count for group in groups for count in group.row_counts)
+        return LayerControls(grad_factor=torch.ones(rows, dtype=torch.float32, device=self.device))
 
     def _active_memory(self, groups: list[Group]) -> tuple[slice | Tensor, RuleState, Tensor | None]:
         """Where the rows of the tensors that have a gradient lie in the memory, what it holds there, and whether
@@ -478,7 +478,6 @@ class FusedEnsemble:
         rows = np.concatenate([np.arange(r[0], r[0] + r[1]) for r in self.rows if r is not None])
         chosen = _upload(rows, k.device)
         controls = LayerControls(
-            k.κ.clone() if ensemble.rule == "warmup" else None,
             k.s[chosen] if ensemble.rule is not None else None,
             k.a[chosen] if ensemble.rule in ("warmup", "angle", "sphere") else None,
             k.p[chosen] if ensemble.project else None,
@@ -537,14 +536,14 @@ class HandOverWatch:
 def momentum_coefficients(
     momentum: float, dampening: float, nesterov: bool, *, has_buffer: bool
 ) -> tuple[float, float, float]:
-    """Long-run gain of a constant gradient, ∂u/∂g̃ and ∂u/∂m for this step's update u."""
+    """`elropt.rules.growth_gain`, ∂u/∂g̃ and ∂u/∂m for this step's update u."""
     μ, d = momentum, dampening
     if μ == 0:
-        return 1.0, 1.0, 0.0
+        return growth_gain(0.0, 0.0), 1.0, 0.0
     per_grad, per_momentum = (1 - d, μ) if has_buffer else (1.0, 0.0)
     if nesterov:
         per_grad, per_momentum = 1 + μ * per_grad, μ * per_momentum
-    return abs(1 - d) / (1 - μ) if μ < 1 else math.inf, per_grad, per_momentum
+    return growth_gain(μ, d), per_grad, per_momentum
 
 
 def _hyper_vectors(columns: list[tuple[float, ...]], device: torch.device) -> Hyper:

@@ -62,14 +62,12 @@ def update(
     weight_decay: float | Tensor,
     nesterov: bool,
     maximize: bool,
-    lr_factor: Tensor | None = None,
     grad_factor: Tensor | None = None,
     weight_factor: Tensor | None = None,
     radial: Tensor | None = None,
     rows: Rows | None = None,
 ) -> None:
     """As `elropt.reference.update`; without factors it is `torch.optim.SGD`'s foreach path, operation for operation."""
-    λ = lr if lr_factor is None else lr * lr_factor
     everything: list[list[Tensor | None]] = [list(params), list(grads), momentum_buffers]
     grouped = _group_tensors_by_device_and_dtype(everything, with_indices=True)  # type: ignore[arg-type]
     for indices in (indices for _, indices in grouped.values()):
@@ -89,7 +87,7 @@ def update(
                 [params[i] for i in chosen],
                 [grads[i] for i in chosen],
                 bufs,
-                λ,
+                lr,
                 *factors,  # type: ignore[arg-type]
                 momentum=momentum,
                 dampening=dampening,
@@ -105,7 +103,7 @@ def _update_alike(
     ws: Tensors,
     gs: Tensors,
     bufs: list[Tensor | None],
-    λ: float | Tensor,
+    lr: float | Tensor,
     s: list[Tensor] | None,
     a: list[Tensor] | None,
     p: list[Tensor] | None,
@@ -118,7 +116,7 @@ def _update_alike(
 ) -> None:
     """The update of tensors that share a device, a dtype and the kinds of factors. Fills in `bufs`."""
     plain = (
-        s is None and a is None and p is None and (not isinstance(λ, Tensor) or not is_low_precision(ws[0]))
+        s is None and a is None and p is None and (not isinstance(lr, Tensor) or not is_low_precision(ws[0]))
     )
     dtypes = [g.dtype for g in gs]
     ŵs, gs = (ws, gs) if plain else ([upcast(w) for w in ws], [upcast(g) for g in gs])
@@ -138,10 +136,10 @@ def _update_alike(
         us = torch._foreach_add(gs, ms, alpha=momentum) if nesterov else ms
     if p is not None:
         us = torch._foreach_sub(us, torch._foreach_mul(ŵs, p))
-    if isinstance(λ, Tensor):
-        torch._foreach_sub_(ŵs, torch._foreach_mul(us, λ.to(ws[0].device, non_blocking=True)))
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(ŵs, torch._foreach_mul(us, lr.to(ws[0].device, non_blocking=True)))
     else:
-        torch._foreach_add_(ŵs, us, alpha=-λ)
+        torch._foreach_add_(ŵs, us, alpha=-lr)
     if ŵs is not ws:
         torch._foreach_copy_(ws, ŵs)
 

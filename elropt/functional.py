@@ -93,7 +93,7 @@ def measure(
 
 def apply(groups: Sequence[Group], controls: LayerControls) -> None:
     """Update every group. Without controls this is plain SGD."""
-    by_row = any(vector is not None for vector in controls[1:])
+    by_row = any(vector is not None for vector in controls)
     first = 0
     for group in groups:
         rows: list[tuple[int, int] | None] = []

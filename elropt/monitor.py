@@ -35,9 +35,9 @@ class LayerRow:
         weight_norm, grad_norm: ‖w‖, ‖g‖.
         radial_cosine: cos(w, g); zero for a scale-invariant weight.
         relative_grad: E = ‖g‖/‖w‖, in 1/lr.
-        elr: applied effective learning rate κ·λ·s·‖g‖/(a·‖w‖), in radians while small.
+        elr: applied effective learning rate λ·s·‖g‖/(a·‖w‖), in radians while small.
         lr: λ of the layer's param group.
-        lr_factor, grad_factor, weight_factor, radial: the κ, s, a and p that the rule applied.
+        grad_factor, weight_factor, radial: the s, a and p that the rule applied.
     """
 
     name: str
@@ -48,7 +48,6 @@ class LayerRow:
     relative_grad: float
     elr: float
     lr: float
-    lr_factor: float
     grad_factor: float
     weight_factor: float
     radial: float
@@ -230,7 +229,7 @@ def _finite(value: Any) -> Any:
 
 
 def _as_matrix(record: StepRecord) -> torch.Tensor:
-    """[9, R] on the device: ‖w‖², ‖g‖², ⟨w,g⟩, λ, κ, s, a, p, tracked."""
+    """[8, R] on the device: ‖w‖², ‖g‖², ⟨w,g⟩, λ, s, a, p, tracked."""
     weight_sq, grad_sq, weight_dot_grad, _ = record.stats
     like = torch.ones_like(weight_sq)
     lr = torch.cat(
@@ -241,20 +240,20 @@ def _as_matrix(record: StepRecord) -> torch.Tensor:
             for value, count in zip(record.lrs, record.row_counts, strict=True)
         ]
     )
-    κ, s, a, p = record.controls
-    factors = [like if value is None else value.expand_as(like) for value in (κ, s, a)]
+    s, a, p = record.controls
+    factors = [like if value is None else value for value in (s, a)]
     radial = torch.zeros_like(like) if p is None else p
     return torch.stack([weight_sq, grad_sq, weight_dot_grad, lr, *factors, radial, record.tracked])
 
 
 def _row(name: str, column: np.ndarray) -> LayerRow:
-    weight_sq, grad_sq, weight_dot_grad, lr, κ, s, a, p, tracked = column
+    weight_sq, grad_sq, weight_dot_grad, lr, s, a, p, tracked = column
     weight_norm, grad_norm = np.sqrt(weight_sq), np.sqrt(grad_sq)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative_grad = grad_norm / weight_norm
         cosine = weight_dot_grad / (weight_norm * grad_norm)
-        elr = lr * κ * s * grad_norm / (a * weight_norm)
-    values = (weight_norm, grad_norm, cosine, relative_grad, elr, lr, κ, s, a, p)
+        elr = lr * s * grad_norm / (a * weight_norm)
+    values = (weight_norm, grad_norm, cosine, relative_grad, elr, lr, s, a, p)
     return LayerRow(name, bool(tracked > 0), *map(float, values))
 
 

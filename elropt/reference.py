@@ -66,7 +66,6 @@ def update(
     weight_decay: float | Tensor,
     nesterov: bool,
     maximize: bool,
-    lr_factor: Tensor | None = None,
     grad_factor: Tensor | None = None,
     weight_factor: Tensor | None = None,
     radial: Tensor | None = None,
@@ -75,7 +74,7 @@ def update(
     r"""One step, in place:
 
         ŵ = a·w ;  g̃ = s·g + ω·ŵ ;  m ← μ·m + (1−d)·g̃ ;  u = nesterov ? g̃ + μ·m : m
-        u ← u − p·ŵ ;  w ← ŵ − λ·u         with λ = lr·lr_factor
+        u ← u − p·ŵ ;  w ← ŵ − lr·u
 
     At its first step (buffer None) m = g̃. Without factors this is `torch.optim.SGD`'s for-loop, operation for
     operation. With factors it is computed in float32 (float64 for float64 tensors) and rounded once.
@@ -83,7 +82,6 @@ def update(
     Args:
         params, grads: tensors of equal shapes, any strides.
         momentum_buffers: a list whose None entries are filled in when ``momentum != 0``.
-        lr_factor: 0-dim; applies to every tensor.
         grad_factor, weight_factor, radial: s, a and p, [R] float32; None stands for 1, 1 and 0.
         rows: for each tensor the (first, count) of its entries in these vectors: count 1 for the tensor as a
             whole, or one for every index of its dimension 0. None: the vectors do not concern this tensor.
@@ -91,9 +89,8 @@ def update(
     for i, (w, g) in enumerate(zip(params, grads, strict=True)):
         row = None if rows is None else rows[i]
         s, a, p = (factor_for(w, row, vector) for vector in (grad_factor, weight_factor, radial))
-        λ = lr if lr_factor is None else lr * lr_factor
         plain = (
-            s is None and a is None and p is None and (not isinstance(λ, Tensor) or not is_low_precision(w))
+            s is None and a is None and p is None and (not isinstance(lr, Tensor) or not is_low_precision(w))
         )
         buf = momentum_buffers[i]
         ŵ, g = (w, g) if plain else (upcast(w), upcast(g))
@@ -120,10 +117,10 @@ def update(
             u = g
         if p is not None:
             u = u - p * ŵ
-        if isinstance(λ, Tensor):
-            ŵ.addcmul_(u, λ, value=-1)
+        if isinstance(lr, Tensor):
+            ŵ.addcmul_(u, lr, value=-1)
         else:
-            ŵ.add_(u, alpha=-λ)
+            ŵ.add_(u, alpha=-lr)
         store(ŵ, w)
 
 

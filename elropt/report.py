@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from .dynamics import balance_lr, elr_spread, monotone_lr
 from .monitor import _finite
-from .rules import RADIAL_TESTS, Hyper, LayerStats, RuleState, decide
+from .rules import RADIAL_TESTS, Hyper, LayerStats, RuleState, decide, growth_gain
 from .scale_invariance import (
     Kind,
     _deepcopy,
@@ -72,8 +72,8 @@ class ModelReport:
         log_elr_std: standard deviation of log E over the tracked weights.
         balance_lr, monotone_lr: (1−μ)/√(E_max·E_min) and (1−μ)/√(E_(1)·E_(2)), the critical learning rates of
             `elropt.dynamics` for heavy-ball momentum, which acts like λ/(1−μ) in the long run.
-        warmup_lr, warmup_elr: the learning rate λκ and the effective learning rate, the same for all tracked
-            weights, at the first step of ``ELRSGD(lr=λ, momentum=μ)``.
+        warmup_elr: the effective learning rate, the same for all tracked weights, at the first step of
+            ``ELRSGD(lr=λ, momentum=μ)``.
         warmup_ends: whether its warm-up finds nothing to do and ends at that step.
     """
 
@@ -85,7 +85,6 @@ class ModelReport:
     log_elr_std: float
     balance_lr: float
     monotone_lr: float
-    warmup_lr: float
     warmup_elr: float
     warmup_ends: bool
 
@@ -151,7 +150,7 @@ class ModelReport:
             yield "ELRSGD's warm-up would find nothing to do and end at its first step."
         elif tracked:
             yield (
-                f"ELRSGD's warm-up would start at lr = {self.warmup_lr:.3g} and turn every tracked layer by "
+                f"ELRSGD's warm-up would start by turning every tracked layer by "
                 f"{math.atan(self.warmup_elr):.2g} rad."
             )
         left_out = [weight.name for weight in self.weights if weight.invariance and not weight.tracked]
@@ -269,7 +268,7 @@ def _norms_and_cosine(weight: Tensor, grad: Tensor | None) -> tuple[float, float
 def _first_warmup_step(tracked: list[WeightReport], lr: float, momentum: float) -> dict[str, Any]:
     """What the optimizer's own rule makes of it, as the last fields of a ModelReport."""
     if not tracked:
-        return {"warmup_lr": lr, "warmup_elr": math.nan, "warmup_ends": False}
+        return {"warmup_elr": math.nan, "warmup_ends": False}
     weight_norm, grad_norm, numel = (
         torch.tensor(column, dtype=torch.float64)
         for column in zip(*((w.weight_norm, w.grad_norm, math.prod(w.shape)) for w in tracked), strict=True)
@@ -281,12 +280,11 @@ def _first_warmup_step(tracked: list[WeightReport], lr: float, momentum: float) 
         RuleState(
             sphere_grad_norm=zero, radius=zero, tracked=RADIAL_TESTS * one, handed_over=torch.zeros(())
         ),
-        Hyper(lr * one, zero, one / (1 - momentum), one, zero, numel),
+        Hyper(lr * one, zero, growth_gain(momentum, 0.0) * one, one, zero, numel),
     )
-    κ, s, a = (one if factor is None else factor for factor in controls[:3])
-    elr = lr * κ * s * grad_norm / (a * weight_norm)
+    s, a = (one if factor is None else factor for factor in controls[:2])
+    elr = lr * s * grad_norm / (a * weight_norm)
     return {
-        "warmup_lr": lr * float(κ.max()),
         "warmup_elr": float(elr.mean()),
         "warmup_ends": bool(after.handed_over > 0),
     }
@@ -300,7 +298,7 @@ class RunHistory:
         steps: [T], increasing.
         names: of the L layers that were tracked in every record that they are in.
         elr: applied effective learning rates, [T, L].
-        applied_lr: lr·lr_factor of each layer, [T, L].
+        applied_lr: lr·grad_factor of each layer, [T, L].
         elr_spread: max / min of `elr` over those layers, [T].
         notes: what was left out of the file, in words.
     """
@@ -345,7 +343,7 @@ def read_run(path: str | Path) -> RunHistory:
         for i, name in enumerate(names):
             if layer := record["layers"].get(name):
                 elr[t, i] = _number(layer["elr"])
-                applied_lr[t, i] = _number(layer["lr"]) * _number(layer["lr_factor"])
+                applied_lr[t, i] = _number(layer["lr"]) * _number(layer["grad_factor"])
     elr[~(elr > 0)] = np.nan
     has_elr = ~np.isnan(elr).all(axis=1)
     spread = np.full(len(records), np.nan)
@@ -380,7 +378,7 @@ def _parse_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 _EXPECTED = (
-    'each line must be {"step": …, "layers": {name: {"elr": …, "lr": …, "lr_factor": …, "tracked": …}}}'
+    'each line must be {"step": …, "layers": {name: {"elr": …, "lr": …, "grad_factor": …, "tracked": …}}}'
 )
 
 
@@ -392,7 +390,8 @@ def _is_record(record: object) -> bool:
         isinstance(layer, dict)
         and isinstance(layer.get("tracked"), bool)
         and all(
-            key in layer and isinstance(layer[key], int | float | None) for key in ("elr", "lr", "lr_factor")
+            key in layer and isinstance(layer[key], int | float | None)
+            for key in ("elr", "lr", "grad_factor")
         )
         for layer in layers.values()
     )

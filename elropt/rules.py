@@ -8,7 +8,6 @@ granularity "filter" one index of its dimension 0. Derivations: docs/theory.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,9 +23,9 @@ GRANULARITIES: dict[str | None, tuple[str, ...]] = {
 
 RADIAL_TESTS = 8  # steps after which a layer counts as scale-invariant for good
 SMOOTHING = 0.9  # of c over the steps of the warm-up
-EQUALIZATION_RATE = 0.1  # share of log(E/Ē) that the warm-up rescales away per step
+EQUALIZATION_RATE = 0.1  # share of log(E/E★) that the warm-up rescales away per step
 TINY = torch.finfo(torch.float32).tiny  # a squared norm below this, 1.2e-38, counts as zero
-EQUALIZED_STD = 0.1  # standard deviation of log E, from the smoothed c, below which the warm-up hands over
+EQUALIZED_STD = 0.1  # root mean square of log(E/E★), from the smoothed c, below which the warm-up hands over
 
 
 class LayerStats(NamedTuple):
@@ -41,7 +40,6 @@ class LayerStats(NamedTuple):
 class LayerControls(NamedTuple):
     """What the update applies to each row, [R] float32; None stands for the identity."""
 
-    lr_factor: Tensor | None = None  # 0-dim, for every parameter: λ = lr · lr_factor
     grad_factor: Tensor | None = None  # s
     weight_factor: Tensor | None = None  # a
     radial: Tensor | None = None  # p
@@ -61,7 +59,9 @@ class Hyper(NamedTuple):
 
     lr: Tensor
     weight_decay: Tensor
-    momentum_gain: Tensor  # (1-d)/(1-μ): what a constant gradient is multiplied by in the long run
+    growth_gain: (
+        Tensor  # (1-d)·√((1+μ)/(1-μ)³): ‖w‖² grows by (lr · growth_gain · E)² a step under steady gradients
+    )
     update_per_grad: Tensor  # ∂u/∂g̃
     update_per_momentum: Tensor  # ∂u/∂m, m the buffer before the step
     numel: Tensor
@@ -104,53 +104,43 @@ def decide(
 
 
 def warmup(
-    stats: LayerStats,
-    state: RuleState,
-    hyper: Hyper,
-    moving: Tensor,
-    critical: Callable[[Tensor, Tensor], Tensor] | None = None,
-    absent: Tensor | None = None,
+    stats: LayerStats, state: RuleState, hyper: Hyper, moving: Tensor, absent: Tensor | None = None
 ) -> tuple[LayerControls, RuleState]:
     """Equalize the ELRs without changing the network's function, then hand over to plain SGD.
 
-    All layers turn by the same angle λκĒ, Ē the geometric mean of E and κ the cap at the critical learning rate.
-    Meanwhile each weight is rescaled a little at every step, by a = (E/Ē)^(EQUALIZATION_RATE/2); as E ∝ 1/‖w‖², the E
-    of all layers approach Ē and the factors of the gradients approach 1. The geometric mean of the norms is kept.
+    All layers turn as if their E were E★, the geometric mean of E or, if that is less, the critical one: where ‖w‖²
+    doubles in a step under steady gradients, √((1-μ)³/(1+μ))/((1-d)·λ). Meanwhile each weight is rescaled a little at
+    every step, by a = (E/E★)^(EQUALIZATION_RATE/2); as E ∝ 1/‖w‖², the E of all layers approach E★ and the factors of
+    the gradients approach 1.
 
     Whether they have arrived is judged by E from a smoothed c, which neither the noise of one gradient nor a
-    rescaled weight changes: once the standard deviation of its logarithm is below EQUALIZED_STD, every layer has
-    passed its radial tests and the cap does not bind, the rest of the rescaling is done in one step and the
-    warm-up is over. A step at which some layer cannot be judged (no gradient, a zero one, NaN) never ends it.
-
-    `critical` is `monotone` (default) or `balance`; they differ only if the groups' learning rates do. Derived,
-    docs/theory.md §9.
+    rescaled weight changes: once log E is within EQUALIZED_STD of log E★ (root mean square) and every layer has
+    passed its radial tests, the rest of the rescaling is done in one step and the warm-up is over. A step at which
+    some layer cannot be judged (no gradient, a zero one, NaN) never ends it. Derived, docs/theory.md §9.
     """
+    critical = -torch.where(moving, (hyper.lr * hyper.growth_gain).log(), -math.inf).amax()
     log_e = log_relative_grad(stats, moving)
-    log_mean = masked_mean(log_e, moving)
-    offset = torch.where(moving, log_e - log_mean, 0.0)
+    offset = torch.where(moving, log_e - torch.minimum(masked_mean(log_e, moving), critical), 0.0)
     c = torch.where(
         moving,
         smooth(state.sphere_grad_norm, stats.weight_sq.sqrt() * stats.grad_sq.sqrt()),
         state.sphere_grad_norm,
     )
-    log_smooth_e = torch.where(moving, c.log() - stats.weight_sq.log(), 0.0)
-    smooth_offset = torch.where(moving, log_smooth_e - masked_mean(log_smooth_e, moving), 0.0)
-    log_cap = (critical or monotone)(log_mean + (hyper.lr * hyper.momentum_gain).log(), moving).clamp(max=0)
+    log_e = torch.where(moving, c.log() - stats.weight_sq.log(), 0.0)
+    smooth_offset = torch.where(moving, log_e - torch.minimum(masked_mean(log_e, moving), critical), 0.0)
     tested = state.tracked == RADIAL_TESTS
     active = state.handed_over == 0
     ends = (
         moving.any()
         & torch.where(moving, tested, state.tracked < 0).all()
         & (masked_mean(smooth_offset.square(), moving).sqrt() < EQUALIZED_STD)
-        & (log_cap == 0)
     )
     if absent is not None:
         ends = ends & ~absent
     log_a = torch.where(tested, torch.where(ends, smooth_offset, EQUALIZATION_RATE * offset) / 2, 0.0)
-    log_s = log_a - offset
-    κ, s, a = (torch.where(active, value, 0.0).exp() for value in (log_cap, log_s, log_a))
+    s, a = (torch.where(active, value, 0.0).exp() for value in (log_a - offset, log_a))
     handed_over = torch.where(ends, 1.0, state.handed_over)
-    return LayerControls(κ, s, a), state._replace(sphere_grad_norm=c, handed_over=handed_over)
+    return LayerControls(s, a), state._replace(sphere_grad_norm=c, handed_over=handed_over)
 
 
 def on_sphere(
@@ -204,17 +194,10 @@ def smooth(average: Tensor, value: Tensor) -> Tensor:
     return torch.where(average == 0, value, torch.lerp(value, average, SMOOTHING))
 
 
-def balance(log_elr: Tensor, ok: Tensor) -> Tensor:
-    """log of the factor 1/√(λE_max · λE_min): the largest and the smallest swap places."""
-    high = torch.where(ok, log_elr, -math.inf).amax()
-    low = torch.where(ok, log_elr, math.inf).amin()
-    return -(high + low) / 2
-
-
-def monotone(log_elr: Tensor, ok: Tensor) -> Tensor:
-    """log of the factor 1/√(λE_(1) · λE_(2)) of the two largest: the largest at which no pair swaps."""
-    top = torch.where(ok, log_elr, -math.inf).topk(min(2, log_elr.numel())).values
-    return -(top[0] + torch.where(torch.isfinite(top[-1]), top[-1], top[0])) / 2
+def growth_gain(momentum: float, dampening: float) -> float:
+    """(1-d)·√((1+μ)/(1-μ)³): under steady gradients ‖w‖² grows by (lr·gain·E)² a step. Derived, docs/theory.md §6."""
+    μ = momentum
+    return abs(1 - dampening) * math.sqrt((1 + μ) / (1 - μ) ** 3) if μ < 1 else math.inf
 
 
 def masked_mean(values: Tensor, ok: Tensor) -> Tensor:

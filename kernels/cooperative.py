@@ -51,7 +51,6 @@ def cooperative_kernel(
     per_momenta,
     momenta,
     keeps,
-    lr_factor,
     grad_factor,
     weight_factor,
     radial,
@@ -117,8 +116,6 @@ def cooperative_kernel(
         pass
 
     lr = of_group(group, lrs)
-    if lr_factor is not None:
-        lr = lr * tl.load(lr_factor, cache_modifier=".cg")
     momentum = None if momenta is None else of_group(group, momenta)
     keep = None if keeps is None else of_group(group, keeps)
     s = (

@@ -46,7 +46,7 @@ def decide(
 
     sums: [5, R] ‖w‖², ‖g‖² (−1: no gradient at this step), ⟨w,g⟩, ⟨w,m⟩ and, if DAMPED, whether the buffer is new.
     memory: [3, R] c, radius, radial tests passed. handed_over: 0-dim, for "warmup" only.
-    controls: s, a, p and the param group's lr, [4, R], then κ; those that the rule does not need are not written.
+    controls: s, a, p and the param group's lr, [4, R]; those that the rule does not need are not written.
     numel, group_of_row: [R]; lrs … per_momenta: tuples with one entry per param group.
     found_inf: where given and not 0, nothing is changed.
 
@@ -59,7 +59,7 @@ def decide(
     lanes = tl.arange(0, ROWS_PER_PASS)
     n = tl.zeros([ROWS_PER_PASS], tl.float32)
     log_e_sum, log_smooth_sum, ww_sum, gg_sum, sphere_sum, veto = n, n, n, n, n, n
-    top = n - INFINITY
+    top = -INFINITY + n
     for start in range(0, n_rows, ROWS_PER_PASS):
         at = start + lanes
         ww, gg, _, c, radius, passed, directed, moving, exists = _rows(sums, memory, numel, at, n_rows)
@@ -80,29 +80,24 @@ def decide(
             sphere = tl.where((radius == 0) & directed, tl.sqrt(tl.where(directed, ww, 1.0)), radius)
             sphere_sum += tl.where(moving, sphere * sphere, 0.0)
     count = tl.maximum(tl.sum(n), 1.0)
-    log_mean = tl.sum(log_e_sum) / count
-    log_smooth_mean = tl.sum(log_smooth_sum) / count
+    log_target = tl.sum(log_e_sum) / count
     whole_w, whole_g, whole_sphere = tl.sum(ww_sum), tl.sum(gg_sum), tl.sum(sphere_sum)
 
     over, ends = 0, 0
+    log_smooth_target = 0.0
     if RULE == "warmup":
         over = (tl.load(handed_over) != 0).to(tl.int32)
-        first = tl.max(top)
-        squares, ties, below = n * 0.0, n * 0.0, n * 0.0 - INFINITY
+        critical = -tl.max(top)
+        log_target = tl.minimum(log_target, critical)
+        log_smooth_target = tl.minimum(tl.sum(log_smooth_sum) / count, critical)
+        squares = n * 0.0
         for start in range(0, n_rows, ROWS_PER_PASS):
             at = start + lanes
             ww, gg, _, c, _, _, _, moving, exists = _rows(sums, memory, numel, at, n_rows)
-            offset = tl.where(moving, _log_smooth_e(ww, gg, c, moving) - log_smooth_mean, 0.0)
+            offset = tl.where(moving, _log_smooth_e(ww, gg, c, moving) - log_smooth_target, 0.0)
             squares += offset * offset
-            log_lr = _log_lr(group_of_row, lrs, gains, at, exists)
-            ties += (moving & (log_lr == first)).to(tl.float32)
-            below = tl.maximum(below, tl.where(moving & (log_lr < first), log_lr, -INFINITY))
-        second = tl.max(below)
-        second = tl.where((tl.sum(ties) > 1) | (second == -INFINITY), first, second)
-        kappa = tl.minimum(-(2 * log_mean + first + second) / 2, 0.0)
-        equal = (tl.sum(squares) / count < EQUALIZED_VARIANCE) & (kappa == 0)
+        equal = tl.sum(squares) / count < EQUALIZED_VARIANCE
         ends = ((tl.sum(n) > 0) & (tl.max(veto) == 0) & equal).to(tl.int32)
-        tl.store(controls + 4 * n_rows, tl.exp(tl.where(over != 0, 0.0, kappa)))
         if (ends != 0) & (over == 0) & (skipped == 0):
             tl.store(handed_over, 1.0)
 
@@ -112,15 +107,15 @@ def decide(
         s = tl.full([ROWS_PER_PASS], 1.0, tl.float32)
         a = s
         if RULE == "warmup":
-            offset = tl.where(moving, _log_e(ww, gg, moving) - log_mean, 0.0)
-            smooth_offset = tl.where(moving, _log_smooth_e(ww, gg, c, moving) - log_smooth_mean, 0.0)
+            offset = tl.where(moving, _log_e(ww, gg, moving) - log_target, 0.0)
+            smooth_offset = tl.where(moving, _log_smooth_e(ww, gg, c, moving) - log_smooth_target, 0.0)
             rescaled = tl.where(ends != 0, smooth_offset, EQUALIZATION_RATE * offset) / 2
             rescaled = tl.where((passed == RADIAL_TESTS) & (over == 0), rescaled, 0.0)
             a = tl.exp(rescaled)
             s = tl.exp(tl.where(over != 0, 0.0, rescaled - offset))
             tl.store(memory + at, _smooth_c(ww, gg, c, moving), mask=moving & (skipped == 0))
         elif RULE == "uniform":
-            s = tl.where(moving, tl.exp(log_mean - _log_e(ww, gg, moving)), 1.0)
+            s = tl.where(moving, tl.exp(log_target - _log_e(ww, gg, moving)), 1.0)
         elif (RULE == "angle") | (RULE == "sphere"):
             weight_norm = tl.sqrt(tl.where(directed, ww, 1.0))
             grad_norm = tl.sqrt(tl.where(moving, gg, 1.0))

@@ -35,8 +35,8 @@ _STRIDED = {torch.strided}
 class Hyper(NamedTuple):
     """The hyper-parameters of one param group; `lr` may be a 0-dim tensor on the device.
 
-    gain, per_grad and per_momentum are what a rule needs to know of the momentum: the factor of a constant gradient
-    in the long run, ∂u/∂g̃ and ∂u/∂m.
+    gain, per_grad and per_momentum are what a rule needs to know of the momentum: how it makes ‖w‖² grow
+    (`elropt.rules.growth_gain`), ∂u/∂g̃ and ∂u/∂m.
     """
 
     lr: float | Tensor
@@ -150,9 +150,8 @@ class FusedStep:
         self.shares_counters = len({p.untyped_storage().data_ptr() for p in self.measured}) < len(
             self.measured
         )
-        self.controls = torch.ones(4 * n_rows + 1, dtype=torch.float32, device=self.device)
-        self.s, self.a, self.p, self.lrs = self.controls[: 4 * n_rows].view(4, n_rows)
-        self.κ = self.controls[4 * n_rows]
+        self.controls = torch.ones(4 * n_rows, dtype=torch.float32, device=self.device)
+        self.s, self.a, self.p, self.lrs = self.controls.view(4, n_rows)
         self.p.zero_()
         self.versions: tuple[list[int], list[int]] | None = None
         self.gate = torch.zeros((), dtype=torch.int32, device=self.device)
@@ -356,7 +355,6 @@ class FusedStep:
         """The controls that the rule sets."""
         name = None if rule is None else rule.name
         return {
-            "lr_factor": self.κ if name == "warmup" else None,
             "grad_factor": self.s if name is not None else None,
             "weight_factor": self.a if name in ("warmup", "angle", "sphere") else None,
             "radial": self.p if rule is not None and rule.project else None,

@@ -28,7 +28,6 @@ def update(
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
-    lr_factor: Tensor | None = None,
     grad_factor: Tensor | None = None,
     weight_factor: Tensor | None = None,
     radial: Tensor | None = None,
@@ -41,7 +40,6 @@ def update(
         momentum_buffers: its None entries are filled in, with the gradient's dtype, when ``momentum != 0``.
             With ``dampening != 0`` an entry of −0.0 counts as not yet started (see `new_buffer`).
         lr: a float, or a tensor of one element, which is not read on the host.
-        lr_factor: 0-dim float32 on the device of the tensors; applies to all of them.
         grad_factor, weight_factor, radial: s, a and p, [R] float32 on that device; None stands for 1, 1 and 0
             and costs nothing. A factor of 1 gives the same bits as None.
         rows: for each tensor the (first, count) of its entries in these vectors: count 1 for the tensor as a
@@ -59,12 +57,12 @@ def update(
     device = params[0].device
     if isinstance(weight_decay, Tensor):
         raise TypeError("weight_decay is a tensor, the Triton backend needs a float; foreach takes both")
-    lr_factor = _checked("lr_factor", lr_factor, 0, device)
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr has shape {tuple(lr.shape)}; as a tensor it must have one element")
-        lr_tensor = lr.detach().reshape(()).to(device, torch.float32, non_blocking=True)
-        lr, lr_factor = 1.0, lr_tensor if lr_factor is None else lr_tensor * lr_factor
+        lr = lr.detach().reshape(()).to(device, torch.float32, non_blocking=True)
+    else:
+        lr = float(lr)
     factors = {
         "grad_factor": _checked("grad_factor", grad_factor, 1, device),
         "weight_factor": _checked("weight_factor", weight_factor, 1, device),
@@ -89,11 +87,10 @@ def update(
                     table.addresses,
                     table.segments,
                     table.chunk_segment,
-                    (float(lr),),
+                    (lr,),
                     (float(momentum),) if momentum != 0 else None,
                     (1.0 - dampening,) if dampening != 0 else None,
                     (float(weight_decay),) if weight_decay != 0 else None,
-                    lr_factor,
                     **factors,
                     partials=None,
                     grad_scale=None,
@@ -147,7 +144,6 @@ def update_kernel(
     momenta,
     keeps,
     decays,
-    lr_factor,
     grad_factor,
     weight_factor,
     radial,
@@ -165,10 +161,10 @@ def update_kernel(
     CHUNK: tl.constexpr,
 ):
     """ŵ = a·w ;  g ← g/scale, −g if maximize ;  g̃ = s·g + ω·ŵ ;  m ← g̃ in a new buffer, else μ·m + (1−d)·g̃
-    u = g̃ without momentum, g̃ + μ·m if nesterov, else m ;  w ← ŵ − λ·(u − p·ŵ)  with λ = lr·lr_factor
+    u = g̃ without momentum, g̃ + μ·m if nesterov, else m ;  w ← ŵ − lr·(u − p·ŵ)
 
     lrs, momenta, keeps (1−d), decays (ω): tuples with an entry per param group, lrs of floats or device scalars.
-    All of μ, d, ω, lr_factor, s, a, p, grad_scale and found_inf may be None: then they cost neither arithmetic nor
+    All of μ, d, ω, s, a, p, grad_scale and found_inf may be None: then they cost neither arithmetic nor
     traffic. A found_inf other than 0 ends the program before it has changed anything.
     SUMS: 1: Σ w² of the new, rounded w goes to partials[chunk, 0] for the next step; 2: Σ w·m to [chunk, 3] too.
     seed, step: round w to bfloat16 stochastically (`round_stochastically`).
@@ -182,8 +178,6 @@ def update_kernel(
     w, g, m, left, full, row, group, _, _, _ = load_chunk(addresses, segments, chunk_segment, W, G, M, CHUNK)
     has_row = row >= 0
     lr = of_group(group, lrs)
-    if lr_factor is not None:
-        lr = lr * tl.load(lr_factor)
     momentum = None if momenta is None else of_group(group, momenta)
     keep = None if keeps is None else of_group(group, keeps)
     decay = None if decays is None else of_group(group, decays)

@@ -1,8 +1,9 @@
 """Studies: each claim that elropt stands on as a command that measures it, prints it and draws it."""
 
+from benchmarks.studies.dynamics import DYNAMICS
 from benchmarks.studies.radians import RADIANS
 from benchmarks.studies.spread import SPREAD
 from benchmarks.studies.swap_in import SWAP_IN
 from benchmarks.studies.warmup import WARMUP
 
-STUDIES = {study.name: study for study in (WARMUP, SPREAD, SWAP_IN, RADIANS)}
+STUDIES = {study.name: study for study in (WARMUP, SPREAD, SWAP_IN, DYNAMICS, RADIANS)}

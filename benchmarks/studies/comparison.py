@@ -256,6 +256,12 @@ def digits_mlp(depth: int, device: str, **changes: Any) -> Task:
     return Task(**{"model": f"bn-mlp-{depth}-w64", "epochs": 20, "split": 1, "device": device, **changes})
 
 
+def digits_plain(depth: int, device: str, **changes: Any) -> Task:
+    """A thin plain conv net on digits."""
+    options = {"epochs": 15, "split": 1, "channels_last": True, "device": device}
+    return Task(**{"model": f"plain-{depth}-w8", **options, **changes})
+
+
 def small_cifar(model: str, device: str, **changes: Any) -> Task:
     """A thin conv net on 8×8 images of CIFAR-10, 250 steps: a comparison of starts, not of final accuracies."""
     options = {"data": "cifar10", "image_size": 8, "limit": 4000, "split": 1, "epochs": 5, "batch_size": 64}

@@ -26,8 +26,8 @@ AXES = ("depth", "width", "normalization", "data", "batch size", "epochs")
 
 
 def methods(sgd: Sequence[float], angle: Sequence[float]) -> list[Method]:
-    """SGD, uniform ELRs, and a fixed angle, each with its grid."""
-    grids = {"sgd": sgd, "sgd+linear": sgd, "uniform": sgd, "angle": angle}
+    """SGD without a rule and with the default one, and a fixed angle, each with its grid."""
+    grids = {"sgd": sgd, "warmup": sgd, "angle": angle}
     return [dataclasses.replace(METHODS[name], lrs=tuple(grid)) for name, grid in grids.items()]
 
 
@@ -51,7 +51,7 @@ def tiny(device: str) -> Plan:
 
 def small(device: str) -> Plan:
     """BN-MLPs around one of 12 layers on digits."""
-    base = Task("bn-mlp-12-w64", epochs=12, split=2, device=device)
+    base = Task("bn-mlp-12-w64", epochs=10, split=2, device=device)
     tasks = around(
         base,
         model=[
@@ -61,7 +61,7 @@ def small(device: str) -> Plan:
         ],
         data=[{"data": name, "image_size": 8, "limit": 1800} for name in ("cifar10", "cifar100")],
         batch_size=[32, 256],
-        epochs=[4, 36],
+        epochs=[4, 30],
     )
     sgd = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     return Plan(tasks, methods(sgd, (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)), 3, 0)
@@ -243,7 +243,7 @@ def _cell(best: dict[str, Any]) -> str:
 def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
     """Accuracy against lr along every axis: SGD above, "angle" below, a colour for each value."""
     base = rows[0]["spec"]["task"]
-    shown = [name for name in ("sgd", "uniform", "angle") if name in summary["range"]]
+    shown = [name for name in ("sgd", "warmup", "angle") if name in summary["range"]]
     axes_names = list(summary["axes"])
     figure = Figure(figsize=(3.6 * len(axes_names), 3 * len(shown) + 0.5), layout="constrained")
     panels = figure.subplots(len(shown), len(axes_names), squeeze=False, sharey="col", sharex="row")

@@ -50,7 +50,10 @@ def tiny(device: str) -> Plan:
 
 def small(device: str) -> Plan:
     """BN-MLPs on digits, three depths; learning rates over 4 decades."""
-    tasks = [comparison.digits_mlp(depth, device, epochs=12) for depth in (20, 56, 110)]
+    tasks = [
+        comparison.digits_mlp(depth, device, model=f"bn-mlp-{depth}-w32", epochs=12)
+        for depth in (20, 56, 110)
+    ]
     methods = lrs(
         (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0),
         (0.0001, 0.001, 0.003, 0.01, 0.03, 1.0),

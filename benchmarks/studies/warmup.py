@@ -33,10 +33,7 @@ METHODS_COMPARED = [
     METHODS["sgd"],
     linear(0.1),
     linear(0.3),
-    *(
-        Method(name, "sgd", start=name)
-        for name in ("monotone", "balance", "equalize", "equalize-20", "fading-100")
-    ),
+    *(Method(name, "sgd", start=name) for name in ("monotone", "balance", "equalize", "fading-100")),
     METHODS["warmup"],
     METHODS["warmup+linear"],
 ]
@@ -48,13 +45,13 @@ def tiny(device: str) -> Plan:
 
 
 def small(device: str) -> Plan:
-    """A deep MLP on digits, a plain and a residual conv net on small images."""
+    """A deep MLP and a deep plain conv net on digits, and a residual net on small images of CIFAR-10."""
     tasks = [
         comparison.digits_mlp(30, device),
-        comparison.small_cifar("plain-38-w8", device),
+        comparison.digits_plain(56, device),
         comparison.small_cifar("resnet-20-w8", device),
     ]
-    return Plan(tasks, comparison.with_lrs(METHODS_COMPARED, (0.03, 0.1, 0.3)), 2, 3)
+    return Plan(tasks, comparison.with_lrs(METHODS_COMPARED, (0.01, 0.03, 0.1, 0.3)), 2, 3)
 
 
 def full(device: str) -> Plan:

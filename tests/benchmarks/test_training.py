@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks import training, warmups
 from benchmarks.training import METHODS, Method, Run, Task
-from elropt import dynamics, rules
+from elropt import dynamics
 
 from ..nets import backward, bn_mlp, invariant_weights
 
@@ -200,7 +200,3 @@ def test_fading_factors_go_from_uniform_to_sgd() -> None:
         log_e = np.log(E)
         expected = log_e + share * (log_e.mean() - log_e)
         np.testing.assert_allclose(np.log(relative_grads(weights)), expected, atol=1e-4)
-
-
-def test_critical_is_that_of_the_rules() -> None:
-    assert warmups.WARMUPS["balance"].keywords["critical"] is rules.balance  # type: ignore[attr-defined]
