@@ -58,7 +58,7 @@ def decide(
         skipped = (tl.load(found_inf) != 0).to(tl.int32)
     lanes = tl.arange(0, ROWS_PER_PASS)
     n = tl.zeros([ROWS_PER_PASS], tl.float32)
-    log_e_sum, log_smooth_sum, ww_sum, gg_sum, sphere_sum, veto = n, n, n, n, n, n
+    log_e_sum, log_smooth_sum, squares, ww_sum, gg_sum, sphere_sum, veto = n, n, n, n, n, n, n
     top = -INFINITY + n
     for start in range(0, n_rows, ROWS_PER_PASS):
         at = start + lanes
@@ -67,7 +67,9 @@ def decide(
         if RULE == "warmup":
             log_lr = _log_lr(group_of_row, lrs, gains, at, exists)
             top = tl.maximum(top, tl.where(moving, log_lr, -INFINITY))
-            log_smooth_sum += _log_smooth_e(ww, gg, c, moving)
+            log_smooth_e = _log_smooth_e(ww, gg, c, moving)
+            log_smooth_sum += log_smooth_e
+            squares += log_smooth_e * log_smooth_e
             waiting = tl.where(moving, passed != RADIAL_TESTS, passed >= 0)
             # rows without a gradient have not been judged: they matter only if they have had one before
             waiting = tl.where(gg == -1.0, c > 0, waiting)
@@ -89,15 +91,11 @@ def decide(
         over = (tl.load(handed_over) != 0).to(tl.int32)
         critical = -tl.max(top)
         log_target = tl.minimum(log_target, critical)
-        log_smooth_target = tl.minimum(tl.sum(log_smooth_sum) / count, critical)
-        squares = n * 0.0
-        for start in range(0, n_rows, ROWS_PER_PASS):
-            at = start + lanes
-            ww, gg, _, c, _, _, _, moving, exists = _rows(sums, memory, numel, at, n_rows)
-            offset = tl.where(moving, _log_smooth_e(ww, gg, c, moving) - log_smooth_target, 0.0)
-            squares += offset * offset
-        equal = tl.sum(squares) / count < EQUALIZED_VARIANCE
-        ends = ((tl.sum(n) > 0) & (tl.max(veto) == 0) & equal).to(tl.int32)
+        log_smooth_mean = tl.sum(log_smooth_sum) / count
+        log_smooth_target = tl.minimum(log_smooth_mean, critical)
+        beyond = log_smooth_mean - log_smooth_target
+        square = tl.sum(squares) / count - log_smooth_mean * log_smooth_mean + beyond * beyond
+        ends = ((tl.sum(n) > 0) & (tl.max(veto) == 0) & (square < EQUALIZED_VARIANCE)).to(tl.int32)
         if (ends != 0) & (over == 0) & (skipped == 0):
             tl.store(handed_over, 1.0)
 

@@ -64,9 +64,9 @@ def update(
     else:
         lr = float(lr)
     factors = {
-        "grad_factor": _checked("grad_factor", grad_factor, 1, device),
-        "weight_factor": _checked("weight_factor", weight_factor, 1, device),
-        "radial": _checked("radial", radial, 1, device),
+        "grad_factor": _checked("grad_factor", grad_factor, device),
+        "weight_factor": _checked("weight_factor", weight_factor, device),
+        "radial": _checked("radial", radial, device),
     }
     lengths = {name: len(factor) for name, factor in factors.items() if factor is not None}
     if len(set(lengths.values())) > 1:
@@ -124,13 +124,13 @@ def without_marks(buffer: Tensor) -> Tensor:
     return buffer.copy_(torch.where(mark & ~mark.all(), 0.0, buffer))
 
 
-def _checked(name: str, factor: Tensor | None, dim: int, device: torch.device) -> Tensor | None:
+def _checked(name: str, factor: Tensor | None, device: torch.device) -> Tensor | None:
     if factor is None:
         return None
-    if factor.dim() != dim or factor.dtype != torch.float32 or factor.device != device:
+    if factor.dim() != 1 or factor.dtype != torch.float32 or factor.device != device:
         raise ValueError(
             f"{name} is {factor.dim()}-dimensional, {factor.dtype}, on {factor.device}; "
-            f"it must be {dim}-dimensional, torch.float32, on {device}"
+            f"it must be 1-dimensional, torch.float32, on {device}"
         )
     return factor.detach().contiguous()
 

@@ -198,7 +198,6 @@ def update_cases(draw: st.DrawFn) -> dict[str, Any]:
         ),
         "vectors": vectors,
         "lr_as": draw(st.sampled_from(["float", "float32", "float64"])),
-        "lr_factor": draw(st.sampled_from([None, 0.37])),
         "hyper": {
             "lr": draw(st.sampled_from([1e-3, 0.1, 1.7])),
             "momentum": momentum,
@@ -238,7 +237,6 @@ def test_update_agrees_with_float64(case: dict[str, Any]) -> None:
     hyper, lr = case["hyper"], case["hyper"]["lr"]
     if case["lr_as"] != "float":
         lr = torch.tensor(lr, dtype=getattr(torch, case["lr_as"]), device=DEVICE)
-    lr_factor = None if case["lr_factor"] is None else torch.tensor(case["lr_factor"], device=DEVICE)
     before = [[None if t is None else t.clone() for t in ts] for ts in (ws, gs, ms)]
     buffers = list(ms)
     with chunks_of(case["chunk"]), poisoned_allocations():
@@ -247,7 +245,6 @@ def test_update_agrees_with_float64(case: dict[str, Any]) -> None:
             gs,
             buffers,
             **{**hyper, "lr": lr},
-            lr_factor=lr_factor,
             **{name: vector.to(DEVICE) for name, vector in factors.items()},
             rows=rows,
         )
@@ -262,8 +259,7 @@ def test_update_agrees_with_float64(case: dict[str, Any]) -> None:
             sap = {
                 symbols[k]: v[row[0] : sum(row)].view(view).double().to(DEVICE) for k, v in factors.items()
             }
-        applied = {**hyper, "lr": hyper["lr"] * (case["lr_factor"] or 1.0)}
-        assert_one_step(ws[i], buffers[i], w, g, m, **applied, **sap)
+        assert_one_step(ws[i], buffers[i], w, g, m, **hyper, **sap)
         torch.testing.assert_close(gs[i], g, rtol=0, atol=0)
         if hyper["momentum"] == 0:
             assert buffers[i] is ms[i]
@@ -343,19 +339,17 @@ def test_three_steps_agree_with_torch_sgd(momentum, dampening, nesterov, weight_
 
 
 def test_neutral_factors_and_lr_tensors_change_no_bit() -> None:
-    one, zero = torch.ones((), device=DEVICE), torch.zeros(3, device=DEVICE)
+    zero = torch.zeros(3, device=DEVICE)
     lr = torch.tensor(0.1, device=DEVICE)
     variants: list[dict[str, Any]] = [
         {},
         {"lr": lr},
         {"lr": lr.double()},
         {"lr": torch.tensor([0.1])},
-        {"lr_factor": one},
-        {"lr": lr, "lr_factor": one},
         {"grad_factor": zero + 1},
         {"weight_factor": zero + 1},
         {"radial": zero},
-        {"lr_factor": one, "grad_factor": zero + 1, "weight_factor": zero + 1, "radial": zero},
+        {"lr": lr, "grad_factor": zero + 1, "weight_factor": zero + 1, "radial": zero},
         {"grad_factor": torch.stack([zero + 1, zero], 1)[:, 0]},
     ]
     results = []
@@ -587,8 +581,6 @@ def test_lists_of_different_length_are_refused() -> None:
     [
         ({"lr": torch.ones(2)}, ValueError, r"lr has shape \(2,\)"),
         ({"weight_decay": torch.tensor(0.1)}, TypeError, "weight_decay is a tensor"),
-        ({"lr_factor": torch.ones(1)}, ValueError, "lr_factor is 1-dimensional"),
-        ({"lr_factor": torch.ones((), dtype=torch.float64)}, ValueError, "lr_factor is .*float64"),
         ({"radial": torch.ones(4, 1)}, ValueError, "radial is 2-dimensional"),
         ({"grad_factor": torch.ones(4, dtype=torch.bfloat16)}, ValueError, "grad_factor is .*bfloat16"),
         ({"weight_factor": torch.ones(4, device="meta")}, ValueError, "weight_factor is .*meta"),
@@ -726,7 +718,6 @@ def test_offsets_beyond_32_bits_in_the_kernels() -> None:
     torch.testing.assert_close(partials[0, 2], (w * g).sum())
     nothing = dict.fromkeys(
         [
-            "lr_factor",
             "grad_factor",
             "weight_factor",
             "radial",
