@@ -82,8 +82,8 @@ def spread_over_steps(ax: Axes, spreads: Mapping[str, tuple[ArrayLike, ArrayLike
     ax.set_yscale("log")
     for index, (name, (steps, spread)) in enumerate(spreads.items()):
         steps, spread = _columns(steps, spread, ndim=1)
-        color = COLORS[index % len(COLORS)]
-        ax.plot(steps, _positive(spread), label=name, color=color, marker=_marker(steps))
+        color, line = _style(index)
+        ax.plot(steps, _positive(spread), line, label=name, color=color, marker=_marker(steps))
         _reach(ax, steps, spread, below=1)
     ax.axhline(1, color="0.6", linewidth=0.8, linestyle=":")
     ax.set_ylabel("ELR spread (max / min)")
@@ -148,8 +148,10 @@ def accuracy_against_lr(
             )
         order = np.argsort(lrs)
         lrs, (mean, low, high) = lrs[order], curves[order].T
-        color = COLORS[index % len(COLORS)]
-        ax.plot(lrs, mean, label=name, color=color, marker=MARKERS[index % len(MARKERS)], markersize=4.5)
+        color, line = _style(index)
+        ax.plot(
+            lrs, mean, line, label=name, color=color, marker=MARKERS[index % len(MARKERS)], markersize=4.5
+        )
         ax.fill_between(lrs, low, high, color=color, alpha=0.15, linewidth=0)
     ax.set(xlabel=xlabel, ylabel="test accuracy")
     _finish(ax)
@@ -225,6 +227,11 @@ def _reach(
     shown = values[np.isfinite(values) & (values > 0)]
     if shown.size:
         ax.update_datalim([(steps[0], shown.min() / below), (steps[0], shown.max() * above)])
+
+
+def _style(index: int) -> tuple[str, str]:
+    """Colour and kind of the line; when the colours are used up they come again, dashed."""
+    return COLORS[index % len(COLORS)], ("-", "--", ":")[index // len(COLORS) % 3]
 
 
 def _marker(steps: NDArray[np.float64]) -> str:

@@ -113,7 +113,7 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
     for ax, (task, of_task) in zip(axes, groups.items(), strict=True):
         for index, entry in enumerate(of_task):
             points = validation_over_epochs(entry)
-            style = {"color": plots.COLORS[index % 7], "marker": plots.MARKERS[index % 7], "markersize": 4}
+            style: dict[str, Any] = {"color": plots.COLORS[index % 7], "marker": plots.MARKERS[index % 7]}
             line = "-" if index < 7 else "--"
             ax.plot([p[0] for p in points], [100 * p[2] for p in points], line, label=entry.method, **style)
         ax.set(title=task, xlabel="epoch", ylabel="validation accuracy (%)")

@@ -110,6 +110,7 @@ def test_release_ends_the_rule() -> None:
         assert applied == pytest.approx(1, abs=1e-3) if step < half else applied > 1.05
 
 
+@pytest.mark.filterwarnings("ignore:no parameter is tracked")
 def test_a_run_that_diverges_ends_and_says_so() -> None:
     row = train("sgd", Task("mlp-3-w8", epochs=30), lr=1e12)
     assert not row["finite"]
@@ -145,7 +146,7 @@ def relative_grads(weights: list[Tensor]) -> np.ndarray:
 def test_capped_steps_have_the_critical_learning_rate(name: str, momentum: float) -> None:
     model, weights, optimizer = sgd_on_a_net(lr=1e4, momentum=momentum)
     warmups.WARMUPS[name](optimizer, weights)
-    backward(model)
+    backward(model, 0)
     E, before = relative_grads(weights), [w.detach().clone() for w in weights]
     critical = (dynamics.monotone_lr if name == "monotone" else dynamics.balance_lr)(E) * (1 - momentum)
     optimizer.step()
@@ -157,10 +158,10 @@ def test_capped_steps_have_the_critical_learning_rate(name: str, momentum: float
 def test_the_cap_ends_for_good_once_it_does_not_bind() -> None:
     model, weights, optimizer = sgd_on_a_net(lr=1e-6)
     warmups.WARMUPS["monotone"](optimizer, weights)
-    backward(model)
+    backward(model, 0)
     optimizer.step()
     optimizer.param_groups[0]["lr"] = 1e4
-    backward(model)
+    backward(model, 0)
     before = weights[0].detach().clone()
     optimizer.step()
     torch.testing.assert_close(weights[0], before - 1e4 * weights[0].grad)
@@ -169,10 +170,10 @@ def test_the_cap_ends_for_good_once_it_does_not_bind() -> None:
 def test_equalized_weights_have_equal_relative_gradients_and_the_same_function() -> None:
     model, weights, optimizer = sgd_on_a_net(lr=0.0)
     warmups.WARMUPS["equalize"](optimizer, weights)
-    before = backward(model)
+    before = backward(model, 0)
     E = relative_grads(weights)
     optimizer.step()
-    after = backward(model)
+    after = backward(model, 0)
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(relative_grads(weights), np.exp(np.log(E).mean()), rtol=0.02)
 
@@ -181,9 +182,9 @@ def test_equalized_weights_have_equal_relative_gradients_and_the_same_function()
 def test_an_imposed_spread_is_there_and_the_function_the_same(spread: float) -> None:
     model, weights, optimizer = sgd_on_a_net(lr=0.0)
     warmups.WARMUPS[f"spread {spread:g}"](optimizer, weights)
-    before = backward(model)
+    before = backward(model, 0)
     optimizer.step()
-    after = backward(model)
+    after = backward(model, 0)
     torch.testing.assert_close(after, before, rtol=2e-2, atol=2e-3)
     E = relative_grads(weights)
     assert E[0] / E[-1] == pytest.approx(spread, rel=0.1)
@@ -193,7 +194,7 @@ def test_fading_factors_go_from_uniform_to_sgd() -> None:
     model, weights, optimizer = sgd_on_a_net(lr=0.0)
     warmups.WARMUPS["fading-100"](optimizer, weights)
     for step in range(102):
-        backward(model)
+        backward(model, 0)
         E = relative_grads(weights)
         optimizer.step()
         share = max(0.0, 1 - step / 100)
