@@ -51,6 +51,8 @@ def sweep(
     done = read_rows(rows_file)
     missing = [spec for spec in dict.fromkeys(specs) if _key(dataclasses.asdict(spec)) not in done]
     rows_file.parent.mkdir(parents=True, exist_ok=True)
+    if not missing:
+        return [done[_key(dataclasses.asdict(spec))] for spec in specs]
     commit = env_report.collect()["git_commit"]
     columns = (
         TextColumn("{task.description}"),

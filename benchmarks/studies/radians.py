@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy import stats
 
+from benchmarks.statistics import Curve, usable_range
 from benchmarks.studies import comparison
 from benchmarks.studies.comparison import Plan
 from benchmarks.studies.study import Study
@@ -22,6 +23,7 @@ from benchmarks.sweep import Row
 from benchmarks.training import METHODS, Method, Task, train
 from elropt import plots
 
+GOOD = 0.95  # share of the best gain over chance at which a learning rate counts as good
 AXES = ("depth", "width", "normalization", "data", "batch size", "epochs")
 
 
@@ -64,7 +66,7 @@ def small(device: str) -> Plan:
         epochs=[4, 30],
     )
     sgd = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    return Plan(tasks, methods(sgd, (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)), 3, 0)
+    return Plan(tasks, methods(sgd, (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)), 3, 0)
 
 
 def full(device: str) -> Plan:
@@ -94,17 +96,23 @@ PLANS = {"tiny": tiny, "small": small, "full": full}
 
 
 class Best(NamedTuple):
-    """A method's best learning rate on a task: the top of a parabola, and its percentile bootstrap interval."""
+    """A method's best learning rate on a task: the top of a parabola, and its percentile bootstrap interval.
+
+    good_low, good_high: the stretch around it on which accuracy keeps `GOOD` of its gain over chance; where the
+    top is flat this says more than the top.
+    """
 
     lr: float
     low: float
     high: float
+    good_low: float
+    good_high: float
     accuracy: float  # mean validation accuracy at the best point of the grid, in percent
     at_edge: bool  # the best point is the first or the last of the grid
 
 
-def best_lr(lrs: NDArray[np.float64], accuracies: NDArray[np.float64]) -> Best:
-    """From accuracies [seeds, N] in percent at lrs [N], ascending."""
+def best_lr(lrs: NDArray[np.float64], accuracies: NDArray[np.float64], chance: float) -> Best:
+    """From accuracies [seeds, N] in percent at lrs [N], ascending; chance: that of guessing."""
     mean = accuracies.mean(axis=0)
     low = high = np.nan
     if len(accuracies) > 1:
@@ -118,7 +126,10 @@ def best_lr(lrs: NDArray[np.float64], accuracies: NDArray[np.float64]) -> Best:
         )
         low, high = np.exp(result.confidence_interval)
     best = int(mean.argmax())
-    return Best(top(lrs, mean), float(low), float(high), float(mean.max()), best in (0, len(lrs) - 1))
+    good = usable_range(Curve(lrs, mean, mean, mean), chance + GOOD * (mean[best] - chance))
+    good_low, good_high = (np.nan, np.nan) if good is None else (good.low, good.high)
+    at_edge = best in (0, len(lrs) - 1)
+    return Best(top(lrs, mean), float(low), float(high), good_low, good_high, float(mean[best]), at_edge)
 
 
 def top(lrs: NDArray[np.float64], accuracy: NDArray[np.float64]) -> float:
@@ -164,7 +175,7 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
         seeds = sorted({row["spec"]["seed"] for row in of_one})
         at = {(row["spec"]["seed"], row["spec"]["lr"]): 100 * row["accuracy"] for row in of_one}
         accuracies = np.array([[at[seed, lr] for lr in lrs] for seed in seeds])
-        best = best_lr(lrs, accuracies)._asdict()
+        best = best_lr(lrs, accuracies, 100 / of_one[0]["classes"])._asdict()
         curves.setdefault(method, []).append(
             dict(zip(lrs.tolist(), accuracies.mean(axis=0).tolist(), strict=True))
         )
@@ -180,6 +191,7 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
         },
         "range": {method: ranges(found, method) for method in curves},
         "one_lr_for_all": {method: one_for_all(of_method) for method, of_method in curves.items()},
+        "good_for_all": {method: good_for_all(found, method) for method in curves},
     }
 
 
@@ -195,6 +207,18 @@ def ranges(found: dict[str, dict[str, dict[str, Any]]], method: str) -> dict[str
         if len(best) > 1:
             result[axis] = max(best) / min(best)
     return result
+
+
+def good_for_all(found: dict[str, dict[str, dict[str, Any]]], method: str) -> dict[str, list[float] | None]:
+    """Along each axis, and "all": the learning rates that are good at every value; None if there is none."""
+    stretches = {
+        axis: [(of_value[method]["good_low"], of_value[method]["good_high"]) for of_value in values.values()]
+        for axis, values in found.items()
+        if len(values) > 1
+    }
+    stretches["all"] = [stretch for of_axis in stretches.values() for stretch in of_axis]
+    common = {axis: [max(low for low, _ in s), min(high for _, high in s)] for axis, s in stretches.items()}
+    return {axis: [low, high] if low <= high else None for axis, (low, high) in common.items()}
 
 
 def one_for_all(curves: Sequence[dict[float, float]]) -> dict[str, float]:
@@ -213,8 +237,9 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
     """Best learning rates along every axis, and one for all."""
     names = list(summary["range"])
     table = Table(
-        title="best learning rate (top of a parabola) and validation accuracy in %",
-        caption="* at the end of the grid; “range”: largest / smallest along the axis",
+        title="best learning rate (top of a parabola), where it is good, and validation accuracy in %",
+        caption=f"* at the end of the grid; in brackets: where accuracy keeps {GOOD:.0%} of its gain over chance; "
+        "“range”: largest / smallest best along the axis, and which learning rates are good at all its values",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
@@ -225,9 +250,12 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
     for axis, values in summary["axes"].items():
         for value, by_name in values.items():
             table.add_row(axis, value, *(_cell(by_name[name]) for name in names))
-        table.add_row(
-            axis, "range", *(f"×{summary['range'][name][axis]:.2g}" for name in names), end_section=True
-        )
+        shared = [summary["good_for_all"][name][axis] for name in names]
+        cells = [
+            f"×{summary['range'][name][axis]:.2g} [{'none' if good is None else f'{good[0]:.2g}–{good[1]:.2g}'}]"
+            for name, good in zip(names, shared, strict=True)
+        ]
+        table.add_row(axis, "range", *cells, end_section=True)
     one = Table(title="one learning rate for all these tasks", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("method", "lr", "points lost, mean", "points lost, worst"):
         one.add_column(column, justify="right")
@@ -237,7 +265,8 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
 
 
 def _cell(best: dict[str, Any]) -> str:
-    return f"{best['lr']:.2g}{'*' if best['at_edge'] else ''} ({best['accuracy']:.1f})"
+    star = "*" if best["at_edge"] else ""
+    return f"{best['lr']:.2g}{star} [{best['good_low']:.2g}–{best['good_high']:.2g}] {best['accuracy']:.1f}"
 
 
 def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
@@ -246,7 +275,7 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
     shown = [name for name in ("sgd", "warmup", "angle") if name in summary["range"]]
     axes_names = list(summary["axes"])
     figure = Figure(figsize=(3.6 * len(axes_names), 3 * len(shown) + 0.5), layout="constrained")
-    panels = figure.subplots(len(shown), len(axes_names), squeeze=False, sharey="col", sharex="row")
+    panels = figure.subplots(len(shown), len(axes_names), squeeze=False, sharey="col")
     groups = comparison.by_method(rows)
     for row_index, name in enumerate(shown):
         for ax, axis in zip(panels[row_index], axes_names, strict=True):
@@ -261,8 +290,7 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
             lines = {value: lines[value] for value in values}
             unit = METHODS[name].unit
             plots.accuracy_against_lr(ax, lines, xlabel=f"learning rate ({unit})")
-            ax.set(title=f"{name}: {axis}", ylabel="validation accuracy (%)")
-            ax.label_outer()
+            ax.set(title=f"{name}: {axis}", ylabel="validation accuracy (%)" if axis == axes_names[0] else "")
     path = out / "radians.png"
     plots.save(figure, path)
     return [path]

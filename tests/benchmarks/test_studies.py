@@ -142,6 +142,8 @@ def test_axes_of_the_radians_are_read_from_the_tasks() -> None:
     assert summary["range"]["angle"] == pytest.approx(dict.fromkeys(summary["axes"], 1.0))
     assert summary["range"]["sgd"]["width"] == pytest.approx(10**0.5)
     assert summary["axes"]["depth"]["6"]["sgd"]["lr"] == pytest.approx(10**-0.75)
+    assert summary["good_for_all"]["angle"]["width"] == pytest.approx(summary["good_for_all"]["angle"]["all"])
+    assert summary["axes"]["depth"]["6"]["angle"]["good_high"] == pytest.approx(0.1 * 10**0.4)
     assert summary["one_lr_for_all"]["angle"] == {"lr": 0.1, "mean_loss": 0.0, "worst_loss": 0.0}
 
 
