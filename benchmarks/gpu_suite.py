@@ -147,11 +147,20 @@ def end_to_end(context: Context) -> list[str]:
 
 def accuracy(context: Context) -> list[str]:
     """A few short training runs on digits."""
-    size = ["--seeds", "1", "--lrs", "0.03", "--epochs", "1" if context.tiny else "10"]
+    size = ["--seeds", "1", "--fresh-seeds", "1", "--lrs", "0.03", "--epochs", "1" if context.tiny else "10"]
     tiny = ["--model", "bn-mlp-4-w16", "--optimizer", "warmup", "--jobs", "1"] if context.tiny else []
     return module(
         "accuracy", "--device", context.device, "--out", str(accuracy_folder(context)), *size, *tiny
     )
+
+
+def cifar(context: Context) -> list[str]:
+    """ResNet-18 on CIFAR-10 as fast as it goes, one learning rate each: how long an epoch takes."""
+    recipe = ["--data", "cifar10", "--model", "resnet-18", "--epochs", "8", "--batch-size", "512", "--augment"]
+    recipe += ["--weight-decay", "5e-4", "--amp", "--channels-last", "--compile", "--seeds", "1", "--fresh-seeds", "1"]
+    methods = [word for name in ("sgd", "warmup", "uniform") for word in ("--optimizer", name)]
+    out = ["--device", context.device, "--out", str(context.out / "cifar")]
+    return module("accuracy", *recipe, "--lrs", "0.2", *methods, *out)
 
 
 def accuracy_folder(context: Context) -> Path:
@@ -168,6 +177,7 @@ PARTS = {
     "host": Part(host, 1),
     "end-to-end": Part(end_to_end, 2),
     "accuracy": Part(accuracy, 2),
+    "cifar": Part(cifar, 5, gpu_only=True),
     "step-time": Part(step_time, 7),
     "compiled": Part(compiled, 3, gpu_only=True),
 }

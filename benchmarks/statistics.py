@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,6 +12,17 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """The items by their key, in the order in which these come."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 class Interval(NamedTuple):
@@ -39,6 +51,13 @@ def interval(values: ArrayLike) -> Interval:
     )
     low, high = result.confidence_interval
     return Interval(float(values.mean()), float(low), float(high), values.size)
+
+
+def geometric_interval(values: ArrayLike) -> Interval:
+    """`interval` of the logarithms, taken back; of the values that are positive and finite."""
+    values = np.asarray(values, dtype=np.float64)
+    mean, low, high, n = interval(np.log(values[np.isfinite(values) & (values > 0)]))
+    return Interval(math.exp(mean), math.exp(low), math.exp(high), n)
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> Interval:

@@ -122,7 +122,7 @@ def train(run: Run) -> dict[str, Any]:
     task, method, dataset = run.task, run.method, load(run.task)
     torch.manual_seed(run.seed)
     model = models.build(task.model, in_shape=dataset.in_shape, classes=dataset.classes).to(task.device)
-    if task.channels_last:
+    if task.channels_last and method.optimizer != "sgdp":  # which takes views of its weights
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = len(dataset.train_y) // task.batch_size * task.epochs
     optimizer, tracked = make_optimizer(model, run, dataset)
@@ -252,14 +252,14 @@ class Trace:
         E = [self._relative_grads[step].double().cpu().numpy() for step in steps]
         elr = [self._elrs[step].double().cpu().numpy() for step in steps if step in self._elrs]
         columns: dict[str, Any] = {"trace_steps": steps}
-        columns["spread"] = [_significant(spread(row)) for row in E]
-        columns["log_std"] = [_significant(log_std(row)) for row in E]
-        columns["mean_E"] = [_significant(geometric_mean(row)) for row in E]
-        columns["applied_spread"] = [_significant(spread(row)) for row in elr]
-        columns["mean_elr"] = [_significant(geometric_mean(row)) for row in elr]
+        columns["spread"] = [significant(spread(row)) for row in E]
+        columns["log_std"] = [significant(log_std(row)) for row in E]
+        columns["mean_E"] = [significant(geometric_mean(row)) for row in E]
+        columns["applied_spread"] = [significant(spread(row)) for row in elr]
+        columns["mean_elr"] = [significant(geometric_mean(row)) for row in elr]
         if layers:
-            columns["E"] = [[_significant(value) for value in row] for row in E]
-            columns["elr"] = [[_significant(value) for value in row] for row in elr]
+            columns["E"] = [[significant(value) for value in row] for row in E]
+            columns["elr"] = [[significant(value) for value in row] for row in elr]
         return columns
 
     def _measure(self) -> Tensor:
@@ -305,7 +305,8 @@ def _usable(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values[np.isfinite(values) & (values > 0)]
 
 
-def _significant(value: float) -> float:
+def significant(value: float) -> float:
+    """Rounded to 4 significant digits."""
     return float(f"{value:.4g}")
 
 

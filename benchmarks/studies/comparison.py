@@ -15,7 +15,16 @@ from matplotlib.axes import Axes
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks.statistics import Curve, Interval, UsableRange, curve, interval, paired, usable_range
+from benchmarks.statistics import (
+    Curve,
+    Interval,
+    UsableRange,
+    curve,
+    grouped,
+    interval,
+    paired,
+    usable_range,
+)
 from benchmarks.studies.study import Stage
 from benchmarks.sweep import Row
 from benchmarks.training import Method, Run, Task
@@ -104,10 +113,7 @@ def finals(rows: Sequence[Row], seeds: int) -> list[Run]:
 
 def by_method(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     """Rows by (task, method), in the order in which these come."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((label(row["spec"]["task"]), row["spec"]["method"]["name"]), []).append(row)
-    return groups
+    return grouped(rows, lambda row: (label(row["spec"]["task"]), row["spec"]["method"]["name"]))
 
 
 def label(task: dict[str, Any]) -> str:
@@ -168,10 +174,7 @@ def against_sgd(entry: Entry, of_task: Sequence[Entry]) -> Interval | None:
 
 def by_task(every: Iterable[Entry]) -> dict[str, list[Entry]]:
     """Entries by task."""
-    groups: dict[str, list[Entry]] = {}
-    for entry in every:
-        groups.setdefault(entry.task, []).append(entry)
-    return groups
+    return grouped(every, lambda entry: entry.task)
 
 
 def conclusions(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -1,10 +1,13 @@
 """Weight dynamics (source A of docs/theory.md): does E = ‖g‖/‖w‖ move as the model of `elropt.dynamics` says?
 
-For plain SGD the growth of ‖w‖ is exact, so all that the model assumes is that c = ‖g‖·‖w‖ stays. Five measurements:
+For plain SGD the growth of ‖w‖ is exact, so all that the model assumes is that c = ‖g‖·‖w‖ stays. Four measurements:
 whole runs at a constant learning rate (`Trajectory`); one turn by a set angle (`Turn`); the spread after a few steps
 against the learning rate (`Critical`); how gradients grow towards the input at initialization (`Explosion`). Logarithms
 are natural. "Common" is a mean over layers, "individual" the standard deviation over layers around it; only the
 individual part changes ratios of ELRs.
+
+Here: what is measured, and how. What is concluded from the rows is in `dynamics_summary`, tables and figures are in
+`dynamics_report`.
 """
 
 from __future__ import annotations
@@ -12,42 +15,30 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter, NullFormatter
 from numpy.typing import ArrayLike, NDArray
-from rich.console import RenderableType
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import elropt
 from benchmarks import data, models, training
-from benchmarks.statistics import Interval, interval
+from benchmarks.studies.dynamics_report import draw, tables
+from benchmarks.studies.dynamics_summary import SMOOTHING, summarize
 from benchmarks.studies.study import Study
 from benchmarks.sweep import Row
 from elropt import dynamics
-from elropt.plots import COLORS, DEPTH, MARKERS, save
 
 Array: TypeAlias = NDArray[np.float64]
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
-EXPLOSION = math.sqrt(math.pi / (math.pi - 1))  # of gradient norms, per BN-ReLU layer
 LRS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 ANGLES = (0.0001, 0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)  # λE, the tangent
 AFTER = (1, 2, 5)  # steps after which `Critical` looks at the spread
-SMOOTHING = (0.0, 0.5, 0.9)
-BINS = (0.0, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)  # of the largest λE of a step
-TOLERANCE = math.log(1.3)
-DRAWN_LAYERS = 12
+DRAWN_LAYERS = 12  # of which a row has E and c
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +154,7 @@ def measure_trajectory(spec: Trajectory) -> Row:
     batches = bench.batches()
     batch = next(batches)
     norms = [bench.norms(batch)]
-    E0 = _numpy(norms[0][1, :-1] / norms[0][0, :-1])
+    E0 = _relative_grads(norms[0])
     lr = spec.lr * (float(dynamics.monotone_lr(E0)) if spec.relative else 1.0)
     optimizer = torch.optim.SGD(bench.model.parameters(), lr=lr, momentum=spec.momentum)
     same: dict[int, Tensor] = {}
@@ -183,10 +174,10 @@ def measure_trajectory(spec: Trajectory) -> Row:
     broken = np.flatnonzero(~(np.isfinite(measured).all((1, 2)) & (measured[:, :, :-1] > 0).all((1, 2))))
     end = int(broken[0]) if broken.size else len(measured)
     row: Row = {
-        "lr": _significant(lr),
+        "lr": training.significant(lr),
         "layers": len(E0),
-        "monotone": _significant(float(dynamics.monotone_lr(E0))),
-        "balance": _significant(float(dynamics.balance_lr(E0))),
+        "monotone": training.significant(float(dynamics.monotone_lr(E0))),
+        "balance": training.significant(float(dynamics.balance_lr(E0))),
         "finite": end == len(measured),
         "steps_measured": end - 1,
     }
@@ -195,7 +186,9 @@ def measure_trajectory(spec: Trajectory) -> Row:
     on_same = {step: _numpy(value)[:, :-1] for step, value in same.items() if step < end - 1}
     cosine = float(torch.stack(cosines).nanmean()) if cosines else math.nan
     w, g = measured[:end, 0, :-1], measured[:end, 1, :-1]
-    row |= {"loss": [_significant(measured[0, 0, -1]), _significant(measured[end - 1, 0, -1])]}
+    row |= {
+        "loss": [training.significant(measured[0, 0, -1]), training.significant(measured[end - 1, 0, -1])]
+    }
     return row | rounded(compare(w, g, on_same, lr, spec.momentum, cosine, keep_layers=spec.seed == 0))
 
 
@@ -241,41 +234,56 @@ def compare(
     log_c = np.log(c / c[0])
     common_c = np.repeat(np.exp(log_c.mean(1, keepdims=True)), E.shape[1], axis=1)
     forecasts = {"aligned": dynamics.simulate(E[0], lr, T, momentum)}
+    E, c = g / w, g * w
+    T = len(E) - 1
+    at = [*sorted(on_same), T]
+    log_c = np.log(c / c[0])
+    predicted = {"model": dynamics.simulate(E[0], lr, T, momentum)}
     if momentum:
-        forecasts["independent"] = dynamics.simulate(E[0], lr, T, momentum, gradients="independent")
+        predicted["independent"] = dynamics.simulate(E[0], lr, T, momentum, gradients="independent")
     else:
-        forecasts["common"] = with_sphere_grads(E[0], common_c, lr)
-    model = forecasts.pop("aligned")
+        common_c = np.repeat(np.exp(log_c.mean(1, keepdims=True)), E.shape[1], axis=1)
+        predicted["common"] = with_sphere_grads(E[0], common_c, lr)
     columns: dict[str, Any] = {"at": at, "log_std": log_std(E[at]), "spread": dynamics.elr_spread(E[at])}
-    columns |= {"model_log_std": log_std(model[at]), "model_spread": dynamics.elr_spread(model[at])}
-    columns |= {f"{name}_log_std": log_std(values[at]) for name, values in forecasts.items()}
-    for name, values in {"model": model, **forecasts}.items():
+    columns["model_spread"] = dynamics.elr_spread(predicted["model"][at])
+    for name, values in predicted.items():
         error = np.log(values[at] / E[at])
+        columns |= {f"{name}_log_std": log_std(values[at])}
         columns |= {f"{name}_error_common": error.mean(1), f"{name}_error_individual": error.std(1)}
     columns |= {"c_common": log_c[at].mean(1), "c_individual": log_c[at].std(1)}
-    if momentum:
-        measured = 2 * np.log(w[-1] / w[0])
-        columns["cosine"] = cosine
-        columns["growth"] = {"measured": np.median(measured)} | {
-            name: np.median(log_growth(E[:-1], lr, momentum, value)[-1])
-            for name, value in {"aligned": 1.0, "independent": 0.0, "cosine": cosine}.items()
-        }
-    else:
-        with_c = with_sphere_grads(E[0], c / c[0], lr)
-        columns["rounding"] = np.abs(np.log(with_c / E)).max()
-        columns["forecast"] = [_forecast_error(log_c, share) for share in SMOOTHING]
-        after = {step: np.log(w1 * g1 / c[step]) for step, (w1, g1) in on_same.items()}
-        steps = sorted(after)
-        turn = np.stack([after[step] for step in steps])
-        noise = np.stack([log_c[step + 1] - log_c[step] - after[step] for step in steps])
-        law = np.log1p((lr * E[steps]) ** 2)
-        columns |= {"turn_common": turn.mean(1), "turn_individual": turn.std(1), "law_individual": law.std(1)}
-        columns |= {"noise_common": noise.mean(1), "noise_individual": noise.std(1)}
-        columns |= {"step_individual": (turn - law).std(1), "max_lr_E": lr * E[steps].max(1)}
+    columns |= growth_columns(w, E, lr, momentum, cosine) if momentum else step_columns(E, c, on_same, lr)
     if keep_layers:
         kept = np.unique(np.linspace(0, E.shape[1] - 1, DRAWN_LAYERS).round().astype(int))
-        columns |= {"kept": kept, "E": E[at][:, kept], "model_E": model[at][:, kept], "c": c[at][:, kept]}
+        columns |= {"kept": kept, "E": E[at][:, kept], "model_E": predicted["model"][at][:, kept]}
+        columns |= {"c": c[at][:, kept]}
     return columns
+
+
+def growth_columns(w: Array, E: Array, lr: float, momentum: float, cosine: float) -> dict[str, Any]:
+    """Of `compare`, with momentum: ln ‖w‖² gained, the median of layers, measured and by closure."""
+    growth = {"measured": np.median(2 * np.log(w[-1] / w[0]))}
+    for name, value in {"aligned": 1.0, "independent": 0.0, "cosine": cosine}.items():
+        growth[name] = np.median(log_growth(E[:-1], lr, momentum, value)[-1])
+    return {"cosine": cosine, "growth": growth}
+
+
+def step_columns(E: Array, c: Array, on_same: dict[int, Array], lr: float) -> dict[str, Any]:
+    """Of `compare`, without momentum: what single steps do."""
+    log_c, steps = np.log(c / c[0]), sorted(on_same)
+    turn = np.stack([np.log(np.prod(on_same[step], axis=0) / c[step]) for step in steps])
+    noise = np.stack([log_c[step + 1] - log_c[step] for step in steps]) - turn
+    law = np.log1p((lr * E[steps]) ** 2)
+    return {
+        "rounding": np.abs(np.log(with_sphere_grads(E[0], c / c[0], lr) / E)).max(),
+        "forecast": [_forecast_error(log_c, share) for share in SMOOTHING],
+        "turn_common": turn.mean(1),
+        "turn_individual": turn.std(1),
+        "noise_common": noise.mean(1),
+        "noise_individual": noise.std(1),
+        "law_individual": law.std(1),
+        "step_individual": (turn - law).std(1),
+        "max_lr_E": lr * E[steps].max(1),
+    }
 
 
 def with_sphere_grads(E0: Array, c: Array, lr: float) -> Array:
@@ -313,7 +321,7 @@ def _forecast_error(log_c: Array, share: float) -> float:
     for now in log_c[1:]:
         errors.append((now - mean).std())
         mean = share * mean + (1 - share) * now
-    return float(np.sqrt(np.mean(np.square(errors))))
+    return _rms(errors)
 
 
 def measure_turn(spec: Turn) -> Row:
@@ -431,16 +439,6 @@ def recorded_steps(steps: int) -> list[int]:
     return sorted(step for step in chosen if step < steps)
 
 
-def half_life(steps: ArrayLike, values: ArrayLike) -> float:
-    """The step from which on values stay at most half of the first; NaN if the last does not. Between steps linear."""
-    steps, values = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    if not 2 * values[-1] <= values[0] > 0:
-        return math.nan
-    above = int(np.flatnonzero(values > values[0] / 2)[-1])
-    share = (values[above] - values[0] / 2) / (values[above] - values[above + 1])
-    return float(steps[above] + share * (steps[above + 1] - steps[above]))
-
-
 def log_std(E: Array) -> Array:
     """Standard deviation of ln E over the last axis."""
     return np.log(E).std(axis=-1)
@@ -462,10 +460,6 @@ def _numpy(tensor: Tensor) -> Array:
     return tensor.detach().double().cpu().numpy()
 
 
-def _significant(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
 def rounded(value: Any) -> Any:
     """The same as plain values, floats with 4 significant digits."""
     if isinstance(value, dict):
@@ -474,7 +468,7 @@ def rounded(value: Any) -> Any:
         return rounded(value.tolist())
     if isinstance(value, (list, tuple)):
         return [rounded(item) for item in value]
-    return _significant(value) if isinstance(value, float) else value
+    return training.significant(value) if isinstance(value, float) else value
 
 
 # What to measure
@@ -539,663 +533,6 @@ def plan(size: str, device: str) -> list[Spec]:
         net = Net(model, batch, wide_data, device=device)
         specs += [Explosion(net, seed) for seed in range(wide_seeds)]
     return specs
-
-
-# What is concluded
-
-
-def summarize(rows: list[Row]) -> dict[str, Any]:
-    """All conclusions; see the tables for what they mean. Intervals are over seeds."""
-    plain = [row for row in _of_kind(rows, "trajectory") if not row["spec"]["momentum"] and "at" in row]
-    return {
-        "trajectories": {
-            model: {label: summarize_runs(runs) for label, runs in _grouped(of_model, _lr_label).items()}
-            for model, of_model in _grouped(plain, _model).items()
-        },
-        "largest_rounding": max((row["rounding"] for row in plain), default=None),
-        "one_step": one_step_law(plain),
-        "change_of_c": change_of_c(plain),
-        "turn": {m: summarize_turns(turns) for m, turns in _grouped(_of_kind(rows, "turn"), _model).items()},
-        "critical": {
-            m: summarize_critical(found) for m, found in _grouped(_of_kind(rows, "critical"), _model).items()
-        },
-        "explosion": {
-            f"{model}, batch {batch}": {
-                key: interval([row[f"{key}_factor"] for row in of_net]) for key in ("gradient", "c")
-            }
-            for (model, batch), of_net in _grouped(
-                _of_kind(rows, "explosion"), lambda row: (_model(row), row["spec"]["net"]["batch_size"])
-            ).items()
-        },
-        "momentum": summarize_momentum(rows),
-    }
-
-
-def summarize_runs(runs: list[Row]) -> dict[str, Any]:
-    """Of runs that differ in their seeds: start, end, and the model's end."""
-
-    def ends(key: str) -> Interval:
-        return interval([row[key][-1] for row in runs])
-
-    return {
-        "runs": len(runs),
-        "ended_early": sum(not row["finite"] for row in runs),
-        "steps": max(row["steps_measured"] for row in runs),
-        "max_lr_E": geometric_interval([row["max_lr_E"][0] for row in runs]),
-        "of_monotone": geometric_interval([row["lr"] / row["monotone"] for row in runs]),
-        "error": geometric_interval(
-            [
-                math.exp(math.hypot(row["model_error_common"][-1], row["model_error_individual"][-1]))
-                for row in runs
-            ]
-        ),
-        "ratio_error": geometric_interval([math.exp(row["model_error_individual"][-1]) for row in runs]),
-        "ratio_error_common": geometric_interval(
-            [math.exp(row["common_error_individual"][-1]) for row in runs]
-        ),
-        "log_std_start": interval([row["log_std"][0] for row in runs]),
-        "log_std_end": ends("log_std"),
-        "model_log_std_end": ends("model_log_std"),
-        "common_log_std_end": ends("common_log_std"),
-        "half_life": _median_or_none([half_life(row["at"], row["log_std"]) for row in runs]),
-        "model_half_life": _median_or_none([half_life(row["at"], row["model_log_std"]) for row in runs]),
-        "loss_end": interval([row["loss"][-1] for row in runs]),
-    }
-
-
-def one_step_law(runs: list[Row]) -> dict[str, Any]:
-    """The ratio law over one step, per net and for all, by the largest λE of the step (the intervals of `BINS`).
-
-    Medians over steps, intervals over seeds: turn is the standard deviation over layers of ln E' − ln E'(model) on the
-    same batch, noise what the next batch adds. within: share of steps with turn within 30 %. explained: share of the
-    sum of squares of the changes of ln ratios (same batch) that the law explains; below 0 it were better to say that
-    nothing changes. None where there are no steps.
-    """
-    names = ("max_lr_E", "turn_individual", "noise_individual", "step_individual")
-    found = {}
-    for model, of_model in {**_grouped(runs, _model), "all": runs}.items():
-        by_seed = {
-            seed: np.array([np.concatenate([row[name] for row in of_seed]) for name in names], dtype=float)
-            for seed, of_seed in _grouped(of_model, lambda row: row["spec"]["seed"]).items()
-        }
-        found[model] = []
-        for low, high in itertools.pairwise(BINS):
-            chosen = [steps[1:, (low <= steps[0]) & (steps[0] < high)] for steps in by_seed.values()]
-            chosen = [steps for steps in chosen if steps.size]
-            turn, _, whole = np.concatenate([np.zeros((3, 0)), *chosen], axis=1)
-            found[model].append(
-                {
-                    "steps": turn.size,
-                    "turn": interval([np.median(steps[0]) for steps in chosen]),
-                    "noise": interval([np.median(steps[1]) for steps in chosen]),
-                    "within": interval([np.mean(steps[0] <= TOLERANCE) for steps in chosen]),
-                    "explained": float(1 - (turn**2).sum() / (whole**2).sum()),
-                }
-                if turn.size
-                else None
-            )
-    return found
-
-
-def change_of_c(runs: list[Row]) -> dict[str, Any]:
-    """Per net: how much of the change of ln c all layers share, as a share of its mean square; over one step by turning
-    ("turn"), from batch to batch ("noise"), and over whole runs, with λE ≤ 1 at every recorded step and others.
-    forecast: error of ln c one step ahead by the weights of `SMOOTHING`, relative to the first of them.
-    """
-
-    def shared(pairs: Sequence[tuple[float, float]]) -> float | None:
-        common, individual = np.square(np.array(pairs, dtype=float)).sum(0) if pairs else (0.0, 0.0)
-        return float(common / (common + individual)) if common + individual > 0 else None
-
-    found = {}
-    for model, of_model in _grouped(runs, _model).items():
-        columns: dict[str, Any] = {}
-        for name in ("turn", "noise"):
-            pairs = [
-                pair
-                for row in of_model
-                for pair in zip(row[f"{name}_common"], row[f"{name}_individual"], strict=True)
-            ]
-            columns[name] = shared(pairs)
-        ends = [(row["c_common"][-1], row["c_individual"][-1], max(row["max_lr_E"]) <= 1) for row in of_model]
-        columns["run_small"] = shared([end[:2] for end in ends if end[2]])
-        columns["run_large"] = shared([end[:2] for end in ends if not end[2]])
-        relative = np.array([row["forecast"] for row in of_model], dtype=float)
-        columns["forecast"] = [geometric_interval(column) for column in (relative / relative[:, :1]).T]
-        found[model] = columns
-    return found
-
-
-def summarize_turns(turns: list[Row]) -> dict[str, Any]:
-    """By angle, and the angle at which c of a layer that turns alone, and with all others, has changed by 30 %."""
-    angles = turns[0]["spec"]["angles"]
-    keys = ("own", "others", "all_common", "all_individual")
-    found: dict[str, Any] = {"angles": angles}
-    for key in keys:
-        found[key] = [interval(values) for values in np.array([row[key] for row in turns], dtype=float).T]
-    for key, columns in {"own": ["own"], "all": ["all_common", "all_individual"]}.items():
-        reached = []
-        for row in turns:
-            total = np.sqrt(sum(np.square(np.array(row[column], dtype=float)) for column in columns))
-            reached.append(first_crossing(angles, total, TOLERANCE))
-        found[f"{key}_30_percent"] = geometric_interval(reached)
-    return found
-
-
-def summarize_critical(found: list[Row]) -> dict[str, Any]:
-    """Per number of steps and kind of batches: the learning rate with the smallest spread, and the first above it at
-    which the spread is larger than at the start; each over balance and over monotone, with the model's best."""
-    result: dict[str, Any] = {
-        "initial_spread": geometric_interval([row["initial_spread"] for row in found]),
-        "balance_over_monotone": geometric_interval([row["balance"] / row["monotone"] for row in found]),
-    }
-    for name, (index, after) in itertools.product(("same", "fresh", "alone"), enumerate(found[0]["after"])):
-        best, model_best, grows, smallest, at_formula = [], [], [], [], {"balance": [], "monotone": []}
-        for row in found:
-            lrs = np.array(row["lrs"])
-            ratio, model = (np.array(row[key], float)[:, index] for key in (f"{name}_spread", "model_spread"))
-            best.append(lrs[np.nanargmin(ratio)])
-            smallest.append(np.nanmin(ratio))
-            model_best.append(lrs[np.nanargmin(model)])
-            from_best = slice(int(np.nanargmin(ratio)), None)
-            grows.append(first_crossing(lrs[from_best], ratio[from_best], 1.0))
-            for formula, values in at_formula.items():
-                values.append(math.exp(np.interp(math.log(row[formula]), np.log(lrs), np.log(ratio))))
-        balance, monotone = (np.array([row[formula] for row in found]) for formula in ("balance", "monotone"))
-        result[f"{name} {after}"] = {
-            "best_over_balance": geometric_interval(best / balance),
-            "best_over_monotone": geometric_interval(best / monotone),
-            "model_best_over_balance": geometric_interval(model_best / balance),
-            "grows_over_balance": geometric_interval(grows / balance),
-            "grows_over_monotone": geometric_interval(grows / monotone),
-            "never_grows": int(np.isnan(grows).sum()),
-            "smallest": geometric_interval(smallest),
-            "at_balance": geometric_interval(at_formula["balance"]),
-            "at_monotone": geometric_interval(at_formula["monotone"]),
-        }
-    return result
-
-
-def summarize_momentum(rows: list[Row]) -> dict[str, Any]:
-    """Per net and learning rate: ln ‖w‖² gained over the measured, and typical errors of E, by closure."""
-    runs = [row for row in _of_kind(rows, "trajectory") if row["spec"]["momentum"] and "at" in row]
-    found: dict[str, Any] = {}
-    for (model, label), of_net in _grouped(runs, lambda row: (_model(row), _lr_label(row))).items():
-        growth = {
-            name: geometric_interval(
-                [_number(row["growth"][name]) / row["growth"]["measured"] for row in of_net]
-            )
-            for name in ("aligned", "independent", "cosine")
-        }
-        errors = {
-            name: geometric_interval(
-                [
-                    math.exp(math.hypot(row[f"{key}_error_common"][-1], row[f"{key}_error_individual"][-1]))
-                    for row in of_net
-                ]
-            )
-            for name, key in {"aligned": "model", "independent": "independent"}.items()
-        }
-        found[f"{model}, lr {label}"] = {
-            "cosine": interval([_number(row["cosine"]) for row in of_net]),
-            "growth": growth,
-            "measured_growth": geometric_interval([row["growth"]["measured"] for row in of_net]),
-            "error": errors,
-            "log_std_end": interval([row["log_std"][-1] for row in of_net]),
-            "aligned_log_std_end": interval([row["model_log_std"][-1] for row in of_net]),
-            "independent_log_std_end": interval([row["independent_log_std"][-1] for row in of_net]),
-        }
-    return found
-
-
-def geometric_interval(values: ArrayLike) -> Interval:
-    """`interval` of the logarithms, taken back; of the values that are positive and finite."""
-    values = np.asarray(values, dtype=np.float64)
-    mean, low, high, n = interval(np.log(values[np.isfinite(values) & (values > 0)]))
-    return Interval(math.exp(mean), math.exp(low), math.exp(high), n)
-
-
-def first_crossing(x: ArrayLike, y: ArrayLike, level: float) -> float:
-    """The first positive x, linear in ln x and ln y between the points, at which y exceeds `level`; NaN if none does.
-
-    A y that is not finite counts as beyond the level, from its own x on.
-    """
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    beyond = np.flatnonzero(~(y <= level))
-    if not beyond.size:
-        return math.nan
-    index = int(beyond[0])
-    if index == 0 or not np.isfinite(y[index]):
-        return float(x[index])
-    (x0, x1), (y0, y1) = np.log(x[index - 1 : index + 1]), np.log(y[index - 1 : index + 1])
-    return float(np.exp(x0 + (x1 - x0) * (math.log(level) - y0) / (y1 - y0)))
-
-
-def _of_kind(rows: list[Row], kind: str) -> list[Row]:
-    return [row for row in rows if row["spec"]["kind"] == kind]
-
-
-def _grouped(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
-
-
-def _model(row: Row) -> str:
-    return row["spec"]["net"]["model"]
-
-
-def _lr_label(row: Row) -> str:
-    return f"{row['spec']['lr']:g}{' × monotone' if row['spec']['relative'] else ''}"
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _median_or_none(values: Sequence[float | None]) -> float | None:
-    """The median with those that were not reached as the largest; None if it is one of them."""
-    median = float(np.median([math.inf if value is None or math.isnan(value) else value for value in values]))
-    return median if math.isfinite(median) else None
-
-
-# What is shown
-
-
-def tables(rows: list[Row], summary: dict[str, Any]) -> list[RenderableType]:
-    """A table for each question."""
-    return [
-        _trajectory_table(summary),
-        _one_step_table(summary),
-        _turn_table(summary),
-        _c_table(summary),
-        _critical_table(summary),
-        _explosion_table(summary),
-        _momentum_table(summary),
-    ]
-
-
-def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for line in lines:
-        table.add_row(*line)
-    return table
-
-
-def _trajectory_table(summary: dict[str, Any]) -> Table:
-    lines = []
-    for model, by_lr in summary["trajectories"].items():
-        for label, it in by_lr.items():
-            early = f" ({it['ended_early']} of {it['runs']} ended early)" if it["ended_early"] else ""
-            lines.append(
-                [
-                    f"{model}, {it['steps']} steps{early}",
-                    label,
-                    f"{it['max_lr_E'].mean:.2g}",
-                    f"×{it['error'].mean:.2g}",
-                    f"×{it['ratio_error'].mean:.2g}",
-                    f"×{it['ratio_error_common'].mean:.2g}",
-                    f"{it['log_std_start'].mean:.2f} → {it['log_std_end']:.2f}",
-                    f"→ {it['model_log_std_end'].mean:.2f}",
-                    f"{_steps(it['half_life'])} / {_steps(it['model_half_life'])}",
-                ]
-            )
-    columns = ["net", "lr", "λE₁ at step 0", "error of E", "of ratios", "of ratios, common c(t)"]
-    columns += ["std of ln E", "model", "halved at step: measured / model"]
-    title = (
-        "Does E follow the model, and do ratios of ELRs tend to 1 under a constant lr? "
-        "(errors: root mean square over layers at the end, ×1.3 is 30 %; means of seeds, intervals 95 %)"
-    )
-    return _table(title, columns, lines)
-
-
-def _steps(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
-
-
-def _one_step_table(summary: dict[str, Any]) -> Table:
-    def cells(entries: list[dict[str, Any] | None], show: Callable[[dict[str, Any]], str]) -> list[str]:
-        return ["–" if entry is None else show(entry) for entry in entries]
-
-    lines = [
-        [model, *cells(entries, lambda it: f"{it['turn'].mean:.2f} ({it['noise'].mean:.2f})")]
-        for model, entries in summary["one_step"].items()
-    ]
-    for label, key in {"all, within 30 %": "within", "all, explained": "explained"}.items():
-        entries = summary["one_step"]["all"]
-        lines.append(
-            [
-                label,
-                *cells(entries, lambda it, key=key: f"{it[key].mean if key == 'within' else it[key]:.0%}"),
-            ]
-        )
-    columns = ["largest λE of the step", *(f"{low:g} – {high:g}" for low, high in itertools.pairwise(BINS))]
-    title = (
-        "Up to which angle does the ratio law hold over one step? Error of ln ratios on the same batch (what the next "
-        "batch adds), medians; share of steps within 30 %; share of the change that the law explains"
-    )
-    return _table(title, columns, lines)
-
-
-def _turn_table(summary: dict[str, Any]) -> Table:
-    angles = list(dict.fromkeys(angle for it in summary["turn"].values() for angle in it["angles"]))
-    lines = []
-    for model, it in summary["turn"].items():
-        pairs = zip(it["own"], it["others"], strict=True)
-        cells = dict(
-            zip(it["angles"], (f"{own.mean:.2g} / {others.mean:.2g}" for own, others in pairs), strict=True)
-        )
-        reached = [f"{it[f'{key}_30_percent']:.2g}" for key in ("own", "all")]
-        lines.append([model, *(cells.get(angle, "–") for angle in angles), *reached])
-    columns = [
-        "tangent of the angle",
-        *(f"{angle:g}" for angle in angles),
-        "30 %: it alone",
-        "30 %: all turn",
-    ]
-    title = (
-        "How constant is c? Change of ln c of a layer that turns alone / while all others turn, root mean square over "
-        "layers; the angle from which c has changed by 30 %"
-    )
-    return _table(title, columns, lines)
-
-
-def _c_table(summary: dict[str, Any]) -> Table:
-    def percent(value: float | None) -> str:
-        return "–" if value is None else f"{value:.0%}"
-
-    lines = []
-    for model, it in summary["change_of_c"].items():
-        shares = [percent(it[key]) for key in ("turn", "noise", "run_small", "run_large")]
-        lines.append([model, *shares, *(f"{value.mean:.2f}" for value in it["forecast"][1:])])
-    columns = ["net", "one step", "next batch", "run, λE ≤ 1", "run, λE > 1"]
-    columns += [f"c smoothed by {share:g}" for share in SMOOTHING[1:]]
-    title = (
-        "Can an extension mend it? Share of the change of ln c that all layers have in common; error of c one step "
-        "ahead if smoothed, over not smoothed"
-    )
-    return _table(title, columns, lines)
-
-
-def _critical_table(summary: dict[str, Any]) -> Table:
-    lines = []
-    for model, it in summary["critical"].items():
-        for key in (key for key in it if key.endswith((" 1", " 5")) and key != "same 5"):
-            entry = it[key]
-            grows = entry["grows_over_balance"]
-            never = f"never in {entry['never_grows']}" if entry["never_grows"] else ""
-            lines.append(
-                [
-                    f"{model}, spread {it['initial_spread'].mean:.2g}",
-                    key,
-                    f"{entry['best_over_balance']:.2g}",
-                    f"{entry['model_best_over_balance'].mean:.2g}",
-                    f"{entry['best_over_monotone'].mean:.2g}",
-                    ", ".join([*([f"{grows:.2g}"] if grows.n else []), *([never] if never else [])]),
-                    f"{entry['smallest'].mean:.2g}",
-                    f"{entry['at_balance'].mean:.2g}",
-                    f"{entry['at_monotone'].mean:.2g}",
-                ]
-            )
-    columns = [
-        "net",
-        "batch, steps",
-        "best lr / balance",
-        "model's",
-        "best lr / monotone",
-        "grows from, / balance",
-    ]
-    columns += ["spread left: at the best lr", "at balance", "at monotone"]
-    title = (
-        "Which learning rate closes the spread best after 1 or 5 steps, and from which on does it grow? "
-        "(same: one batch; fresh: new batches; alone: the same, only tracked weights trained)"
-    )
-    return _table(title, columns, lines)
-
-
-def _explosion_table(summary: dict[str, Any]) -> Table:
-    lines = [
-        [net, f"{it['gradient']:.4f}", f"{it['c']:.4f}", str(it["c"].n)]
-        for net, it in summary["explosion"].items()
-    ]
-    title = (
-        f"By which factor per layer do gradients grow towards the input? Theory: √(π/(π−1)) = {EXPLOSION:.4f}"
-    )
-    return _table(title, ["net", "‖∂L/∂z‖", "c", "seeds"], lines)
-
-
-def _momentum_table(summary: dict[str, Any]) -> Table:
-    lines = [
-        [
-            net,
-            f"{it['cosine'].mean:.3f}",
-            f"{it['measured_growth'].mean:.2g}",
-            *(f"{it['growth'][name]:.3g}" for name in ("aligned", "independent", "cosine")),
-            *(f"×{it['error'][name].mean:.2g}" for name in ("aligned", "independent")),
-        ]
-        for net, it in summary["momentum"].items()
-    ]
-    columns = ["net", "cos(g, m)", "ln ‖w‖² gained", "aligned / measured", "independent", "with the cosine"]
-    columns += ["error of E, aligned", "independent"]
-    return _table("Momentum 0.9: which closure is closer to a real net?", columns, lines)
-
-
-def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
-    """The figures for which there are rows."""
-    plain = [row for row in _of_kind(rows, "trajectory") if not row["spec"]["momentum"] and "at" in row]
-    figures = {
-        "layers": _layers_figure(plain),
-        "spread": _spread_figure(plain),
-        "one-step": _one_step_figure(plain, summary),
-        "critical": _critical_figure(rows),
-        "explosion-momentum": _explosion_momentum_figure(rows, summary),
-    }
-    paths = []
-    for name, figure in figures.items():
-        paths.append(out / f"dynamics-{name}.png")
-        save(figure, paths[-1])
-    return paths
-
-
-def _layers_figure(runs: list[Row]) -> Figure:
-    """E of some layers over the steps, measured and predicted from the first step alone.
-
-    Of every family of nets the deepest with at most 30 layers, at three learning rates that it survived.
-    """
-    drawn = _grouped([row for row in runs if "E" in row and row["finite"]], _model)
-    chosen: dict[str, tuple[int, str]] = {}
-    for model in drawn:
-        family, depth = re.match(r"(.+?)-(\d+)", model).groups()  # type: ignore[union-attr]
-        if int(depth) <= 30:
-            chosen[family] = max(chosen.get(family, (0, "")), (int(depth), model))
-    figure = Figure(figsize=(11, 2.7 * len(chosen) + 0.6), layout="constrained")
-    axes = figure.subplots(max(len(chosen), 1), 3, squeeze=False)
-    for line, (_, model) in zip(axes, chosen.values(), strict=False):
-        left = sorted(drawn[model], key=lambda row: row["lr"])
-        for ax, target in zip(line, (0.05, 0.5, 5.0), strict=True):
-            if not left:
-                ax.set_visible(False)
-                continue
-            nearest = min(left, key=lambda row: abs(math.log(row["max_lr_E"][0] / target)))
-            left = left[left.index(nearest) + 1 :]
-            steps = np.array(nearest["at"][:-1]) + 1
-            E, predicted = (
-                nearest["lr"] * np.array(nearest[key], dtype=float)[:-1] for key in ("E", "model_E")
-            )
-            for layer, color in enumerate(DEPTH(np.linspace(0, 1, E.shape[1]))):
-                ax.plot(steps, E[:, layer], color=color, linewidth=1.2)
-                ax.plot(steps, predicted[:, layer], color=color, linewidth=0.9, linestyle="--")
-            ax.set(xscale="log", yscale="log", title=f"{model}, lr {nearest['lr']:.2g}", xlabel="step + 1")
-            _finish(ax)
-        line[0].set_ylabel("λE (rad)")
-    handles = [Line2D([], [], color=DEPTH(0.0), label="measured, first layer")]
-    handles += [Line2D([], [], color=DEPTH(1.0), label="measured, last layer")]
-    handles += [Line2D([], [], color="0.4", linestyle="--", label="model, from step 0 alone")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    return figure
-
-
-def _spread_figure(runs: list[Row]) -> Figure:
-    """Standard deviation of ln E over the steps, one colour for each learning rate."""
-    absolute = _grouped([row for row in runs if not row["spec"]["relative"]], _model)
-    columns = min(len(absolute), 4)
-    lines = -(-len(absolute) // columns)
-    figure = Figure(figsize=(3.2 * columns + 0.8, 2.9 * lines + 0.7), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    lrs = sorted({row["spec"]["lr"] for row in runs if not row["spec"]["relative"]})
-    colors = dict(zip(lrs, itertools.cycle(COLORS), strict=False))
-    for ax, (model, of_model) in zip(axes, absolute.items(), strict=False):
-        for lr, of_lr in _grouped(of_model, lambda row: row["spec"]["lr"]).items():
-            longest = max(of_lr, key=lambda row: row["steps_measured"])
-            alike = [row for row in of_lr if row["at"] == longest["at"]]
-            for key, style in {"log_std": "-", "model_log_std": "--"}.items():
-                mean = np.mean([row[key] for row in alike], axis=0)
-                ax.plot(np.array(longest["at"][:-1]) + 1, mean[:-1], style, color=colors[lr], linewidth=1.2)
-        ax.set(xscale="log", yscale="log", title=model)
-        _finish(ax)
-    for ax in axes[len(absolute) :]:
-        ax.set_visible(False)
-    for index in range(0, len(absolute), columns):
-        axes[index].set_ylabel("standard deviation of ln E")
-    for ax in axes[: len(absolute)]:
-        ax.set_xlabel("step + 1")
-    handles = [Line2D([], [], color=colors[lr], label=f"lr {lr:g}") for lr in lrs]
-    handles.append(Line2D([], [], color="0.4", label="measured"))
-    handles.append(Line2D([], [], color="0.4", linestyle="--", label="model"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    return figure
-
-
-def _one_step_figure(runs: list[Row], summary: dict[str, Any]) -> Figure:
-    """Error of the ratio law over one step, and change of c, against the angle."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    law, turn = figure.subplots(1, 2)
-    looks = dict(
-        zip(summary["one_step"], zip(itertools.cycle(COLORS), itertools.cycle(MARKERS)), strict=False)
-    )
-    decades = 10.0 ** np.arange(-6, 4)
-    for model, of_model in _grouped(runs, _model).items():
-        color, marker = looks[model]
-        x, y = (
-            np.concatenate([row[column] for row in of_model]).astype(float)
-            for column in ("max_lr_E", "turn_individual")
-        )
-        law.scatter(x, y, s=5, alpha=0.15, linewidths=0, color=color, marker=marker)
-        inside = [(x >= low) & (x < high) for low, high in itertools.pairwise(decades)]
-        medians = [np.median(y[mask]) if mask.any() else math.nan for mask in inside]
-        law.plot(decades[:-1] * 10**0.5, medians, color=color, marker=marker, markersize=4.5, label=model)
-    law.axvline(1, color="0.3", linewidth=0.8, linestyle=":")
-    law.text(0.02, TOLERANCE, "30 %", transform=law.get_yaxis_transform(), va="bottom", color="0.3")
-    law.set(xlim=(decades[0], decades[-1]), ylim=(1e-3, 10), xlabel="largest λE of the step")
-    law.set_ylabel("error of ln ratios in one step, same batch")
-    law.legend(frameon=False, fontsize="x-small", loc="lower right")
-    for model, it in summary["turn"].items():
-        color, marker = looks.get(model, ("0.4", "o"))
-        for key, line in {"own": "-", "others": "--"}.items():
-            means = [value.mean for value in it[key]]
-            turn.plot(it["angles"], means, line, color=color, marker=marker, markersize=4)
-    turn.plot([], [], "-", color="0.4", label="the layer alone turns")
-    turn.plot([], [], "--", color="0.4", label="all others turn")
-    turn.set(xlabel="tangent of the angle", ylabel="change of ln c of a layer")
-    turn.legend(frameon=False, fontsize="small")
-    for ax in (law, turn):
-        ax.axhline(TOLERANCE, color="0.3", linewidth=0.8, linestyle=":")
-        ax.set(xscale="log", yscale="log")
-        _finish(ax)
-    return figure
-
-
-def _critical_figure(rows: list[Row]) -> Figure:
-    """Spread after one and after five steps against the learning rate over balance."""
-    found = _grouped(_of_kind(rows, "critical"), _model)
-    columns = min(max(len(found), 1), 4)
-    lines = -(-max(len(found), 1) // columns)
-    figure = Figure(figsize=(3.2 * columns + 0.8, 2.9 * lines + 0.7), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for ax, (model, of_model) in zip(axes, found.items(), strict=False):
-        for row in of_model:
-            x = np.array(row["lrs"]) / row["balance"]
-            for index, after in enumerate(row["after"]):
-                color = COLORS[index]
-                ax.plot(x, np.array(row["fresh_spread"], dtype=float)[:, index], color=color, linewidth=1)
-                if row is of_model[0]:
-                    ax.plot(x, np.array(row["model_spread"])[:, index], "--", color=color, linewidth=0.9)
-                    ax.plot([], [], color=color, label=f"after {after} step{'s' if after > 1 else ''}")
-            ax.axvline(row["monotone"] / row["balance"], color="0.6", linewidth=0.6)
-        ax.axvline(1, color="0.2", linewidth=0.8)
-        ax.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
-        ax.set(xscale="log", yscale="log", title=model, xlabel="lr / balance")
-        _finish(ax)
-    for ax in axes[len(found) :]:
-        ax.set_visible(False)
-    for index in range(0, len(found), columns):
-        axes[index].set_ylabel("spread / initial spread")
-    handles = [
-        *axes[0].get_legend_handles_labels()[0],
-        Line2D([], [], color="0.4", linestyle="--", label="model, seed 0"),
-    ]
-    handles += [Line2D([], [], color="0.2", label="balance"), Line2D([], [], color="0.6", label="monotone")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    return figure
-
-
-def _explosion_momentum_figure(rows: list[Row], summary: dict[str, Any]) -> Figure:
-    """Growth factors of gradients per layer; growth of norms with momentum by closure."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names = list(summary["explosion"])
-    for offset, (key, label) in enumerate({"gradient": "‖∂L/∂z‖", "c": "c"}.items()):
-        values = [summary["explosion"][name][key] for name in names]
-        y = np.arange(len(names)) + 0.2 * offset - 0.1
-        means, lows, highs = (
-            np.array([getattr(v, part) for v in values]) for part in ("mean", "low", "high")
-        )
-        style: dict[str, Any] = {
-            "fmt": MARKERS[offset],
-            "color": COLORS[offset],
-            "markersize": 4.5,
-            "label": label,
-        }
-        left.errorbar(means, y, xerr=(means - lows, highs - means), **style)
-    left.axvline(EXPLOSION, color="0.2", linewidth=0.8, linestyle="--", label="√(π/(π−1))")
-    left.set_yticks(range(len(names)), names, fontsize="small")
-    left.invert_yaxis()
-    left.set_xlabel("growth per layer towards the input")
-    left.legend(frameon=False, fontsize="small")
-    runs = [row for row in _of_kind(rows, "trajectory") if row["spec"]["momentum"] and "at" in row]
-    for offset, name in enumerate(("aligned", "independent")):
-        x = [row["growth"]["measured"] for row in runs]
-        y = [_number(row["growth"][name]) for row in runs]
-        right.scatter(x, y, s=18, color=COLORS[offset], marker=MARKERS[offset], label=name)
-    if runs:
-        ends = [
-            min(row["growth"]["measured"] for row in runs),
-            max(row["growth"]["measured"] for row in runs),
-        ]
-        right.plot(ends, ends, color="0.4", linewidth=0.8, linestyle=":", label="measured = predicted")
-    right.set(xscale="log", yscale="log", xlabel="ln ‖w‖² gained, measured (median of layers)")
-    right.set_ylabel("predicted from the measured E")
-    right.set_title("momentum 0.9")
-    right.legend(frameon=False, fontsize="small")
-    for ax in (left, right):
-        _finish(ax)
-    return figure
-
-
-def _finish(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="0.9", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.title.set_fontsize("medium")
-    if ax.get_xscale() == "log":
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    if ax.get_yscale() == "log":
-        low, high = ax.get_ylim()
-        few = high / low < 30
-        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)) if few else NullFormatter())
 
 
 def describe(spec: Spec) -> str:
