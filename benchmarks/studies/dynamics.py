@@ -220,20 +220,11 @@ def compare(
 
     Returns:
         columns over the recorded steps `at` (of `on_same` and the end), and numbers for the whole run:
-        log_std, spread (also `model_…` from the first E alone, `common_…` with the measured common change of c).
-        error_…: predicted against measured ln E, common and individual part. c_…: ln c against the first.
-        turn_…, noise_…: change of ln c in one step on its own batch, and from that batch to the next. law_individual:
-        what the model says that the step does to ln E, step_individual: what it did on its batch. max_lr_E: largest
-        λE. rounding: largest error in
-        ln E if every c is the measured one. forecast: error of ln c one step ahead, from its mean over the past with
-        weights `SMOOTHING`, individual. growth: ln ‖w‖² gained, measured and by closure (momentum only).
+        log_std, spread: of E. model_…: of what follows from the first E alone; common_…: with the measured common
+        change of c; independent_…: from the first E with the other closure of momentum. error_…: predicted against
+        measured ln E, common and individual part. c_…: ln c against the first. Further those of `step_columns`
+        without momentum, those of `growth_columns` with it.
     """
-    E, c = g / w, g * w
-    T = len(E) - 1
-    at = [*sorted(on_same), T]
-    log_c = np.log(c / c[0])
-    common_c = np.repeat(np.exp(log_c.mean(1, keepdims=True)), E.shape[1], axis=1)
-    forecasts = {"aligned": dynamics.simulate(E[0], lr, T, momentum)}
     E, c = g / w, g * w
     T = len(E) - 1
     at = [*sorted(on_same), T]
@@ -248,7 +239,7 @@ def compare(
     columns["model_spread"] = dynamics.elr_spread(predicted["model"][at])
     for name, values in predicted.items():
         error = np.log(values[at] / E[at])
-        columns |= {f"{name}_log_std": log_std(values[at])}
+        columns[f"{name}_log_std"] = log_std(values[at])
         columns |= {f"{name}_error_common": error.mean(1), f"{name}_error_individual": error.std(1)}
     columns |= {"c_common": log_c[at].mean(1), "c_individual": log_c[at].std(1)}
     columns |= growth_columns(w, E, lr, momentum, cosine) if momentum else step_columns(E, c, on_same, lr)
@@ -268,7 +259,13 @@ def growth_columns(w: Array, E: Array, lr: float, momentum: float, cosine: float
 
 
 def step_columns(E: Array, c: Array, on_same: dict[int, Array], lr: float) -> dict[str, Any]:
-    """Of `compare`, without momentum: what single steps do."""
+    """Of `compare`, without momentum: what single steps do.
+
+    turn_…, noise_…: change of ln c in one step on its own batch, and from that batch to the next. law_individual: what
+    the model says that the step does to ln E, step_individual: what it did on its batch. max_lr_E: largest λE.
+    rounding: largest error in ln E if every c is the measured one. forecast: error of ln c one step ahead, from its
+    mean over the past with weights `SMOOTHING`, individual.
+    """
     log_c, steps = np.log(c / c[0]), sorted(on_same)
     turn = np.stack([np.log(np.prod(on_same[step], axis=0) / c[step]) for step in steps])
     noise = np.stack([log_c[step + 1] - log_c[step] for step in steps]) - turn

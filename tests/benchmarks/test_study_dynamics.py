@@ -13,9 +13,12 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from benchmarks.statistics import geometric_interval
 from benchmarks.studies import dynamics as study_dynamics
 from benchmarks.studies import study
 from benchmarks.studies.dynamics import DYNAMICS, Bench, Net, Trajectory
+from benchmarks.studies.dynamics_report import EXPLOSION
+from benchmarks.studies.dynamics_summary import first_crossing, half_life, one_step_law, summarize_critical
 from elropt import dynamics
 
 C = np.array([3.0, 0.5, 0.1])
@@ -145,32 +148,30 @@ def test_theory_of_explosion() -> None:
     z = np.random.default_rng(0).normal(size=2_000_000)
     relu = np.maximum(z, 0)
     factor = math.sqrt(np.mean(z > 0) / relu.var())
-    assert factor == pytest.approx(study_dynamics.EXPLOSION, rel=2e-3)
+    assert factor == pytest.approx(EXPLOSION, rel=2e-3)
 
 
 def test_half_life() -> None:
-    assert study_dynamics.half_life([0, 1, 2, 4, 8], [8.0, 6, 5, 3, 1]) == pytest.approx(3)
-    assert study_dynamics.half_life([0, 1, 2, 4], [8.0, 1, 5, 3]) == pytest.approx(
-        3
-    )  # below half by chance at first
-    assert study_dynamics.half_life([0, 5], [8.0, 4]) == 5
-    assert math.isnan(study_dynamics.half_life([0, 1, 2], [8.0, 3, 5]))
-    assert math.isnan(study_dynamics.half_life([0, 1], [0.0, 0.0]))
+    assert half_life([0, 1, 2, 4, 8], [8.0, 6, 5, 3, 1]) == pytest.approx(3)
+    assert half_life([0, 1, 2, 4], [8.0, 1, 5, 3]) == pytest.approx(3)  # below half by chance at first
+    assert half_life([0, 5], [8.0, 4]) == 5
+    assert math.isnan(half_life([0, 1, 2], [8.0, 3, 5]))
+    assert math.isnan(half_life([0, 1], [0.0, 0.0]))
 
 
 def test_first_crossing() -> None:
     x = [0.1, 1.0, 10.0, 100.0]
-    assert study_dynamics.first_crossing(x, [0.01, 0.1, 10.0, 0.1], 1.0) == pytest.approx(10**0.5)
-    assert math.isnan(study_dynamics.first_crossing(x, [0.1] * 4, 1.0))
-    assert study_dynamics.first_crossing(x, [2.0] * 4, 1.0) == 0.1
-    assert study_dynamics.first_crossing(x, [0.5, math.nan, 0.5, 0.5], 1.0) == 1.0
+    assert first_crossing(x, [0.01, 0.1, 10.0, 0.1], 1.0) == pytest.approx(10**0.5)
+    assert math.isnan(first_crossing(x, [0.1] * 4, 1.0))
+    assert first_crossing(x, [2.0] * 4, 1.0) == 0.1
+    assert first_crossing(x, [0.5, math.nan, 0.5, 0.5], 1.0) == 1.0
 
 
 def test_geometric_interval_leaves_out_what_has_no_logarithm() -> None:
-    found = study_dynamics.geometric_interval([1.0, 100.0, 0.0, math.nan, math.inf])
+    found = geometric_interval([1.0, 100.0, 0.0, math.nan, math.inf])
     assert found.n == 2
     assert found.mean == pytest.approx(10)
-    assert math.isnan(study_dynamics.geometric_interval([]).mean)
+    assert math.isnan(geometric_interval([]).mean)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 12, 50, 600])
@@ -190,7 +191,7 @@ def test_critical_learning_rates_of_two_layers() -> None:
     worse = np.where(lrs[:, None] > 4, 2.0, spreads)
     row: dict[str, Any] = {"lrs": lrs, "balance": 1.0, "monotone": 1.0, "initial_spread": 16.0, "after": [1]}
     row |= {"same_spread": spreads, "fresh_spread": worse, "alone_spread": spreads, "model_spread": spreads}
-    found = study_dynamics.summarize_critical([row, row])
+    found = summarize_critical([row, row])
     assert found["same 1"]["best_over_balance"].mean == pytest.approx(1)
     assert found["same 1"]["smallest"].mean == pytest.approx(1 / 16)
     assert found["same 1"]["at_monotone"].mean == pytest.approx(1 / 16)
@@ -208,7 +209,7 @@ def test_one_step_law_by_angle() -> None:
         "step_individual": [0.1, 0.3, 1.0],
     }
     other = {**row, "spec": {**row["spec"], "seed": 1}}
-    found = study_dynamics.one_step_law([row, other])
+    found = one_step_law([row, other])
     assert found["net"] == found["all"]
     none, small, *_, large, _, _ = found["net"]
     assert none is None
