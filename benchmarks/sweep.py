@@ -77,7 +77,7 @@ def sweep(
                 done[_key(row["spec"])] = json.loads(json.dumps(without_nan(row)))
                 progress.update(task, advance=1, description=describe(spec))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # what the end of `with` alone would wait for
             raise
     return [done[_key(dataclasses.asdict(spec))] for spec in specs]
 

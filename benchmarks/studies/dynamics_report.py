@@ -398,7 +398,7 @@ def _panels(titles: Collection[str], *, xlabel: str, ylabel: str) -> tuple[Figur
         ax.set_ylabel(ylabel)
     for ax in axes[len(titles) :]:
         ax.set_visible(False)
-    return figure, axes[: len(titles)]
+    return figure, list(axes[: len(titles)])
 
 
 def _finish(ax: Axes) -> None:
