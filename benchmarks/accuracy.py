@@ -120,6 +120,7 @@ ACCURACY = study.Study(
     tables,
     draw,
     comparison.describe,
+    comparison.without_val_traces,
 )
 
 

@@ -30,6 +30,7 @@ SPHERE_LRS = (0.0001, 0.001, 0.01, 0.1)
 LARS_LRS = (1.0, 3.0, 10.0, 30.0)
 LINEAR_SHARE = 0.1  # of all steps, for "+linear"
 FIRST_STEPS = 20  # recorded one by one
+TRACE_COLUMNS = ("trace_steps", "spread", "log_std", "mean_E", "applied_spread", "mean_elr", "E", "elr")
 
 
 @dataclasses.dataclass(frozen=True)

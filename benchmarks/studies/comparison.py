@@ -27,7 +27,7 @@ from benchmarks.statistics import (
 )
 from benchmarks.studies.study import Stage
 from benchmarks.sweep import Row
-from benchmarks.training import Method, Run, Task
+from benchmarks.training import TRACE_COLUMNS, Method, Run, Task
 from elropt import plots
 
 FRESH_SEEDS = 100  # the seeds of the second stage start here
@@ -235,6 +235,11 @@ def draw_curves(ax: Axes, of_task: Sequence[Entry], *, title: str, unit: str = "
     }
     plots.accuracy_against_lr(ax, lines, xlabel=f"learning rate ({unit})")
     ax.set(title=title, ylabel="validation accuracy (%)")
+
+
+def without_val_traces(row: Row) -> Row:
+    """A row without the trace if it was for choosing only: nothing is concluded from it."""
+    return row if row["spec"]["part"] == "test" else {k: v for k, v in row.items() if k not in TRACE_COLUMNS}
 
 
 def mean_over_runs(rows: Sequence[Row], column: str) -> dict[int, float]:

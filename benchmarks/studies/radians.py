@@ -305,4 +305,5 @@ RADIANS = Study(
     tables,
     draw,
     comparison.describe,
+    comparison.without_val_traces,
 )

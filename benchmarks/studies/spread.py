@@ -171,4 +171,5 @@ SPREAD = Study(
     tables,
     draw,
     comparison.describe,
+    comparison.without_val_traces,
 )

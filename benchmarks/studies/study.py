@@ -28,6 +28,7 @@ class Study(NamedTuple):
     summarize: rows → what is concluded, as plain values for JSON.
     tables: (rows, summary) → what to print.
     draw: (rows, summary, folder) → the plots written.
+    kept: what of a row the result file keeps; enough for the other functions.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Study(NamedTuple):
     tables: Callable[[list[Row], dict[str, Any]], Sequence[RenderableType]]
     draw: Callable[[list[Row], dict[str, Any], Path], Sequence[Path]]
     describe: Callable[[Any], str] = str
+    kept: Callable[[Row], Row] = dict
 
 
 def run(
@@ -61,7 +63,7 @@ def run(
         "jobs": jobs,
         "command_seconds": round(time.perf_counter() - started, 1),
         "summary": study.summarize(rows),
-        "rows": [{key: value for key, value in row.items() if key != "commit"} for row in rows],
+        "rows": [{key: value for key, value in study.kept(row).items() if key != "commit"} for row in rows],
     }
     result_file = out / f"{stem}.json"
     result_file.write_text(dumps(result), encoding="utf-8")

@@ -133,4 +133,5 @@ SWAP_IN = Study(
     tables,
     draw,
     comparison.describe,
+    comparison.without_val_traces,
 )

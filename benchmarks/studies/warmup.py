@@ -170,4 +170,5 @@ WARMUP = Study(
     tables,
     draw,
     comparison.describe,
+    comparison.without_val_traces,
 )

@@ -63,6 +63,7 @@ def test_a_row_says_what_was_applied() -> None:
     for name in ("sgd", "uniform", "angle", "sgd+linear"):
         row = train(name, lr=0.01, layers=True)
         assert row["trace_steps"] == training.recorded_steps(steps)
+        assert set(training.TRACE_COLUMNS) <= set(row)
         assert row["steps"] == steps
         assert row["finite"]
         E, elr = np.array(row["E"]), np.array(row["elr"])
