@@ -49,7 +49,7 @@ def full(device: str) -> Plan:
         for net in nets
         for name in ("cifar10", "cifar100")
     ]
-    return Plan(tasks, methods(), 2, 3)
+    return Plan(tasks, methods(), 1, 3)
 
 
 PLANS = {"tiny": tiny, "small": small, "full": full}

@@ -59,7 +59,7 @@ def full(device: str) -> Plan:
     tasks = [
         comparison.full_cifar(model, device) for model in ("plain-20", "plain-56", "resnet-20", "resnet-56")
     ]
-    return Plan(tasks, comparison.with_lrs(METHODS_COMPARED, (0.01, 0.03, 0.1, 0.3, 1.0)), 3, 5)
+    return Plan(tasks, comparison.with_lrs(METHODS_COMPARED, (0.01, 0.03, 0.1, 0.3, 1.0)), 2, 5)
 
 
 PLANS = {"tiny": tiny, "small": small, "full": full}

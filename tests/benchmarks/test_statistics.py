@@ -34,6 +34,13 @@ def test_interval_of_equal_few_and_no_values() -> None:
     assert math.isnan(statistics.interval([]).mean)
 
 
+def test_geometric_interval_leaves_out_what_has_no_logarithm() -> None:
+    found = statistics.geometric_interval([1.0, 100.0, 0.0, math.nan, math.inf])
+    assert found.n == 2
+    assert found.mean == pytest.approx(10)
+    assert math.isnan(statistics.geometric_interval([]).mean)
+
+
 def test_paired_differences_are_by_seed() -> None:
     found = statistics.paired({0: 3.0, 1: 5.0, 7: 100.0}, {1: 4.0, 0: 2.0, 8: -100.0})
     assert found == (1.0, 1.0, 1.0, 2)

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from benchmarks.statistics import geometric_interval
 from benchmarks.studies import dynamics as study_dynamics
 from benchmarks.studies import study
 from benchmarks.studies.dynamics import DYNAMICS, Bench, Net, Trajectory
@@ -165,13 +164,6 @@ def test_first_crossing() -> None:
     assert math.isnan(first_crossing(x, [0.1] * 4, 1.0))
     assert first_crossing(x, [2.0] * 4, 1.0) == 0.1
     assert first_crossing(x, [0.5, math.nan, 0.5, 0.5], 1.0) == 1.0
-
-
-def test_geometric_interval_leaves_out_what_has_no_logarithm() -> None:
-    found = geometric_interval([1.0, 100.0, 0.0, math.nan, math.inf])
-    assert found.n == 2
-    assert found.mean == pytest.approx(10)
-    assert math.isnan(geometric_interval([]).mean)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 12, 50, 600])
