@@ -10,6 +10,7 @@ stopped goes on where it stopped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,6 +112,14 @@ def layers_figure(of_task: Sequence[Entry]) -> Figure:
     return figure
 
 
+def positive(lrs: str) -> tuple[float, ...]:
+    """The learning rates of a list with commas. Raises ValueError."""
+    values = tuple(float(value) for value in lrs.split(","))
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError(f"--lrs takes positive numbers, got {lrs}")
+    return values
+
+
 ACCURACY = study.Study(
     "accuracy",
     "How accurate is a net after training with each optimizer at its best learning rate?",
@@ -194,7 +203,8 @@ def main(
     try:
         chosen = [METHODS[name] for name in optimizer]
         if lrs is not None:
-            chosen = comparison.with_lrs(chosen, tuple(float(value) for value in lrs.split(",")))
+            chosen = comparison.with_lrs(chosen, positive(lrs))
+        training.check_installed(chosen)
         dataset = training.load(tasks[0])
         for task in tasks:
             models.build(task.model, in_shape=dataset.in_shape, classes=dataset.classes)

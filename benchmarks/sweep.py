@@ -9,6 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,15 +46,16 @@ def sweep(
 
     A finished row is appended to `rows_file` (JSON lines, with the spec and the commit) at once, and a spec whose row
     is there already is not run again. `work` is a function of a module. Returns the rows in the order of `specs`: the
-    spec under "spec", the commit, and what `work` returned. Raises what `work` raises, after other runs under way have
-    ended.
+    spec under "spec", the commit, and what `work` returned. What `work` raises is raised when all other runs are done:
+    one failure costs one row.
     """
     done = read_rows(rows_file)
     missing = [spec for spec in dict.fromkeys(specs) if _key(dataclasses.asdict(spec)) not in done]
     rows_file.parent.mkdir(parents=True, exist_ok=True)
     if not missing:
         return [done[_key(dataclasses.asdict(spec))] for spec in specs]
-    commit = env_report.collect()["git_commit"]
+    env = env_report.collect()
+    commit = f"{env['git_commit']}{' with changes' if env['git_dirty'] else ''}"
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -68,9 +70,16 @@ def sweep(
     ):
         task = progress.add_task("running", total=len(missing))
         futures = {pool.submit(_work_on_one_thread, work, spec): spec for spec in missing}
+        failed: list[Exception] = []
         try:
             for future in as_completed(futures):
                 spec = futures[future]
+                if (error := future.exception()) is not None:
+                    if not isinstance(error, Exception) or isinstance(error, BrokenProcessPool):
+                        raise error
+                    error.add_note(f"in the run {spec}")
+                    failed.append(error)
+                    continue
                 row = {"spec": dataclasses.asdict(spec), "commit": commit, **future.result()}
                 file.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
                 file.flush()
@@ -79,6 +88,9 @@ def sweep(
         except BaseException:
             pool.shutdown(cancel_futures=True)  # what the end of `with` alone would wait for
             raise
+    if failed:
+        console.print(f"{len(failed)} of {len(missing)} runs failed; the others are in {rows_file}")
+        raise failed[0]
     return [done[_key(dataclasses.asdict(spec))] for spec in specs]
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import math
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,7 @@ def train(run: Run) -> dict[str, Any]:
         warmups.WARMUPS[method.start](optimizer, list(tracked.values()))
     scheduler = make_schedule(optimizer, steps, method.linear)
     trace = Trace(optimizer, tracked, steps)
-    forward = torch.compile(model) if task.compile else model
+    forward = compiled(model, dataset, task) if task.compile else model
     evaluated = {round((i + 1) * task.epochs / task.curve) for i in range(task.curve)}
     curve: list[tuple[int, float, float]] = []
     losses, finite = torch.zeros(0), True
@@ -179,6 +180,21 @@ def train(run: Run) -> dict[str, Any]:
     }
 
 
+def compiled(model: nn.Module, dataset: data.Dataset, task: Task) -> Callable[[Tensor], Tensor]:
+    """The compiled net, forward and backward, before the clock starts; the net itself is as it was."""
+    # Every net and batch size of a sweep counts as a recompilation of the same code; beyond 8 it would not be compiled.
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 10000
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    forward = torch.compile(model, dynamic=False)
+    images, labels = next(dataset.batches("train", task.batch_size, channels_last=task.channels_last))
+    with _autocast(task):
+        F.cross_entropy(forward(images), labels).backward()
+    model.zero_grad()
+    model.load_state_dict(state)
+    return forward
+
+
 def make_optimizer(model: nn.Module, run: Run, dataset: data.Dataset) -> tuple[Optimizer, dict[str, Tensor]]:
     """The optimizer of a run, and its tracked weights by name."""
     task, method = run.task, run.method
@@ -202,6 +218,13 @@ def make_optimizer(model: nn.Module, run: Run, dataset: data.Dataset) -> tuple[O
         return torch.optim.SGD(groups, **options), tracked
     peers = importlib.import_module("pytorch_optimizer")
     return getattr(peers, method.optimizer.upper())(groups, **options), tracked
+
+
+def check_installed(methods: Iterable[Method]) -> None:
+    """Raises ValueError if the optimizer of a method is in a package that is missing."""
+    peers = [method.name for method in methods if method.optimizer not in ("sgd", "elrsgd")]
+    if peers and importlib.util.find_spec("pytorch_optimizer") is None:
+        raise ValueError(f"{', '.join(peers)}: pip install pytorch-optimizer, or leave them out")
 
 
 def make_schedule(optimizer: Optimizer, steps: int, linear: float) -> LRScheduler:

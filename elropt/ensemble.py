@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import kernels
 from .functional import Group, apply, choose_backend, elr_sgd, measure
+from .reference import is_low_precision
 from .rules import RADIAL_TESTS, Hyper, LayerControls, LayerStats, RuleState, decide, growth_gain
 
 ROW_STATE_KEYS = RuleState._fields[:-1]
@@ -308,8 +309,10 @@ class Ensemble:
 
     def _controls_without_rule(self, groups: list[Group]) -> LayerControls:
         """Plain SGD. On a GPU the step at which the host learns of the hand-over depends on timing, so there the
-        arithmetic of the steps before it is kept, with factors of one."""
-        if not self.has_rule or self.device.type == "cpu":
+        arithmetic of the steps before it is kept, with factors of one, where it rounds in another way: in half
+        precision."""
+        exact = not any(is_low_precision(t) for group in groups for t in (*group.params, *group.grads))
+        if not self.has_rule or self.device.type == "cpu" or exact:
             return LayerControls()
         rows = sum(count for group in groups for count in group.row_counts)
         return LayerControls(grad_factor=torch.ones(rows, dtype=torch.float32, device=self.device))
@@ -539,11 +542,11 @@ def momentum_coefficients(
     """`elropt.rules.growth_gain`, ∂u/∂g̃ and ∂u/∂m for this step's update u."""
     μ, d = momentum, dampening
     if μ == 0:
-        return growth_gain(0.0, 0.0), 1.0, 0.0
+        return growth_gain(0.0), 1.0, 0.0
     per_grad, per_momentum = (1 - d, μ) if has_buffer else (1.0, 0.0)
     if nesterov:
         per_grad, per_momentum = 1 + μ * per_grad, μ * per_momentum
-    return growth_gain(μ, d), per_grad, per_momentum
+    return growth_gain(μ, d, nesterov), per_grad, per_momentum
 
 
 def _hyper_vectors(columns: list[tuple[float, ...]], device: torch.device) -> Hyper:

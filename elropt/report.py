@@ -280,7 +280,7 @@ def _first_warmup_step(tracked: list[WeightReport], lr: float, momentum: float) 
         RuleState(
             sphere_grad_norm=zero, radius=zero, tracked=RADIAL_TESTS * one, handed_over=torch.zeros(())
         ),
-        Hyper(lr * one, zero, growth_gain(momentum, 0.0) * one, one, zero, numel),
+        Hyper(lr * one, zero, growth_gain(momentum) * one, one, zero, numel),
     )
     s, a = (one if factor is None else factor for factor in controls[:2])
     elr = lr * s * grad_norm / (a * weight_norm)

@@ -55,13 +55,14 @@ class RuleState(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """The param-group values that a rule needs, [R] float32."""
+    """The param-group values that a rule needs, [R] float32.
+
+    growth_gain: under steady gradients ‖w‖² grows by (lr·growth_gain·E)² a step; see `growth_gain`.
+    """
 
     lr: Tensor
     weight_decay: Tensor
-    growth_gain: (
-        Tensor  # (1-d)·√((1+μ)/(1-μ)³): ‖w‖² grows by (lr · growth_gain · E)² a step under steady gradients
-    )
+    growth_gain: Tensor
     update_per_grad: Tensor  # ∂u/∂g̃
     update_per_momentum: Tensor  # ∂u/∂m, m the buffer before the step
     numel: Tensor
@@ -194,10 +195,12 @@ def smooth(average: Tensor, value: Tensor) -> Tensor:
     return torch.where(average == 0, value, torch.lerp(value, average, SMOOTHING))
 
 
-def growth_gain(momentum: float, dampening: float) -> float:
-    """(1-d)·√((1+μ)/(1-μ)³): under steady gradients ‖w‖² grows by (lr·gain·E)² a step. Derived, docs/theory.md §6."""
+def growth_gain(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> float:
+    """(1-d)·√((1+μ)/(1-μ)³), with Nesterov momentum √((1-μ+2μ²)/(1-μ)³): under steady gradients ‖w‖² grows by
+    (lr·gain·E)² a step, to leading order. Derived, docs/theory.md §6 and §9."""
     μ = momentum
-    return abs(1 - dampening) * math.sqrt((1 + μ) / (1 - μ) ** 3) if μ < 1 else math.inf
+    growth = 1 - μ + 2 * μ**2 if nesterov else 1 + μ
+    return abs(1 - dampening) * math.sqrt(growth / (1 - μ) ** 3) if μ < 1 else math.inf
 
 
 def masked_mean(values: Tensor, ok: Tensor) -> Tensor:

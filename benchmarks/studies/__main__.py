@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
+from benchmarks.accuracy import ACCURACY
 from benchmarks.studies import STUDIES
 from benchmarks.studies import study as studies
 from benchmarks.studies.study import SIZES, Study
@@ -60,7 +61,7 @@ def command(study: Study) -> Callable[..., None]:
                 console=studies.make_console(),
                 size=size,
             )
-        except FileNotFoundError as error:  # data
+        except (FileNotFoundError, ValueError) as error:
             raise typer.BadParameter(str(error)) from error
 
     run.__doc__ = (
@@ -79,13 +80,13 @@ def report(
     result: Annotated[Path, typer.Argument(help="The JSON file of a study.")],
     out: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("runs/studies"),
 ) -> None:
-    """Print and draw a result again.
+    """Print and draw a result again, of a study or of benchmarks.accuracy.
 
     Example: python -m benchmarks.studies report benchmarks/results/study-warmup-small.json --out plots
     """
     try:
         content = json.loads(result.read_text(encoding="utf-8"))
-        study = STUDIES[content["study"]]
+        study = {**STUDIES, "accuracy": ACCURACY}[content["study"]]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise typer.BadParameter(f"{result} is not the result of a study: {error}") from error
     studies.report(study, content, out, studies.make_console())

@@ -27,7 +27,7 @@ from benchmarks.statistics import (
 )
 from benchmarks.studies.study import Stage
 from benchmarks.sweep import Row
-from benchmarks.training import TRACE_COLUMNS, Method, Run, Task
+from benchmarks.training import TRACE_COLUMNS, Method, Run, Task, check_installed, load
 from elropt import plots
 
 FRESH_SEEDS = 100  # the seeds of the second stage start here
@@ -69,7 +69,13 @@ class Plan(NamedTuple):
 
 
 def two_stages(plan: Plan) -> Sequence[Stage]:
-    """Choose on the validation images, then read the test images."""
+    """Choose on the validation images, then read the test images.
+
+    Raises ValueError or FileNotFoundError for packages or data that are missing.
+    """
+    check_installed(plan.methods)
+    for task in plan.tasks:
+        load(task)  # what is missing is missed now, not in the middle
     return lambda rows: grid(plan), lambda rows: finals(rows, plan.fresh_seeds)
 
 
@@ -197,7 +203,7 @@ def _conclusion(entry: Entry, of_task: Sequence[Entry]) -> dict[str, Any]:
         "usable_lrs": None
         if entry.usable is None
         else {**entry.usable._asdict(), "width": entry.usable.width},
-        "seconds": float(np.mean([row["seconds"] for row in entry.val_rows])),
+        "seconds": float(np.mean([row["seconds"] for row in entry.test_rows or entry.val_rows])),
     }
 
 

@@ -71,18 +71,13 @@ def small(device: str) -> Plan:
 
 def full(device: str) -> Plan:
     """Plain nets around one of 20 layers on CIFAR-10."""
-    base = comparison.full_cifar("plain-20", device, epochs=15)
+    base = comparison.full_cifar("plain-20-w16", device, epochs=15)
     tasks = around(
         base,
         model=[
-            "plain-8",
-            "plain-56",
-            "plain-110",
-            "plain-20-w8",
-            "plain-20-w64",
-            "resnet-20",
-            "resnet-56",
-            "vgg-16-bn",
+            *(f"plain-{depth}-w16" for depth in (8, 56, 110)),
+            *(f"plain-20-w{width}" for width in (8, 64)),
+            "resnet-20-w16",
         ],
         data=["cifar100", "tinyimagenet40"],
         batch_size=[32, 512],
@@ -152,12 +147,12 @@ def differs(task: dict[str, Any], base: dict[str, Any]) -> tuple[str, Any]:
 
 def aspect(task: dict[str, Any], axis: str) -> Any:
     """The value of a task on an axis."""
-    name = re.fullmatch(r"(?P<family>.+?)-(?P<depth>\d+)(-bn)?(-w(?P<width>\d+))?", task["model"])
+    name = re.fullmatch(r"(?P<family>.+?)-(?P<depth>\d+)-w(?P<width>\d+)", task["model"])
     if name is None:
-        raise ValueError(f"model {task['model']!r} does not end in its depth and width")
+        raise ValueError(f"model {task['model']!r} does not end in its depth and width, as bn-mlp-12-w64")
     return {
         "depth": int(name["depth"]),
-        "width": int(name["width"] or 0),
+        "width": int(name["width"]),
         "normalization": name["family"],
         "data": task["data"],
         "batch size": task["batch_size"],

@@ -78,7 +78,7 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
     """Accuracies by task and method; accuracy against the applied spread."""
     summary: dict[str, Any] = {"tasks": comparison.conclusions(rows)}
     summary["rank_correlation"] = {
-        task: correlation([row for entry in of_task for row in entry.test_rows])
+        task: correlation([entry.test_rows for entry in of_task if entry.test_rows])
         for task, of_task in by_task(entries(rows)).items()
     }
     return summary
@@ -90,14 +90,17 @@ def applied_spread(row: Row) -> float:
     return float(np.exp(np.log(values).mean())) if values else np.nan
 
 
-def correlation(rows: Sequence[Row]) -> dict[str, float] | None:
-    """Spearman's rank correlation of accuracy with the applied spread over runs, each at its method's best lr."""
-    points = np.array([(applied_spread(row), row["accuracy"]) for row in rows])
+def correlation(methods: Sequence[Sequence[Row]]) -> dict[str, float] | None:
+    """Spearman's rank correlation of accuracy with the applied spread over methods, each at its best lr, means of its
+    runs. None below 3 methods."""
+    points = np.array(
+        [np.mean([(np.log(applied_spread(r)), r["accuracy"]) for r in rows], axis=0) for rows in methods]
+    )
     points = points[np.isfinite(points).all(axis=1)] if len(points) else points
     if len(points) < 3:
         return None
     rho, p = np.asarray(stats.spearmanr(points[:, 0], points[:, 1]))
-    return {"rho": float(rho), "p": float(p), "runs": len(points)}
+    return {"rho": float(rho), "p": float(p), "methods": len(points)}
 
 
 def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
@@ -107,7 +110,7 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
     table = Table(
         title="the same function, another spread of E at step 0: plain SGD at its best lr",
         caption="test accuracy in %, mean [95 % interval]; below 1 the last layers are the fast ones; "
-        "ρ: rank correlation of accuracy with the applied spread, over all methods",
+        "ρ: rank correlation of accuracy with the applied spread over all methods",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )

@@ -63,8 +63,13 @@ def run(
         "jobs": jobs,
         "command_seconds": round(time.perf_counter() - started, 1),
         "summary": study.summarize(rows),
-        "rows": [{key: value for key, value in study.kept(row).items() if key != "commit"} for row in rows],
+        "rows": [study.kept(row) for row in rows],
     }
+    if len(result["commits"]) > 1:
+        console.print(
+            f"rows are from {len(result['commits'])} states of the code, {', '.join(result['commits'])}: "
+            "--fresh measures all of them again"
+        )
     result_file = out / f"{stem}.json"
     result_file.write_text(dumps(result), encoding="utf-8")
     report(study, result, out, console)

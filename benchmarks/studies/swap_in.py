@@ -68,9 +68,10 @@ def time_to_accuracy(entry: Entry, sgd: Entry | None) -> dict[str, Any]:
     """Epochs and seconds until the mean validation accuracy of the fresh seeds first reaches `REACHED` of what the
     best-tuned SGD has at the end; None if it does not."""
     mean = validation_over_epochs(entry)
-    if sgd is None or not mean:
+    of_sgd = [] if sgd is None else validation_over_epochs(sgd)
+    if not mean or not of_sgd:
         return {"epochs_to_accuracy": None, "seconds_to_accuracy": None}
-    bar = REACHED * validation_over_epochs(sgd)[-1][2]
+    bar = REACHED * of_sgd[-1][2]
     epoch, seconds, _ = next((point for point in mean if point[2] >= bar), (None, None, None))
     return {"epochs_to_accuracy": epoch, "seconds_to_accuracy": seconds, "bar": bar}
 

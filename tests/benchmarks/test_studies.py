@@ -95,12 +95,19 @@ def test_area_under_the_logarithm_of_the_spread() -> None:
 
 
 def test_accuracy_falls_with_the_spread() -> None:
-    rows = [row("sgd", 0.1, i, 0.9 - 0.1 * i, applied_spread=[2.0**i, 2.0**i]) for i in range(4)]
-    found = spread.correlation(rows)
+    methods = [
+        [
+            row("sgd", 0.1, seed, 0.9 - 0.1 * i + 0.2 * seed, applied_spread=[2.0**i, 2.0**i])
+            for seed in (0, 1)
+        ]
+        for i in range(4)
+    ]
+    found = spread.correlation(methods)
     assert found is not None
     assert found["rho"] == pytest.approx(-1)
-    assert spread.applied_spread(rows[3]) == pytest.approx(8)
-    assert spread.correlation(rows[:2]) is None
+    assert found["methods"] == 4
+    assert spread.applied_spread(methods[3][0]) == pytest.approx(8)
+    assert spread.correlation(methods[:2]) is None
 
 
 def test_time_to_accuracy_is_that_of_the_mean_curve() -> None:
@@ -116,6 +123,21 @@ def test_time_to_accuracy_is_that_of_the_mean_curve() -> None:
     assert found["sgd"]["epochs_to_accuracy"] == 10
     assert found["uniform"]["epochs_to_accuracy"] == 5
     assert found["uniform"]["seconds_to_accuracy"] == pytest.approx(3)
+
+
+def test_time_to_accuracy_where_sgd_has_diverged() -> None:
+    rows = [row("sgd", 0.1, 0, 0.1), row("sgd", 0.1, 100, 0.1, "test")]
+    found = swap_in.summarize(rows)[comparison.label(rows[0]["spec"]["task"])]
+    assert found["sgd"]["epochs_to_accuracy"] is None
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "full"])
+def test_every_task_of_the_radians_has_a_place_of_its_own(size: str) -> None:
+    tasks = [dataclasses.asdict(task) for task in radians.PLANS[size]("cpu").tasks]
+    places = [radians.differs(task, tasks[0]) for task in tasks]
+    assert len(set(places)) == len(tasks)
+    for task in tasks[1:]:
+        assert sum(radians.aspect(task, axis) != radians.aspect(tasks[0], axis) for axis in radians.AXES) == 1
 
 
 def test_axes_of_the_radians_are_read_from_the_tasks() -> None:
@@ -191,8 +213,8 @@ def test_help_has_an_example(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
-@pytest.mark.parametrize("name", sorted(set(STUDIES) - {"dynamics"}))
-def test_plans_have_no_run_twice_and_enough_seeds(name: str, size: str) -> None:
-    runs = STUDIES[name].stages(size, "cpu")[0]([])
+@pytest.mark.parametrize("study", [warmup, spread, swap_in, radians], ids=lambda module: module.__name__)
+def test_plans_have_no_run_twice(study: Any, size: str) -> None:
+    runs = comparison.grid(study.PLANS[size]("cpu"))
     assert len(set(runs)) == len(runs)
     assert all(run.task.data in ("digits", "cifar10", "cifar100", "tinyimagenet40") for run in runs)
