@@ -74,16 +74,23 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
 
 
 def closing(entry: Entry) -> dict[str, Any]:
-    """How fast the spread of E = ‖g‖/‖w‖ closes in the runs with fresh seeds, at the best learning rate.
+    """How fast the spread of E = ‖g‖/‖w‖ closes in the runs with fresh seeds, at the best learning rate, and at every
+    learning rate in the runs that choose it.
 
-    log_spread: mean of ln(max E/min E) over the first `HORIZON` steps. steps_to_closed: first recorded step from which
-    on, to the `HORIZON`, the spread stays below `CLOSED`; None if it does not. applied_log_spread: of what the layers
-    turn by, which a rule can equalize at once.
+    log_spread: mean of ln(max E/min E) over the first `HORIZON` steps; log_spread_by_lr: its mean over seeds.
+    steps_to_closed: first recorded step from which on, to the `HORIZON`, the spread stays below `CLOSED`; None if it
+    does not. applied_log_spread: of what the layers turn by, which a rule can equalize at once.
     """
     runs = entry.test_rows
     return {
         "log_spread": interval([mean_log(row, "spread") for row in runs])._asdict(),
         "applied_log_spread": interval([mean_log(row, "applied_spread") for row in runs])._asdict(),
+        "log_spread_by_lr": {
+            f"{lr:g}": float(
+                np.mean([mean_log(row, "spread") for row in entry.val_rows if row["spec"]["lr"] == lr])
+            )
+            for lr in entry.curve.lrs
+        },
         "steps_to_closed": [first_closed(row) for row in runs],
         "spread_at_start": mean_over_runs(runs, "spread").get(0),
     }
@@ -126,18 +133,20 @@ def closing_table(task: str, summary: dict[str, Any]) -> Table:
     """How fast the spread closes on one task."""
     table = Table(
         title=f"{task}: the spread of E",
-        caption=f"mean ln(max/min) over the first {HORIZON} steps, of E and of what is applied; steps until max/min "
-        f"of E stays below {CLOSED:g}, by seed (– : not within {HORIZON})",
+        caption=f"mean ln(max/min) over the first {HORIZON} steps, of E and of what is applied, at the best learning "
+        f"rate, and of E at every learning rate of the grid; steps until max/min of E stays below {CLOSED:g}, by seed "
+        f"(– : not within {HORIZON})",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
     table.add_column("method", no_wrap=True)
-    for column in ("ln spread of E", "applied", "steps to closed"):
+    for column in ("ln spread of E", "applied", "at every lr", "steps to closed"):
         table.add_column(column, justify="right", no_wrap=True)
     for method, of_method in summary.items():
         steps = ["–" if step is None else str(step) for step in of_method["steps_to_closed"]]
         means = (of_method[key]["mean"] for key in ("log_spread", "applied_log_spread"))
-        table.add_row(method, *(f"{mean:.2f}" for mean in means), " / ".join(steps))
+        by_lr = " / ".join(f"{mean:.1f}" for mean in of_method["log_spread_by_lr"].values())
+        table.add_row(method, *(f"{mean:.2f}" for mean in means), by_lr, " / ".join(steps))
     return table
 
 
@@ -170,5 +179,4 @@ WARMUP = Study(
     tables,
     draw,
     comparison.describe,
-    comparison.without_val_traces,
 )
