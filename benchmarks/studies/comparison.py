@@ -248,6 +248,16 @@ def without_val_traces(row: Row) -> Row:
     return row if row["spec"]["part"] == "test" else {k: v for k, v in row.items() if k not in TRACE_COLUMNS}
 
 
+def without_layers(row: Row) -> Row:
+    """A row without E and ELR of every layer."""
+    return {key: value for key, value in row.items() if key not in ("E", "elr")}
+
+
+def without_val_traces_and_layers(row: Row) -> Row:
+    """Both."""
+    return without_layers(without_val_traces(row))
+
+
 def mean_over_runs(rows: Sequence[Row], column: str) -> dict[int, float]:
     """step → geometric mean over runs of a column of `training.Trace`, at the steps that all recorded."""
     steps = sorted(set.intersection(*(set(row["trace_steps"]) for row in rows))) if rows else []

@@ -300,5 +300,5 @@ RADIANS = Study(
     tables,
     draw,
     comparison.describe,
-    comparison.without_val_traces,
+    comparison.without_val_traces_and_layers,
 )

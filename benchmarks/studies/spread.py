@@ -175,5 +175,5 @@ SPREAD = Study(
     tables,
     draw,
     comparison.describe,
-    comparison.without_val_traces,
+    comparison.without_val_traces_and_layers,
 )

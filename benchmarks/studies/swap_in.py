@@ -134,5 +134,5 @@ SWAP_IN = Study(
     tables,
     draw,
     comparison.describe,
-    comparison.without_val_traces,
+    comparison.without_val_traces_and_layers,
 )

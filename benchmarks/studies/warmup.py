@@ -179,4 +179,5 @@ WARMUP = Study(
     tables,
     draw,
     comparison.describe,
+    comparison.without_layers,
 )
