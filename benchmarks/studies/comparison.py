@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
 from rich.table import Table
 
 from benchmarks.statistics import (
@@ -25,9 +27,9 @@ from benchmarks.statistics import (
     paired,
     usable_range,
 )
-from benchmarks.studies.study import Stage
+from benchmarks.studies.study import Stage, Study
 from benchmarks.sweep import Row
-from benchmarks.training import TRACE_COLUMNS, Method, Run, Task, check_installed, load
+from benchmarks.training import TRACE_COLUMNS, Method, Run, Task, check_installed, load, train
 from elropt import plots
 
 FRESH_SEEDS = 100  # the seeds of the second stage start here
@@ -82,6 +84,19 @@ def two_stages(plan: Plan) -> Sequence[Stage]:
 def stages(plans: dict[str, Callable[[str], Plan]]) -> Callable[[str, str], Sequence[Stage]]:
     """The stages of a study whose plans are functions of the device, by size."""
     return lambda size, device: two_stages(plans[size](device))
+
+
+def training_study(
+    name: str,
+    question: str,
+    plans: dict[str, Callable[[str], Plan]],
+    summarize: Callable[[list[Row]], dict[str, Any]],
+    tables: Callable[[list[Row], dict[str, Any]], Sequence[RenderableType]],
+    draw: Callable[[list[Row], dict[str, Any], Path], Sequence[Path]],
+    kept: Callable[[Row], Row],
+) -> Study:
+    """A study that trains, in two stages."""
+    return Study(name, question, train, stages(plans), summarize, tables, draw, describe, kept)
 
 
 def with_lrs(methods: Sequence[Method], lrs: tuple[float, ...]) -> list[Method]:

@@ -166,6 +166,10 @@ def summarize_critical(found: list[Row]) -> dict[str, Any]:
         for row in found:
             lrs = np.array(row["lrs"])
             ratio, model = (np.array(row[key], float)[:, index] for key in (f"{name}_spread", "model_spread"))
+            if np.isnan(ratio).all():  # no learning rate left a finite spread
+                for values in (best, model_best, grows, smallest, *at_formula.values()):
+                    values.append(np.nan)
+                continue
             best.append(lrs[np.nanargmin(ratio)])
             smallest.append(np.nanmin(ratio))
             model_best.append(lrs[np.nanargmin(model)])

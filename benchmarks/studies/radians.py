@@ -18,9 +18,8 @@ from scipy import stats
 from benchmarks.statistics import Curve, usable_range
 from benchmarks.studies import comparison
 from benchmarks.studies.comparison import Plan
-from benchmarks.studies.study import Study
 from benchmarks.sweep import Row
-from benchmarks.training import METHODS, Method, Task, train
+from benchmarks.training import METHODS, Method, Task
 from elropt import plots
 
 GOOD = 0.95  # share of the best gain over chance at which a learning rate counts as good
@@ -291,14 +290,12 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
     return [path]
 
 
-RADIANS = Study(
+RADIANS = comparison.training_study(
     "radians",
     'Is the best learning rate of rule="angle", in radians, the same for every net, where SGD\'s is not?',
-    train,
-    comparison.stages(PLANS),
+    PLANS,
     summarize,
     tables,
     draw,
-    comparison.describe,
-    comparison.without_val_traces_and_layers,
+    kept=comparison.without_val_traces_and_layers,
 )

@@ -16,9 +16,8 @@ from scipy import stats
 from benchmarks.statistics import interval
 from benchmarks.studies import comparison
 from benchmarks.studies.comparison import Plan, by_task, entries
-from benchmarks.studies.study import Study
 from benchmarks.sweep import Row
-from benchmarks.training import ANGLE_LRS, METHODS, SPHERE_LRS, Method, train
+from benchmarks.training import ANGLE_LRS, METHODS, SPHERE_LRS, Method
 from benchmarks.warmups import SPREADS
 from elropt import plots
 
@@ -166,14 +165,12 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
     return paths
 
 
-SPREAD = Study(
+SPREAD = comparison.training_study(
     "spread",
     "Does a spread of the ELRs hurt, and do uniform ELRs help?",
-    train,
-    comparison.stages(PLANS),
+    PLANS,
     summarize,
     tables,
     draw,
-    comparison.describe,
-    comparison.without_val_traces_and_layers,
+    kept=comparison.without_val_traces_and_layers,
 )

@@ -14,9 +14,8 @@ from rich.table import Table
 
 from benchmarks.studies import comparison
 from benchmarks.studies.comparison import Entry, Plan, best_sgd, by_task, entries
-from benchmarks.studies.study import Study
 from benchmarks.sweep import Row
-from benchmarks.training import METHODS, Method, train
+from benchmarks.training import METHODS, Method
 from elropt import plots
 
 NAMES = ("sgd", "sgd+linear", "lars", "sgdp", "warmup", "warmup+linear", "uniform", "angle", "sphere")
@@ -125,14 +124,12 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
     return [path]
 
 
-SWAP_IN = Study(
+SWAP_IN = comparison.training_study(
     "swap-in",
     "ELRSGD swapped in for SGD, LARS and SGDP at a standard recipe: how accurate, how fast?",
-    train,
-    comparison.stages(PLANS),
+    PLANS,
     summarize,
     tables,
     draw,
-    comparison.describe,
-    comparison.without_val_traces_and_layers,
+    kept=comparison.without_val_traces_and_layers,
 )

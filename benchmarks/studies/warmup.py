@@ -15,9 +15,8 @@ from rich.table import Table
 from benchmarks.statistics import interval
 from benchmarks.studies import comparison
 from benchmarks.studies.comparison import Entry, Plan, by_task, entries, mean_over_runs
-from benchmarks.studies.study import Study
 from benchmarks.sweep import Row
-from benchmarks.training import METHODS, Method, train
+from benchmarks.training import METHODS, Method
 from elropt import plots
 
 CLOSED = 2.0  # the spread below which a gap counts as closed
@@ -170,14 +169,12 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
     return [path]
 
 
-WARMUP = Study(
+WARMUP = comparison.training_study(
     "warmup",
     "Which warm-up closes the ELR spread fastest, and which trains best?",
-    train,
-    comparison.stages(PLANS),
+    PLANS,
     summarize,
     tables,
     draw,
-    comparison.describe,
-    comparison.without_layers,
+    kept=comparison.without_layers,
 )
