@@ -114,9 +114,12 @@ def layers_figure(of_task: Sequence[Entry]) -> Figure:
 
 def positive(lrs: str) -> tuple[float, ...]:
     """The learning rates of a list with commas. Raises ValueError."""
-    values = tuple(float(value) for value in lrs.split(","))
+    try:
+        values = tuple(float(value) for value in lrs.split(","))
+    except ValueError:
+        values = (math.nan,)
     if not all(0 < value < math.inf for value in values):
-        raise ValueError(f"--lrs takes positive numbers, got {lrs}")
+        raise ValueError(f"--lrs takes positive numbers with commas between them, got {lrs!r}")
     return values
 
 

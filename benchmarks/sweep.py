@@ -85,8 +85,10 @@ def sweep(
                 file.flush()
                 done[_key(row["spec"])] = json.loads(json.dumps(without_nan(row)))
                 progress.update(task, advance=1, description=describe(spec))
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(cancel_futures=True)  # what the end of `with` alone would wait for
+            if isinstance(error, KeyboardInterrupt):
+                console.print(f"{len(done)} rows are in {rows_file}: the same command goes on from there")
             raise
     if failed:
         console.print(f"{len(failed)} of {len(missing)} runs failed; the others are in {rows_file}")

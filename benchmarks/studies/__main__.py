@@ -82,13 +82,18 @@ def report(
 ) -> None:
     """Print and draw a result again, of a study or of benchmarks.accuracy.
 
-    Example: python -m benchmarks.studies report benchmarks/results/study-warmup-small.json --out plots
+    Example: python -m benchmarks.studies report benchmarks/results/warmup-small.json --out plots
     """
     try:
         content = json.loads(result.read_text(encoding="utf-8"))
         study = {**STUDIES, "accuracy": ACCURACY}[content["study"]]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise typer.BadParameter(f"{result} is not the result of a study: {error}") from error
+    except OSError as error:
+        raise typer.BadParameter(f"{result} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise typer.BadParameter(
+            f'{result} is not the result of a study of this version (its field "study" must be one of '
+            f"{', '.join(STUDIES)} or accuracy)"
+        ) from error
     studies.report(study, content, out, studies.make_console())
 
 

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.accuracy import ACCURACY
 from benchmarks.studies import STUDIES, comparison, radians, spread, swap_in, warmup
 from benchmarks.studies.__main__ import app
+from benchmarks.sweep import without_nan
 from benchmarks.training import METHODS, Method, Run, Task
 
+ROOT = Path(__file__).resolve().parents[2]
 TASK = Task("bn-mlp-4-w16")
 
 
@@ -191,12 +194,29 @@ def test_every_study_runs_resumes_and_draws_again(name: str, tmp_path: Path) -> 
     assert list((tmp_path / "again").glob("*.png"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*STUDIES, "accuracy-digits", "accuracy-plain-56-cifar10-8px"])
+def test_committed_results_can_be_drawn_and_their_summary_is_that_of_their_rows(
+    name: str, tmp_path: Path
+) -> None:
+    file = ROOT / "benchmarks" / "results" / f"{name}-small.json"
+    file = file if file.exists() else file.with_name(f"{name}.json")
+    report = CliRunner().invoke(app, ["report", str(file), "--out", str(tmp_path)])
+    assert report.exit_code == 0, report.output
+    assert list(tmp_path.glob("*.png"))
+    result = json.loads(file.read_text())
+    study = {**STUDIES, "accuracy": ACCURACY}[result["study"]]
+    again = json.loads(json.dumps(without_nan(study.summarize(result["rows"]))))
+    assert again == result["summary"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["warmup", "--size", "huge"], "unknown size 'huge'"),
         (["warmup", "--device", "nope"], "--device nope cannot be used"),
-        (["report", "missing.json"], "missing.json is not the result of a study"),
+        (["report", "missing.json"], "missing.json cannot be read: No such file"),
+        (["report", "pyproject.toml"], "pyproject.toml is not the result of a study"),
     ],
     ids=str,
 )
