@@ -198,26 +198,40 @@ def main(
         raise typer.BadParameter("--data imagefolder takes the PATH of its tree; other data sets take --root")
     tasks = [
         Task(
-            name, data_name, path or root, image_size, limit, split, epochs, batch_size, momentum, weight_decay,
-            other_lr, augment, 0, device, amp, channels_last, compile,
+            name,
+            data_name,
+            root=path or root,
+            image_size=image_size,
+            limit=limit,
+            split=split,
+            epochs=epochs,
+            batch_size=batch_size,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            other_lr=other_lr,
+            augment=augment,
+            device=device,
+            amp=amp,
+            channels_last=channels_last,
+            compile=compile,
         )
         for name in model
-    ]  # fmt: skip
+    ]
     try:
         chosen = [METHODS[name] for name in optimizer]
         if lrs is not None:
             chosen = comparison.with_lrs(chosen, positive(lrs))
-        training.check_installed(chosen)
         dataset = training.load(tasks[0])
         for task in tasks:
             models.build(task.model, in_shape=dataset.in_shape, classes=dataset.classes)
+        stages = comparison.two_stages(Plan(tasks, chosen, seeds, fresh_seeds))
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
     if fresh:
         (out / "accuracy.rows.jsonl").unlink(missing_ok=True)
     study.run(
         ACCURACY,
-        comparison.two_stages(Plan(tasks, chosen, seeds, fresh_seeds)),
+        stages,
         "accuracy",
         out,
         jobs=jobs or default_jobs(device),

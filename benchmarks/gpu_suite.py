@@ -156,28 +156,9 @@ def accuracy(context: Context) -> list[str]:
 
 def cifar(context: Context) -> list[str]:
     """ResNet-18 on CIFAR-10 as fast as it goes, one learning rate each: how long an epoch takes."""
-    recipe = [
-        "--data",
-        "cifar10",
-        "--model",
-        "resnet-18",
-        "--epochs",
-        "8",
-        "--batch-size",
-        "512",
-        "--augment",
-    ]
-    recipe += [
-        "--weight-decay",
-        "5e-4",
-        "--amp",
-        "--channels-last",
-        "--compile",
-        "--seeds",
-        "1",
-        "--fresh-seeds",
-        "1",
-    ]
+    recipe = ["--data", "cifar10", "--model", "resnet-18", "--epochs", "8", "--batch-size", "512"]
+    recipe += ["--augment", "--weight-decay", "5e-4", "--amp", "--channels-last", "--compile"]
+    recipe += ["--seeds", "1", "--fresh-seeds", "1", "--fresh"]
     methods = [word for name in ("sgd", "warmup", "uniform") for word in ("--optimizer", name)]
     out = ["--device", context.device, "--out", str(context.out / "cifar")]
     return module("accuracy", *recipe, "--lrs", "0.2", *methods, *out)

@@ -111,8 +111,8 @@ class UsableRange(NamedTuple):
 
 def usable_range(curve: Curve, bar: float) -> UsableRange | None:
     """The stretch around the best learning rate in which the mean accuracy, linear in log lr between the points of
-    the grid, is at least `bar`. None if the best is below it."""
-    if curve.mean[curve.best] < bar:
+    the grid, is at least `bar`. None if the best is below it, or the bar is NaN."""
+    if not curve.mean[curve.best] >= bar:
         return None
     ends = []
     for step in (-1, 1):

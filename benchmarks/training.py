@@ -12,7 +12,7 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ LARS_LRS = (1.0, 3.0, 10.0, 30.0)
 LINEAR_SHARE = 0.1  # of all steps, for "+linear"
 FIRST_STEPS = 20  # recorded one by one
 TRACE_COLUMNS = ("trace_steps", "spread", "log_std", "mean_E", "applied_spread", "mean_elr", "E", "elr")
+
+
+Part = Literal["val", "test"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Run:
     method: Method
     lr: float
     seed: int
-    part: str = "val"
+    part: Part = "val"
     layers: bool = False
 
 
@@ -335,12 +338,12 @@ def significant(value: float) -> float:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, dataset: data.Dataset, part: str, task: Task) -> float:
+def accuracy(model: nn.Module, dataset: data.Dataset, part: Part, task: Task) -> float:
     """Share of the images of a part whose class has the largest logit."""
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=task.device)
     total = 0
-    for images, labels in dataset.batches(part, 512, channels_last=task.channels_last):  # type: ignore[arg-type]
+    for images, labels in dataset.batches(part, 512, channels_last=task.channels_last):
         with _autocast(task):
             correct += (model(images).argmax(1) == labels).sum()
         total += len(labels)

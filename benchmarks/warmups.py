@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from elropt import dynamics
 
-SPREADS = (1e-4, 1e-2, 1.0, 1e2, 1e4)  # that the study of spreads imposes
+SPREADS = (1e-4, 1e-2, 1e2, 1e4)  # that the study of spreads imposes, besides 1
 Critical = Callable[[np.ndarray], np.ndarray]
 
 
@@ -50,8 +50,8 @@ def capped(optimizer: Optimizer, weights: list[Tensor], critical: Critical) -> N
     optimizer.register_step_post_hook(after)
 
 
-def equalized(optimizer: Optimizer, weights: list[Tensor], steps: int) -> None:
-    """At each of the first `steps` steps rescale the weights so that all E are equal, as `elropt.equalize_` does."""
+def faded(optimizer: Optimizer, weights: list[Tensor], steps: int) -> None:
+    """Gradient factors (Ē/E)^p, as under rule="uniform" with p = 1, where p falls from 1 to 0 within `steps` steps."""
     count = 0
 
     @torch.no_grad()
@@ -60,25 +60,7 @@ def equalized(optimizer: Optimizer, weights: list[Tensor], steps: int) -> None:
         if count == steps:
             return
         log_e = log_relative_grads(weights)
-        for w, a in zip(weights, ((log_e - log_e.mean()) / 2).exp(), strict=True):
-            rescale(optimizer, w, a)
-        count += 1
-
-    optimizer.register_step_pre_hook(before)
-
-
-def released(optimizer: Optimizer, weights: list[Tensor], steps: int, fade: bool) -> None:
-    """Gradient factors Ē/E as under rule="uniform" for `steps` steps; with `fade` they go to 1 as a power does."""
-    count = 0
-
-    @torch.no_grad()
-    def before(*_: object) -> None:
-        nonlocal count
-        if count == steps:
-            return
-        log_e = log_relative_grads(weights)
-        share = 1 - count / steps if fade else 1.0
-        for w, s in zip(weights, ((log_e.mean() - log_e) * share).exp(), strict=True):
+        for w, s in zip(weights, ((log_e.mean() - log_e) * (1 - count / steps)).exp(), strict=True):
             gradient(w).mul_(s)
         count += 1
 
@@ -87,7 +69,8 @@ def released(optimizer: Optimizer, weights: list[Tensor], steps: int, fade: bool
 
 def imposed(optimizer: Optimizer, weights: list[Tensor], spread: float) -> None:
     """Rescale the weights once, at the first step, so that E falls geometrically from the first layer to the last, by
-    `spread` in all (below 1: rises). The function is the same for every spread: only the ELRs differ."""
+    `spread` in all (below 1: rises; 1: all are equal, as `elropt.equalize_` makes them). The function is the same for
+    every spread: only the ELRs differ."""
     done = False
 
     @torch.no_grad()
@@ -98,25 +81,18 @@ def imposed(optimizer: Optimizer, weights: list[Tensor], spread: float) -> None:
         log_e = log_relative_grads(weights)
         target = log_e.mean() + math.log(spread) * torch.linspace(0.5, -0.5, len(weights))
         for w, a in zip(weights, ((log_e - target) / 2).exp(), strict=True):
-            rescale(optimizer, w, a)
+            w.mul_(a)
+            gradient(w).div_(a)
         done = True
 
     optimizer.register_step_pre_hook(before)
-
-
-def rescale(optimizer: Optimizer, w: Tensor, a: Tensor) -> None:
-    """w ← a·w with all that depends on it: for a scale-invariant weight the function stays, E changes by 1/a²."""
-    w.mul_(a)
-    gradient(w).div_(a)
-    if "momentum_buffer" in optimizer.state[w]:
-        optimizer.state[w]["momentum_buffer"].div_(a)
 
 
 def gradient(w: Tensor) -> Tensor:
     """The gradient of a weight that has one."""
     if w.grad is None:
         raise RuntimeError(
-            "a tracked weight has no gradient: the warm-ups compared here need one at every step"
+            "a tracked weight has no gradient: the studies' warm-ups and measurements need one at every step"
         )
     return w.grad
 
@@ -130,8 +106,7 @@ def log_relative_grads(weights: list[Tensor]) -> Tensor:
 WARMUPS: dict[str, Callable[[Optimizer, list[Tensor]], None]] = {
     "monotone": partial(capped, critical=dynamics.monotone_lr),
     "balance": partial(capped, critical=dynamics.balance_lr),
-    "equalize": partial(equalized, steps=1),
-    "equalize-20": partial(equalized, steps=20),
+    "equalize": partial(imposed, spread=1.0),
     **{f"spread {spread:g}": partial(imposed, spread=spread) for spread in SPREADS},
-    "fading-100": partial(released, steps=100, fade=True),
+    "fading-100": partial(faded, steps=100),
 }

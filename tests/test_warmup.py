@@ -280,18 +280,18 @@ def test_the_last_rescaling_uses_the_smoothed_c() -> None:
     np.testing.assert_allclose(controls.weight_factor.numpy(), np.exp(offset / 2), rtol=1e-5)
 
 
-@pytest.mark.parametrize("dampening", [0.0, 0.5])
-def test_the_cap_counts_momentum_and_dampening(dampening: float) -> None:
+@pytest.mark.parametrize(("dampening", "nesterov"), [(0.0, False), (0.5, False), (0.0, True)])
+def test_the_cap_counts_momentum_and_dampening(dampening: float, nesterov: bool) -> None:
     c, lr, momentum = 0.7, 50.0, 0.9
     weights = plane_weights([3.0, 1.0], c)
-    optimizer = ELRSGD(
-        [{"params": weights, "scale_invariant": True}], lr=lr, momentum=momentum, dampening=dampening
-    )
+    groups = [{"params": weights, "scale_invariant": True}]
+    optimizer = ELRSGD(groups, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov)
     for w in weights:
         w.grad = turning(w.detach(), c)
     optimizer.step()
     for elr in effective_lrs(optimizer).values():
-        gain = (1 - dampening) * math.sqrt((1 + momentum) / (1 - momentum) ** 3)
+        growth = 1 - momentum + 2 * momentum**2 if nesterov else 1 + momentum
+        gain = (1 - dampening) * math.sqrt(growth / (1 - momentum) ** 3)
         assert elr * gain == pytest.approx(1, rel=1e-5)
 
 

@@ -52,17 +52,18 @@ def command(study: Study) -> Callable[..., None]:
         if fresh:
             (out / f"{study.name}-{size}.rows.jsonl").unlink(missing_ok=True)
         try:
-            studies.run(
-                study,
-                study.stages(size, device),
-                f"{study.name}-{size}",
-                out,
-                jobs=jobs or default_jobs(device),
-                console=studies.make_console(),
-                size=size,
-            )
-        except (FileNotFoundError, ValueError) as error:
+            stages = study.stages(size, device)
+        except (FileNotFoundError, ValueError) as error:  # data or a package is missing
             raise typer.BadParameter(str(error)) from error
+        studies.run(
+            study,
+            stages,
+            f"{study.name}-{size}",
+            out,
+            jobs=jobs or default_jobs(device),
+            console=studies.make_console(),
+            size=size,
+        )
 
     run.__doc__ = (
         f"{study.question}\n\nA call that was stopped goes on where it stopped. "

@@ -30,6 +30,7 @@ from benchmarks.studies.dynamics_report import draw, tables
 from benchmarks.studies.dynamics_summary import SMOOTHING, summarize
 from benchmarks.studies.study import Study
 from benchmarks.sweep import Row
+from benchmarks.warmups import gradient
 from elropt import dynamics
 
 Array: TypeAlias = NDArray[np.float64]
@@ -127,7 +128,8 @@ class Bench:
         )
         for module in model.modules():
             if isinstance(module, models.Attention):
-                module.query.bias = module.key.bias = None  # type: ignore[assignment]
+                for linear in (module.query, module.key):
+                    linear.register_parameter("bias", None)
         self.model = model.to(net.device)
         images, _ = next(self.dataset.batches("train", 32))
         groups = elropt.param_groups(self.model, images)
@@ -143,8 +145,9 @@ class Bench:
         self.model.zero_grad()
         loss = F.cross_entropy(self.model(batch[0]), batch[1])
         loss.backward()
-        grads = [weight.grad for weight in self.weights]
-        rows = [[*torch._foreach_norm(self.weights), loss], [*torch._foreach_norm(grads), loss]]  # type: ignore[arg-type]
+        grads = [gradient(weight) for weight in self.weights]
+        norms = [torch._foreach_norm(of) for of in (self.weights, grads)]  # type: ignore[attr-defined]
+        rows = [[*of, loss] for of in norms]
         return torch.stack([torch.stack(row) for row in rows]).detach()
 
 
@@ -196,7 +199,7 @@ def tangential_cosines(weights: Sequence[Tensor], buffers: Sequence[Tensor]) -> 
     """Per weight the cosine between its `.grad` and the part of its momentum that is orthogonal to it, [L]."""
     cosines = []
     for weight, buffer in zip(weights, buffers, strict=True):
-        w, m, g = weight.detach().flatten(), buffer.flatten(), weight.grad.flatten()  # type: ignore[union-attr]
+        w, m, g = weight.detach().flatten(), buffer.flatten(), gradient(weight).flatten()
         cosines.append(F.cosine_similarity(m - (m @ w) / (w @ w) * w, g, dim=0))
     return torch.stack(cosines)
 
@@ -327,7 +330,7 @@ def measure_turn(spec: Turn) -> Row:
     batch = next(bench.batches())
     w, g = bench.norms(batch)[:, :-1]
     start = [weight.detach().clone() for weight in bench.weights]
-    step = [weight.grad * (a / b) for weight, a, b in zip(bench.weights, w, g, strict=True)]  # type: ignore[operator]
+    step = [gradient(weight) * (a / b) for weight, a, b in zip(bench.weights, w, g, strict=True)]
     count = len(start)
     chosen = np.unique(np.linspace(0, count - 1, spec.layers).round().astype(int)).tolist()
 
@@ -407,7 +410,7 @@ def measure_explosion(spec: Explosion) -> Row:
     w, g = _numpy(bench.norms(next(bench.batches())))[:, :-1]
     for hook in hooks:
         hook.remove()
-    gradients = np.array([float(output.grad.norm()) for output in outputs])  # type: ignore[union-attr]
+    gradients = np.array([float(gradient(output).norm()) for output in outputs])
     shapes = [tuple(weight.shape) for weight in bench.weights]
     row = {"gradient_factor": growth_factor(gradients, shapes), "c_factor": growth_factor(w * g, shapes)}
     return rounded({"layers": len(shapes), **row, "gradients": gradients, "c": w * g})

@@ -230,7 +230,7 @@ def _layers_figure(runs: list[Row]) -> Figure:
     drawn = grouped([row for row in runs if "E" in row and row["finite"]], model_of)
     chosen: dict[str, tuple[int, str]] = {}
     for model in drawn:
-        family, depth = re.match(r"(.+?)-(\d+)", model).groups()  # type: ignore[union-attr]
+        ((family, depth),) = re.findall(r"^(.+?)-(\d+)", model)
         if int(depth) <= 30:
             chosen[family] = max(chosen.get(family, (0, "")), (int(depth), model))
     figure = Figure(figsize=(11, 2.7 * len(chosen) + 0.6), layout="constrained")

@@ -33,6 +33,7 @@ PLAIN = [
     METHODS["sphere"],
 ]
 COMPARED = [method for plain in PLAIN for method in (plain, plain.with_linear())]
+AT_SPREAD = dict(sorted({1.0: "equalize", **{spread: f"spread {spread:g}" for spread in SPREADS}}.items()))
 IMPOSED = [Method(f"spread {spread:g}", "sgd", start=f"spread {spread:g}") for spread in SPREADS]
 
 
@@ -114,7 +115,7 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
         pad_edge=False,
     )
     table.add_column("task")
-    for spread in SPREADS:
+    for spread in AT_SPREAD:
         table.add_column(f"{spread:g}", justify="right")
     table.add_column("ρ", justify="right")
     for task, of_task in groups.items():
@@ -122,7 +123,7 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
         rho = summary["rank_correlation"][task]
         table.add_row(
             task,
-            *(found.get(f"spread {spread:g}", "–") for spread in SPREADS),
+            *(found.get(name, "–") for name in AT_SPREAD.values()),
             "–" if rho is None else f"{rho['rho']:+.2f}",
         )
     return [*accuracies, table]

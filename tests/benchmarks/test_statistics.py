@@ -72,6 +72,7 @@ def test_usable_range_says_where_the_grid_ends() -> None:
     assert (found.low, found.cut_low, found.cut_high) == (0.01, True, False)
     assert str(found).startswith("≥ ×")
     assert statistics.usable_range(CURVE, 82.1) is None
+    assert statistics.usable_range(CURVE, math.nan) is None  # as where there is no SGD to compare with
 
 
 def test_usable_range_is_the_stretch_around_the_best() -> None:

@@ -119,6 +119,12 @@ def test_a_run_that_diverges_ends_and_says_so() -> None:
     assert row["trace_steps"] == []
 
 
+def test_the_spread_is_that_before_a_start_has_acted_and_what_is_applied_that_after() -> None:
+    natural, row = train("sgd"), train(Method("equalize", "sgd", start="equalize"))
+    assert row["spread"][0] == natural["spread"][0] > 1.2
+    assert row["applied_spread"][0] == pytest.approx(1, abs=0.02)
+
+
 @pytest.mark.parametrize("name", ["lars", "sgdp"])
 def test_peers_train(name: str) -> None:
     pytest.importorskip("pytorch_optimizer")
