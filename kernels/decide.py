@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tables import of_group
+from .tables import of_group, only_if
 
 __all__ = ["decide"]
 
@@ -53,7 +53,7 @@ def decide(
 
     Sums over the rows are float32, lane by lane and then as a tree. Source: `elropt.rules`, docs/theory.md §9.
     """
-    # Flags are integers: the interpreter cannot broadcast a comparison of two floats.
+    # Flags are integers: that is what the interpreter makes of them when it broadcasts a comparison (see `only_if`).
     skipped = 0
     if found_inf is not None:
         skipped = (tl.load(found_inf) != 0).to(tl.int32)
@@ -108,8 +108,8 @@ def decide(
         log_smooth_mean = tl.sum(log_smooth_sum) / count
         log_smooth_target = tl.minimum(log_smooth_mean, critical)
         beyond = log_smooth_mean - log_smooth_target
-        square = tl.sum(squares) / count - log_smooth_mean * log_smooth_mean + beyond * beyond
-        ends = ((tl.sum(n) > 0) & (tl.max(veto) == 0) & (square < EQUALIZED_VARIANCE)).to(tl.int32)
+        variance = tl.sum(squares) / count - log_smooth_mean * log_smooth_mean + beyond * beyond
+        ends = ((tl.sum(n) > 0) & (tl.max(veto) == 0) & (variance < EQUALIZED_VARIANCE)).to(tl.int32)
         if (ends != 0) & (over == 0) & (skipped == 0):
             tl.store(handed_over, 1.0)
 
@@ -122,10 +122,10 @@ def decide(
             offset = tl.where(moving, _log_e(ww, gg, moving) - log_target, 0.0)
             smooth_offset = tl.where(moving, _log_smooth_e(ww, gg, c, moving) - log_smooth_target, 0.0)
             rescaled = tl.where(ends != 0, smooth_offset, EQUALIZATION_RATE * offset) / 2
-            rescaled = tl.where((passed == RADIAL_TESTS) & (over == 0), rescaled, 0.0)
+            rescaled = tl.where(only_if(over == 0, passed == RADIAL_TESTS), rescaled, 0.0)
             a = tl.exp(rescaled)
             s = tl.exp(tl.where(over != 0, 0.0, rescaled - offset))
-            tl.store(memory + at, _smooth_c(ww, gg, c, moving), mask=moving & (skipped == 0))
+            tl.store(memory + at, _smooth_c(ww, gg, c, moving), mask=only_if(skipped == 0, moving))
         elif RULE == "uniform":
             s = tl.where(moving, tl.exp(log_target - _log_e(ww, gg, moving)), 1.0)
         elif (RULE == "angle") | (RULE == "sphere"):
@@ -133,16 +133,16 @@ def decide(
             grad_norm = tl.sqrt(tl.where(moving, gg, 1.0))
             sphere, kept = radius, directed
             if WHOLE:
-                moving = moving & (fits != 0)
+                moving = only_if(fits != 0, moving)
                 kept = moving
-                radius = tl.where(kept & (renewed != 0), whole_sphere / whole_norm * norm, radius)
+                radius = tl.where(only_if(renewed != 0, kept), whole_sphere / whole_norm * norm, radius)
                 zero = tl.zeros([ROWS_PER_PASS], tl.float32)
                 sphere, norm, grad_norm = whole_sphere + zero, whole_norm + zero, whole_grad_norm + zero
             a = tl.where(kept, sphere / norm, 1.0)
             s = tl.where(moving, sphere / grad_norm if RULE == "angle" else sphere * norm, 1.0)
-            tl.store(memory + n_rows + at, radius, mask=exists & (skipped == 0))
+            tl.store(memory + n_rows + at, radius, mask=only_if(skipped == 0, exists))
         if RULE is not None:
-            too_large = directed & (gg == INFINITY) & (over == 0)
+            too_large = only_if(over == 0, directed & (gg == INFINITY))
             s = tl.where(too_large, 0.0, s)
             wg = tl.where(too_large, 0.0, wg)
             tl.store(controls + at, s, mask=exists)
@@ -163,7 +163,7 @@ def decide(
             tl.store(controls + 2 * n_rows + at, tl.where(ok, radial, 0.0), mask=exists)
         lr = of_group(tl.load(group_of_row + at, mask=exists, other=0), lrs)
         tl.store(controls + 3 * n_rows + at, tl.zeros_like(s) + lr, mask=exists)
-        tl.store(memory + 2 * n_rows + at, passed, mask=exists & (skipped == 0))
+        tl.store(memory + 2 * n_rows + at, passed, mask=only_if(skipped == 0, exists))
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decide import RADIAL_TESTS, decide
-from .tables import load_chunk, tables_for, triples_of
+from .tables import load_chunk, only_if, tables_for, triples_of
 
 __all__ = ["measure", "measure_kernel"]
 
@@ -169,7 +169,7 @@ def measure_kernel(
         g_at = tl.multiple_of(g + lanes, 16)
         m_at = tl.multiple_of(m + lanes, 16)
         mask = tl.full([CHUNK], True, tl.int1)
-        whole = _products(w_at, g_at, m_at, mask & read_w, mask & wanted, mask & read_m, scale, HAS_BUFFERS)
+        whole = _products(w_at, g_at, m_at, mask, read_w, wanted, read_m, scale, HAS_BUFFERS)
         _store_partials(partials, whole, wanted, read_w, read_momentum, HAS_BUFFERS)
     else:
         size = tl.minimum(left, CHUNK).to(tl.int32)
@@ -189,24 +189,23 @@ def _masked_products(
     """`_products` of `size` elements, added up over blocks of BLOCK."""
     at = tl.arange(0, BLOCK)
     mask = at < size
-    ww, gg, wg, wm = _products(
-        w + at, g + at, m + at, mask & read_w, mask & wanted, mask & read_m, scale, HAS_BUFFERS
-    )
+    ww, gg, wg, wm = _products(w + at, g + at, m + at, mask, read_w, wanted, read_m, scale, HAS_BUFFERS)
     for start in range(BLOCK, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < size
         ww_, gg_, wg_, wm_ = _products(
-            w + at, g + at, m + at, mask & read_w, mask & wanted, mask & read_m, scale, HAS_BUFFERS
+            w + at, g + at, m + at, mask, read_w, wanted, read_m, scale, HAS_BUFFERS
         )
         ww, gg, wg, wm = ww + ww_, gg + gg_, wg + wg_, wm + wm_
     return ww, gg, wg, wm
 
 
 @triton.jit
-def _products(w_at, g_at, m_at, w_mask, g_mask, m_mask, scale, HAS_BUFFERS: tl.constexpr):
-    """w·w, g·g, w·g and w·m in float32, 0 outside of the masks."""
-    w = tl.load(w_at, mask=w_mask, other=0.0).to(tl.float32)
-    g = tl.load(g_at, mask=g_mask, other=0.0).to(tl.float32) * scale
+def _products(w_at, g_at, m_at, mask, read_w, wanted, read_m, scale, HAS_BUFFERS: tl.constexpr):
+    """w·w, g·g, w·g and w·m in float32; 0 outside of the mask, and for what is not to be read."""
+    w = tl.load(w_at, mask=only_if(read_w, mask), other=0.0).to(tl.float32)
+    g = tl.load(g_at, mask=only_if(wanted, mask), other=0.0).to(tl.float32) * scale
+    m_mask = only_if(read_m, mask)
     if HAS_BUFFERS:
         m = tl.load(m_at, mask=m_mask, other=0.0).to(tl.float32)
     else:

@@ -130,6 +130,16 @@ def load_chunk(
 
 
 @triton.jit
+def only_if(flag, mask):
+    """The mask if the scalar flag is set, else nothing of it.
+
+    `mask & flag` would compile to the same. But the interpreter gives a flag that it broadcasts the type of what was
+    compared, and takes (since triton 3.9) nothing but bools for a mask.
+    """
+    return tl.where(flag, mask, False)
+
+
+@triton.jit
 def of_group(group, values):
     """The entry of a tuple, one per param group, that belongs to `group`: floats, or pointers to one float."""
     value = _as_float32(values[0])
