@@ -5,6 +5,7 @@ from .monitor import LayerTable as LayerTable
 from .monitor import Recorder as Recorder
 from .monitor import effective_lrs as effective_lrs
 from .monitor import layer_stats as layer_stats
+from .monitor import record_next_step as record_next_step
 from .optimizer import ELRSGD as ELRSGD
 from .scale_invariance import Invariance as Invariance
 from .scale_invariance import equalize_ as equalize_

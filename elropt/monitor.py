@@ -1,24 +1,46 @@
-"""Looking at the layers of an ELRSGD: one host read per call, none in `step()`."""
+"""Looking at the layers of an ELRSGD: one host read per call, none in `step()`.
+
+Wherever an optimizer is asked for, it may be what a framework wraps around an ELRSGD: an object that has it, or another
+such object, as its ``.optimizer`` (accelerate, Lightning) or ``.opt`` (fastai).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import distributed
 
 from .ensemble import StepRecord
 from .optimizer import ELRSGD
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+__all__ = [
+    "LayerRow",
+    "LayerTable",
+    "Recorder",
+    "ScalarWriter",
+    "effective_lrs",
+    "layer_stats",
+    "record_next_step",
+]
 
-__all__ = ["LayerRow", "LayerTable", "Recorder", "effective_lrs", "layer_stats"]
+WRAPPERS = ("optimizer", "opt")  # attributes behind which wrappers have the optimizer
+MAX_WRAPPERS = 8  # one in the other
+
+
+class ScalarWriter(Protocol):
+    """What a `Recorder` needs of a writer; `torch.utils.tensorboard.SummaryWriter` has it."""
+
+    def add_scalar(self, tag: str, value: float, step: int, /) -> object: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +52,8 @@ class LayerRow:
     with a `Recorder`.
 
     Attributes:
-        name: the parameter's name; with granularity "filter" followed by ``[index]``.
+        name: the parameter's name, of several with the same name all but the first followed by ``@<group>.<index>``;
+            with granularity "filter" followed by ``[index]``.
         tracked: whether the rule treats it as scale-invariant.
         weight_norm, grad_norm: ‖w‖, ‖g‖.
         radial_cosine: cos(w, g); zero for a scale-invariant weight.
@@ -113,7 +136,7 @@ class LayerTable:
         return "\n".join(lines)
 
 
-def layer_stats(optimizer: ELRSGD) -> LayerTable:
+def layer_stats(optimizer: object) -> LayerTable:
     """What the last step measured and applied, layer by layer.
 
     Where that step measured nothing (``rule=None``, or after the hand-over of the warm-up) and before the first step,
@@ -122,13 +145,19 @@ def layer_stats(optimizer: ELRSGD) -> LayerTable:
     "<group>.<index>".
 
     The Triton kernels do not measure what the rule does not need: then the radial cosine of layers that are known to be
-    tracked, and the gradient of layers that are known not to be, are NaN here. A `Recorder` has everything measured.
+    tracked, and the gradient of layers that are known not to be, are NaN here. A `Recorder` has everything measured,
+    and so has `record_next_step`.
 
     The table is empty if the rule can concern no parameter.
 
+    Args:
+        optimizer: an ELRSGD, or what wraps one.
+
     Raises:
         RuntimeError: nothing was measured and there are no gradients now.
+        TypeError: `optimizer` is no ELRSGD and wraps none.
     """
+    optimizer = _unwrapped(optimizer)
     records = optimizer.layer_records()
     if not records:
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
@@ -136,54 +165,95 @@ def layer_stats(optimizer: ELRSGD) -> LayerTable:
         raise RuntimeError(
             "no layer has a gradient: call layer_stats after loss.backward(), or after a step and before zero_grad()"
         )
-    names = _parameter_names(optimizer)
-    values = torch.cat([_as_matrix(record).to(records[0].stats.grad_sq.device) for record in records], dim=1)
-    columns = values.double().cpu().numpy().T
-    return LayerTable(
-        [_row(name, column) for name, column in zip(_row_names(records, names), columns, strict=True)]
-    )
+    return _table(records, _parameter_names(optimizer))
 
 
-def effective_lrs(optimizer: ELRSGD) -> dict[str, float]:
-    """{name: applied ELR} of the tracked layers, as `layer_stats` reports it. One host read in all."""
+def effective_lrs(optimizer: object) -> dict[str, float]:
+    """{name: applied ELR} of the tracked layers, as `layer_stats` reports it. One host read in all.
+
+    Raises: as `layer_stats`.
+    """
     return {row.name: row.elr for row in layer_stats(optimizer) if row.tracked}
+
+
+def record_next_step(optimizer: object) -> None:
+    """Have the next step measure the layers even where its rule does not need it. It computes the same.
+
+    Raises:
+        TypeError: `optimizer` is no ELRSGD and wraps none.
+    """
+    _unwrapped(optimizer).record_next_step()
 
 
 class Recorder:
     """Writes `layer_stats` every k steps, from hooks on the optimizer.
 
     Recording does not change what the optimizer computes. Each record is one line of JSON:
-    ``{"step", "elr_spread", "log_elr_std", "layers": {name: {column: value}}}``.
+    ``{"step", "elr_spread", "log_elr_std", "layers": {name: {column: value}}}``. It starts on a line of its own even
+    where a killed run has left half of one.
+
+    What goes wrong with a record after the step has been made (a full disk, an exception in `writer` or `on_record`)
+    does not stop the training: it is a RuntimeWarning, once for each, and that record is lost there.
+
+    Under `torch.distributed` only rank 0 writes and calls; the others still take part in the sums over sharded
+    parameters, so every rank must have a Recorder, or none.
+
+    A copy, by `copy`, `pickle` or with the model that holds it, is a closed Recorder: it knows `path`, `every` and
+    `step`, watches no optimizer and writes nothing. Nor does a copy of the optimizer bring a Recorder along.
 
     Args:
-        optimizer: the ELRSGD to watch.
+        optimizer: the ELRSGD to watch, or what wraps it.
         path: JSONL file, appended to; its folder is made.
         every: record the steps whose number is a multiple of it.
         first_step: number of the next step; after a resume, how many steps the run has made.
-        writer: a `SummaryWriter` that gets elr/<name>, elr_spread and log_elr_std too.
+        writer: anything with ``add_scalar(tag, value, step)``, such as a `SummaryWriter`: gets elr/<name>, elr_spread
+            and log_elr_std too.
+        on_record: called with the same scalars as ``on_record({tag: value}, step=step)``: `wandb.log`,
+            `accelerator.log`, `mlflow.log_metrics`, `log_metrics` of Lightning's loggers, or a function of your own.
+
+    Raises:
+        ValueError: `every` is below 1.
+        TypeError: `optimizer` is no ELRSGD and wraps none; `writer` or `on_record` is not as above.
+        OSError: `path` cannot be written.
 
     Use as a context manager or call `close()`; ``elropt plot PATH`` draws the file.
     """
 
     def __init__(
         self,
-        optimizer: ELRSGD,
+        optimizer: object,
         path: str | Path,
         *,
         every: int = 100,
         first_step: int = 0,
-        writer: SummaryWriter | None = None,
+        writer: ScalarWriter | None = None,
+        on_record: Callable[..., object] | None = None,
     ) -> None:
+        watched = _unwrapped(optimizer)
         if every < 1:
             raise ValueError(f"every={every} is not valid: it must be at least 1")
+        if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(
+                f"writer is a {_type_name(writer)}, which has no add_scalar(tag, value, step): pass a SummaryWriter, "
+                "or the logger's own function, called as on_record({tag: value}, step=step), as on_record"
+            )
+        if on_record is not None and not callable(on_record):
+            raise TypeError(
+                f"on_record is a {_type_name(on_record)}: it must be a function that can be called as "
+                "on_record({tag: value}, step=step), such as the log method of a logger"
+            )
+        self.path = Path(path).absolute()  # the working directory may change
         self.every = every
-        self.writer = writer
         self.step = first_step
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (close() closes it)
+        self.writer = writer
+        self.on_record = on_record
+        self._failed: set[str] = set()
+        if _is_first_rank():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("ab").close()
         self._hooks = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            watched.register_step_pre_hook(self._before),
+            watched.register_step_post_hook(self._after),
         )
 
     def _before(self, optimizer: Any, *_: object) -> None:
@@ -191,34 +261,97 @@ class Recorder:
             optimizer.record_next_step()
 
     def _after(self, optimizer: Any, *_: object) -> None:
-        if self.step % self.every == 0 and optimizer.layer_records():
-            self._write(layer_stats(optimizer))
+        if self.step % self.every == 0:
+            with self._going_on("measure the layers"):
+                records = optimizer.layer_records()
+                if records and _is_first_rank():
+                    self._write(_table(records, _parameter_names(optimizer)))
         self.step += 1
 
     def _write(self, table: LayerTable) -> None:
+        scalars = {"elr_spread": table.elr_spread, "log_elr_std": table.log_elr_std}
         layers = {row.name: dataclasses.asdict(row) for row in table}
         for values in layers.values():
             del values["name"]
-        summary = {"step": self.step, "elr_spread": table.elr_spread, "log_elr_std": table.log_elr_std}
-        self._file.write(json.dumps(_finite({**summary, "layers": layers}), allow_nan=False) + "\n")
-        self._file.flush()
+        record = _finite({"step": self.step, **scalars, "layers": layers})
+        scalars |= {f"elr/{row.name}": row.elr for row in table}
+        with self._going_on(f"write {self.path}"):
+            _append_line(self.path, json.dumps(record, allow_nan=False))
         if self.writer is not None:
-            for name in ("elr_spread", "log_elr_std"):
-                self.writer.add_scalar(name, summary[name], self.step)
-            for row in table:
-                self.writer.add_scalar(f"elr/{row.name}", row.elr, self.step)
+            with self._going_on("use its writer"):
+                for tag, value in scalars.items():
+                    self.writer.add_scalar(tag, value, self.step)
+        if self.on_record is not None:
+            with self._going_on("call on_record"):
+                self.on_record(scalars, step=self.step)
+
+    @contextmanager
+    def _going_on(self, action: str) -> Iterator[None]:
+        """The weights have been changed: whatever fails now must not stop the training."""
+        try:
+            yield
+        except Exception as error:
+            if action not in self._failed:
+                self._failed.add(action)
+                warnings.warn(
+                    f"elropt.Recorder could not {action} at step {self.step}: {type(error).__name__}: {error}. The "
+                    "training goes on without this record; the next one is tried again, without another warning",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def close(self) -> None:
-        """Remove the hooks and close the file."""
+        """Stop watching the optimizer."""
         for hook in self._hooks:
             hook.remove()
-        self._file.close()
 
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "every": self.every, "step": self.step}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, writer=None, on_record=None, _failed=set(), _hooks=())
+
+
+def _unwrapped(optimizer: object) -> ELRSGD:
+    """The innermost ELRSGD: Lightning's wrapper claims to be one, too, but what it is told is lost."""
+    found, level = None, [optimizer]
+    for _ in range(MAX_WRAPPERS + 1):
+        found = next((x for x in level if isinstance(x, ELRSGD)), found)
+        level = [y for x in level for name in WRAPPERS if (y := getattr(x, name, None)) is not None]
+    if found is None:
+        raise TypeError(
+            f"a {_type_name(optimizer)} is no ELRSGD and has none as its .optimizer or .opt: pass the ELRSGD itself "
+            "(ELRSGD(…, rule=None) is torch.optim.SGD that can be watched)"
+        )
+    return found
+
+
+def _type_name(value: object) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _is_first_rank() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _append_line(path: Path, text: str) -> None:
+    with path.open("ab") as file:
+        file.write(b"\n" * _ends_in_mid_line(path) + text.encode() + b"\n")
+
+
+def _ends_in_mid_line(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _finite(value: Any) -> Any:
@@ -258,11 +391,25 @@ def _row(name: str, column: np.ndarray) -> LayerRow:
 
 
 def _parameter_names(optimizer: ELRSGD) -> dict[torch.Tensor, str]:
-    names = {}
+    """A name of its own for every parameter. Of several with the same name the first keeps it, whoever joins."""
+    names: dict[torch.Tensor, str] = {}
+    taken = set()
     for i, group in enumerate(optimizer.param_groups):
-        own = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
-        names.update(zip(group["params"], own, strict=True))
+        places = [f"{i}.{j}" for j in range(len(group["params"]))]
+        own = group.get("param_names") or places
+        for p, name, place in zip(group["params"], own, places, strict=True):
+            names[p] = f"{name}@{place}" if name in taken else name
+            taken.add(name)
     return names
+
+
+def _table(records: list[StepRecord], names: dict[torch.Tensor, str]) -> LayerTable:
+    """One host read."""
+    values = torch.cat([_as_matrix(record).to(records[0].stats.grad_sq.device) for record in records], dim=1)
+    columns = values.double().cpu().numpy().T
+    return LayerTable(
+        [_row(name, column) for name, column in zip(_row_names(records, names), columns, strict=True)]
+    )
 
 
 def _row_names(records: list[StepRecord], names: dict[torch.Tensor, str]) -> Iterator[str]:

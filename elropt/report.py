@@ -365,7 +365,7 @@ def _parse_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            if number < len(lines) and not line.startswith('{"step":'):
+            if number < len(lines) and not _is_cut_off(line):
                 raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); {_EXPECTED}") from error
             notes.append(f"{path}, line {number}: cut off, skipped")
             continue
@@ -377,6 +377,13 @@ def _parse_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return records, notes
 
 
+def _is_cut_off(line: str) -> bool:
+    """Whether a killed run may have left it: the beginning of a record, or zeros after a power failure."""
+    line = line.strip("\0")
+    return line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
+
+
+_BEGINNING = '{"step":'
 _EXPECTED = (
     'each line must be {"step": …, "layers": {name: {"elr": …, "lr": …, "grad_factor": …, "tracked": …}}}'
 )

@@ -496,6 +496,15 @@ def test_lines_that_a_killed_run_cut_off_are_skipped_with_a_note(recorded: Path)
     assert history.steps.tolist() == [2, 4]
     assert len(history.notes) == 2
 
+    recorded.write_text(
+        text + '{"st\n' + "\0" * 9 + "\n" + record(6, a={})
+    )  # begun, and after a power failure
+    history = read_run(recorded)
+    assert history.steps.tolist() == [0, 2, 4, 6]
+    assert [note.split(", ", 1)[1] for note in history.notes] == [
+        f"line {n}: cut off, skipped" for n in (4, 5)
+    ]
+
 
 def test_of_several_runs_in_a_file_the_last_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"

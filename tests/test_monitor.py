@@ -1,8 +1,13 @@
 """elropt.monitor against float64 norms and against what a step really does to the weights."""
 
+import copy
 import json
 import math
+import pickle
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elropt import ELRSGD, Recorder, effective_lrs, layer_stats
+from elropt import ELRSGD, Recorder, effective_lrs, find_scale_invariant, layer_stats, record_next_step
 from elropt.monitor import LayerRow, LayerTable
+from elropt.report import read_run
 from elropt.rules import GRANULARITIES
 
 RULES = [(rule, granularity) for rule, allowed in GRANULARITIES.items() for granularity in allowed]
@@ -504,3 +510,262 @@ def test_nothing_to_show_is_an_empty_table(rule: str | None) -> None:
     optimizer.step()
     assert len(layer_stats(optimizer)) == 0
     assert effective_lrs(optimizer) == {}
+
+
+class Wrapper:
+    """As accelerate, Lightning (`optimizer`) and fastai (`opt`) wrap an optimizer."""
+
+    def __init__(self, name: str, inner: object) -> None:
+        setattr(self, name, inner)
+
+
+class Impostor(ELRSGD):
+    """As Lightning's wrapper: an ELRSGD by its class, but what it is told does not reach the optimizer."""
+
+    def __init__(self, inner: ELRSGD) -> None:
+        self.optimizer = inner
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.optimizer, name)
+
+
+WRAPPED: dict[str, Callable[[ELRSGD], object]] = {
+    "accelerate": lambda o: Wrapper("optimizer", o),
+    "fastai": lambda o: Wrapper("opt", o),
+    "nested": lambda o: Wrapper("opt", Wrapper("optimizer", Wrapper("optimizer", o))),
+    "lightning": Impostor,
+    "scheduler": lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_wrapped_optimizers_are_looked_through(tmp_path: Path, how: str) -> None:
+    params = weights()
+    optimizer = ELRSGD(named(params), lr=0.1, rule=None)
+    wrapped = WRAPPED[how](optimizer)
+    norms = [p.detach().norm().item() for p in params]
+    with Recorder(wrapped, tmp_path / "run.jsonl", every=1):
+        optimizer.step()
+    record_next_step(wrapped)
+    before = [p.detach().norm().item() for p in params]
+    optimizer.step()
+
+    (record,) = strict_records(tmp_path / "run.jsonl")
+    assert [layer["weight_norm"] for layer in record["layers"].values()] == pytest.approx(norms)
+    assert layer_stats(wrapped)["weight_norm"].tolist() == pytest.approx(before)  # not those after the step
+    assert effective_lrs(wrapped) == effective_lrs(optimizer)
+
+
+def endless() -> object:
+    """Every `.opt` is another wrapper."""
+
+    class Endless:
+        @property
+        def opt(self) -> object:
+            return Endless()
+
+    return Endless()
+
+
+def circle() -> object:
+    wrapper = Wrapper("optimizer", None)
+    wrapper.optimizer = Wrapper("opt", wrapper)  # type: ignore[attr-defined]
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: torch.optim.SGD([nn.Parameter(torch.ones(2))]), r"torch\.optim\.sgd\.SGD"),
+        (lambda: Wrapper("opt", None), "Wrapper"),
+        (lambda: [ELRSGD(weights())], "a list"),
+        (endless, "Endless"),
+        (circle, "Wrapper"),
+    ],
+)
+def test_what_is_no_elrsgd_is_refused_at_once(tmp_path: Path, make: Callable[[], object], name: str) -> None:
+    calls: list[Callable[[object], object]] = [
+        lambda o: Recorder(o, tmp_path / "run.jsonl"),
+        layer_stats,
+        effective_lrs,
+        record_next_step,
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=f"{name} is no ELRSGD .*: pass the ELRSGD itself"):
+            call(make())
+    assert not list(tmp_path.iterdir())
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda recorder: pickle.loads(pickle.dumps(recorder)),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_is_closed_and_the_original_goes_on(tmp_path: Path, how: str) -> None:
+    params = weights()
+    optimizer = ELRSGD(named(params), lr=0.1)
+    path = tmp_path / "run.jsonl"
+    recorder = Recorder(optimizer, path, every=1, on_record=lambda values, step: None)
+    train(optimizer, params, 2)
+
+    copied = COPIES[how](recorder)
+    train(optimizer, params, 2)
+    assert (copied.path, copied.every, copied.step, recorder.step) == (path, 1, 2, 4)
+    copied.close()
+    train(optimizer, params, 1)
+    recorder.close()
+    train(optimizer, params, 1)
+
+    assert [record["step"] for record in strict_records(path)] == [0, 1, 2, 3, 4]
+
+
+def test_a_model_that_holds_a_recorder_can_be_copied(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4))
+    optimizer = ELRSGD(net.parameters(), lr=0.1)
+    net.recorder = Recorder(optimizer, tmp_path / "run.jsonl", every=1)  # type: ignore[assignment]
+    twin, optimizer_too = copy.deepcopy((net, optimizer))
+    net(torch.randn(8, 4)).square().sum().backward()
+    twin(torch.randn(8, 4)).square().sum().backward()
+    optimizer.step()
+    optimizer_too.step()
+
+    assert find_scale_invariant(net, torch.randn(8, 4))["0.weight"] == "channel"
+    assert [record["step"] for record in strict_records(tmp_path / "run.jsonl")] == [0]
+
+
+def test_relative_paths_are_those_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = weights()
+    optimizer = ELRSGD(named(params), lr=0.1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with Recorder(optimizer, "run.jsonl", every=1):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        train(optimizer, params, 2)
+    assert len(strict_records(tmp_path / "run.jsonl")) == 2
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("removed", [0, 1, 2, 200, 10**6])
+def test_a_record_starts_on_a_line_of_its_own(tmp_path: Path, removed: int) -> None:
+    params = weights()
+    optimizer = ELRSGD(named(params), lr=0.1)
+    path = tmp_path / "run.jsonl"
+    with Recorder(optimizer, path, every=1):
+        train(optimizer, params, 2)
+    whole = path.read_text()
+    last = len(whole.splitlines()[-1])
+    path.write_text(
+        whole[: len(whole) - min(removed, last)]
+    )  # at least one character of the last line is left
+    with Recorder(optimizer, path, every=1, first_step=2):
+        train(optimizer, params, 2)
+
+    run = read_run(path)
+    assert run.steps.tolist() == ([0, 1, 2, 3] if removed < 2 else [0, 2, 3])
+    assert len(run.notes) == (removed >= 2)
+
+
+class Broken(Scalars):
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        raise OSError("no space left on device")
+
+
+def test_what_fails_after_the_step_is_a_warning_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_recorded(**options: Any) -> list[Tensor]:
+        params = weights()
+        optimizer = ELRSGD(named(params), lr=0.1)
+        with Recorder(optimizer, tmp_path / "new" / "run.jsonl", every=1, **options) as recorder:
+            (tmp_path / "new" / "run.jsonl").unlink()
+            (tmp_path / "new").rmdir()
+            train(optimizer, params, 3)
+        assert recorder.step == 3
+        return [p.detach().clone() for p in params]
+
+    def fail(values: dict[str, float], step: int) -> None:
+        raise ValueError("never stops a training")
+
+    good: list[int] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = [
+            train_recorded(writer=Broken(), on_record=fail),
+            train_recorded(on_record=lambda v, step: good.append(step)),
+        ]
+
+    messages = [str(warning.message) for warning in caught]
+    assert [warning.category for warning in caught] == [RuntimeWarning] * 4
+    assert ["run.jsonl at step 0" in m for m in messages] == [True, False, False, True]
+    assert "use its writer at step 0: OSError: no space left" in messages[1]
+    assert "call on_record at step 0: ValueError: never stops" in messages[2]
+    assert good == [0, 1, 2]
+    params = weights()
+    train(ELRSGD(named(params), lr=0.1), params, 3)
+    for result in results:
+        for p, recorded in zip(params, result, strict=True):
+            assert torch.equal(p.detach(), recorded)
+
+
+def test_recording_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
+    params = weights()
+    optimizer = ELRSGD(named(params), lr=0.1)
+    path = tmp_path / "new" / "run.jsonl"
+    with Recorder(optimizer, path, every=1):
+        train(optimizer, params, 1)
+        path.rename(tmp_path / "away")
+        path.parent.rmdir()
+        with pytest.warns(RuntimeWarning, match=r"could not write .*run\.jsonl at step 1"):
+            train(optimizer, params, 2)
+        path.parent.mkdir()
+        train(optimizer, params, 1)
+    assert [record["step"] for record in strict_records(path)] == [3]
+
+
+def test_what_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    optimizer = ELRSGD(weights(), lr=0.1)
+    with pytest.raises(OSError, match="directory"):
+        Recorder(optimizer, tmp_path)
+    for options in ({"writer": print}, {"writer": "board"}, {"on_record": "wandb"}):
+        with pytest.raises(TypeError, match=r"on_record\({tag: value}, step=step\)"):
+            Recorder(optimizer, tmp_path / "run.jsonl", **options)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_function_gets_the_scalars_as_a_writer_does(tmp_path: Path) -> None:
+    params = weights()
+    optimizer = ELRSGD(named(params), lr=0.1)
+    writer, logged = Scalars(), []
+
+    def log(values: dict[str, float], step: int | None = None) -> None:
+        logged.extend(((tag, step), value) for tag, value in values.items())
+
+    with Recorder(optimizer, tmp_path / "run.jsonl", every=2, writer=writer, on_record=log):
+        train(optimizer, params, 3)
+    assert logged == list(writer.values.items())
+    assert len(logged) == 2 * 5
+
+
+def test_layers_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    params = weights()
+    groups = [
+        {"params": [("a", params[0]), ("a", params[1])], "scale_invariant": True},
+        {"params": [("b", weights()[2])], "scale_invariant": True},
+    ]
+    optimizer = ELRSGD(groups, lr=0.1)
+    with Recorder(optimizer, tmp_path / "run.jsonl", every=1):
+        optimizer.step()
+        optimizer.add_param_group({"params": [("a", params[2])], "scale_invariant": True})
+        optimizer.step()
+
+    expected = {"a": params[0], "a@0.1": params[1], "b": groups[1]["params"][0], "a@2.0": params[2]}
+    first, second = strict_records(tmp_path / "run.jsonl")
+    assert list(first["layers"]) == ["a", "a@0.1", "b"]
+    assert list(second["layers"]) == list(expected)
+    assert list(effective_lrs(optimizer)) == list(expected)
+    assert read_run(tmp_path / "run.jsonl").names == list(expected)
+    table = layer_stats(optimizer)
+    for layer, p in zip(table, [params[0], params[1], groups[1]["params"][0], params[2]], strict=True):
+        assert layer.grad_norm == pytest.approx(p.grad.norm().item(), rel=1e-5)  # type: ignore[union-attr]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import elropt
 from elropt import ELRSGD
+from elropt.report import read_run
 from tests.distributed.conftest import Ranks
 
 STEPS, BATCH, WIDTH = 12, 16, 12
@@ -215,13 +215,13 @@ def test_bare_parameters_of_fsdp_are_tested_as_whole_tensors(two_ranks: Ranks) -
             torch.testing.assert_close(got[key], want, rtol=2e-4, atol=2e-5)
 
 
-def train_in_parts(rule: str) -> tuple[dict[str, Tensor], int]:
+def train_in_parts(rule: str, path: Path) -> tuple[dict[str, Tensor], int]:
     """FSDP2 with gradients accumulated without communication, clipped, watched by a Recorder on every rank."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     net, reference = ln_mlp(), ln_mlp()
     fully_shard(net)
     optimizer = optimizer_for(groups_of(net, reference), rule)
-    with elropt.Recorder(optimizer, os.devnull, every=5) as recorder:
+    with elropt.Recorder(optimizer, path, every=5) as recorder:
         for step in range(STEPS):
             net.zero_grad()
             for part in range(2):
@@ -233,12 +233,13 @@ def train_in_parts(rule: str) -> tuple[dict[str, Tensor], int]:
 
 
 @pytest.mark.parametrize("rule", ["warmup", "uniform"])
-def test_accumulated_clipped_and_recorded(two_ranks: Ranks, rule: str) -> None:
+def test_accumulated_clipped_and_recorded(two_ranks: Ranks, rule: str, tmp_path: Path) -> None:
     expected = alone(rule, clip=True)
-    for got, steps in two_ranks.run(train_in_parts, rule):
+    for got, steps in two_ranks.run(train_in_parts, rule, tmp_path / "run.jsonl"):
         assert steps == STEPS
         for key, want in expected.items():
             torch.testing.assert_close(got[key], want, rtol=2e-4, atol=2e-5)
+    assert read_run(tmp_path / "run.jsonl").steps.tolist() == list(range(0, STEPS, 5))
 
 
 def overflow_on_one_rank(rule: str) -> tuple[bool, float, list[float]]:
