@@ -17,20 +17,29 @@ import io
 import lzma
 import os
 import pickle
+import secrets
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 IMAGEFOLDER_LIMIT = 4 * 2**30  # bytes of decoded images
-_IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_IMAGE_SUFFIXES = {
+    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff"),
+    ".webp",
+}
+_NAMED = 5  # of the files that are left out
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,8 +164,9 @@ def load(
     the side of the images. For `imagefolder`, the tree under `root` with a folder per class in `train/` and
     `test/` (or, without `test/`, in `val/`), it is the size to resize and center-crop to, 224 if not given;
     such a tree is loaded into memory, up to `IMAGEFOLDER_LIMIT` bytes. CIFAR is read from torchvision's
-    extracted folders or from the compact .npz files. Raises ValueError for arguments out of range and
-    FileNotFoundError where files are missing.
+    extracted folders or from the compact .npz files. Raises ValueError for arguments out of range and for
+    files that cannot be read (it names them), and FileNotFoundError where files are missing. Warns of what
+    it leaves out of a tree.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
@@ -320,8 +330,7 @@ def _imagefolder(root: Path | None, size: int) -> _Source:
     from PIL import Image, ImageOps
 
     def read(path: str) -> NDArray[np.uint8]:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
+        return np.asarray(ImageOps.fit(read_image(path), (size, size), Image.Resampling.BILINEAR))
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
         images = np.stack(list(pool.map(read, [path for path, _ in files])))
@@ -331,14 +340,18 @@ def _imagefolder(root: Path | None, size: int) -> _Source:
 def common_classes(root: Path, held_out: str) -> tuple[str, ...]:
     """Sorted names of the folders in `root/train` and `root/held_out`: the classes of a tree.
 
-    Raises FileNotFoundError if one of the two is missing, and ValueError if their folders differ.
+    Warns of what else is there: files, and hidden folders. Raises FileNotFoundError if one of the two is
+    missing, and ValueError if their folders differ.
     """
     parts = root / "train", root / held_out
     if not all(part.is_dir() for part in parts):
         raise FileNotFoundError(f"{root} must hold train/ and {held_out}/ with one folder per class")
-    train, other = (
-        tuple(sorted(entry.name for entry in os.scandir(part) if entry.is_dir())) for part in parts
-    )
+    found: list[tuple[str, ...]] = []
+    for part in parts:
+        entries = {entry.name: entry.is_dir() and not _is_hidden(entry.name) for entry in os.scandir(part)}
+        found.append(tuple(sorted(name for name, is_class in entries.items() if is_class)))
+        _warn_left_out(part, [name for name, is_class in entries.items() if not is_class])
+    train, other = found
     if train != other:
         differing = ", ".join(sorted(set(train) ^ set(other)))
         raise ValueError(
@@ -350,19 +363,95 @@ def common_classes(root: Path, held_out: str) -> tuple[str, ...]:
 def image_files(folder: Path, class_names: Sequence[str]) -> list[tuple[str, int]]:
     """Path and label of every image in a folder of a folder per class: by class, then by name.
 
-    Raises FileNotFoundError for a class without an image.
+    Folders inside a class belong to it. Warns of files with other suffixes, hidden files and folders, and
+    links to folders: these are left out. Raises FileNotFoundError for a class without an image, and OSError
+    for a folder that cannot be read.
     """
     files: list[tuple[str, int]] = []
+    left_out: list[str] = []
     for label, name in enumerate(class_names):
-        in_class = sorted(entry.path for entry in os.scandir(folder / name) if _is_image(entry.name))
+        in_class = []
+        for where, folders, names in os.walk(folder / name, onerror=_raise):
+            entered = [n for n in folders if not (_is_hidden(n) or os.path.islink(os.path.join(where, n)))]
+            used = [n for n in names if not _is_hidden(n) and _is_image(n)]
+            in_class += [os.path.join(where, n) for n in used]
+            unused = {*folders, *names}.difference(entered, used)
+            left_out += [os.path.relpath(os.path.join(where, n), folder) for n in unused]
+            folders[:] = entered
         if not in_class:
             raise FileNotFoundError(f"{folder / name} has no {', '.join(sorted(_IMAGE_SUFFIXES))} file")
-        files += [(path, label) for path in in_class]
+        files += [(path, label) for path in sorted(in_class)]
+    _warn_left_out(folder, left_out)
     return files
 
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _warn_left_out(folder: Path, names: Sequence[str]) -> None:
+    if not names:
+        return
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    warnings.warn(
+        f"{folder}: not used: {', '.join(sorted(names)[:_NAMED])}{more}. Classes are the folders in it, images "
+        f"the files in these whose names end in {', '.join(sorted(_IMAGE_SUFFIXES))}; hidden files and "
+        "folders, and links to folders inside a class, are left out",
+        stacklevel=3,
+    )
+
+
+def read_image(path: str | Path) -> "Image.Image":
+    """The image in a file, as RGB with 8 bits per channel; of several frames the first; without transparency.
+
+    Grey values of 16 bits are scaled, so that 65535 becomes 255. Raises ValueError, which names the file, if
+    it cannot be read, and for pixels whose white is not known: integers of 32 bits, signed ones, floats.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
+                _require_16_bits(file)
+                grey = (np.asarray(file).astype(np.uint32) + 128) // 257
+                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+            if file.mode in ("I", "F"):
+                raise ValueError(
+                    "its pixels are 32-bit or signed integers or floats, of which it is not known what white "
+                    "is: save it with 8 or 16 bits"
+                )
+            if file.mode == "P" and isinstance(file.info.get("transparency"), bytes):
+                return file.convert("RGBA").convert("RGB")  # Pillow warns of the direct way
+            return file.convert("RGB")
+    except Exception as error:  # Pillow raises nearly all there are
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _require_16_bits(file: "Image.Image") -> None:
+    """Raises ValueError for a TIFF of 12 bits, or in which 0 is white: Pillow leaves their values as they are."""
+    bits, zero_is_white = 258, 262  # tags of TIFF: BitsPerSample, PhotometricInterpretation
+    tags = getattr(file, "tag_v2", {})
+    if tags.get(bits, (16,)) != (16,) or tags.get(zero_is_white, 1) != 1:
+        raise ValueError("its pixels are grey values of 12 bits, or 0 is white: save it with 8 or 16 bits")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Around what reads a file: whatever is raised becomes a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): put back a whole copy"
+        ) from error
 
 
 class _CifarUnpickler(pickle.Unpickler):
@@ -393,13 +482,29 @@ def _read_pickles(title: str, paths: Sequence[Path], label_key: bytes, names_key
         with path.open("rb") as file:
             return _CifarUnpickler(file, encoding="bytes").load()
 
-    *batches, meta = (unpickle(path) for path in paths)
-    images = (
-        np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    )
-    labels = np.concatenate([np.array(batch[label_key], np.int64) for batch in batches])
-    n_test = len(batches[-1][label_key])
-    return _Source(title, tuple(s.decode() for s in meta[names_key]), images, labels, len(labels) - n_test)
+    with _naming(paths[-1]):
+        class_names = tuple(name.decode() for name in unpickle(paths[-1])[names_key])
+    images, labels = [], []
+    for path in paths[:-1]:
+        with _naming(path):
+            batch = unpickle(path)
+            rows = np.asarray(batch[b"data"])
+            images.append(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            labels.append(_checked_labels(batch[label_key], images[-1], len(class_names)))
+    n_train = sum(map(len, labels[:-1]))
+    return _Source(title, class_names, np.concatenate(images), np.concatenate(labels), n_train)
+
+
+def _checked_labels(labels: ArrayLike, images: NDArray, classes: int) -> NDArray[np.int64]:
+    """Raises ValueError if `labels` are not one of the classes for every image, or images not of 8 bits."""
+    checked = np.asarray(labels).astype(np.int64, casting="same_kind")
+    if images.dtype != np.uint8:
+        raise ValueError(f"images are uint8, not {images.dtype}")
+    if checked.shape != (len(images),):
+        raise ValueError(f"{len(images)} images with labels of the shape {checked.shape}")
+    if checked.min() < 0 or checked.max() >= classes:
+        raise ValueError(f"labels from {checked.min()} to {checked.max()} of {classes} classes")
+    return checked
 
 
 Archive = Mapping[str, NDArray]
@@ -408,36 +513,43 @@ Decoder = Callable[[Archive], NDArray[np.uint8]]
 
 def _read_compact(title: str, paths: Sequence[Path], decode: Decoder) -> _Source:
     """Compact .npz files: one that holds both parts and says `n_train`, or several, the test file last."""
-    images, archives = [], []
+    images, labels, class_names, n_train = [], [], (), 0
     for path in paths:
-        with np.load(path) as archive:
-            archives.append(
-                {key: archive[key] for key in ("labels", "class_names", "n_train") if key in archive}
-            )
+        with _naming(path), path.open("rb") as file, np.load(file) as archive:
+            named = tuple(str(name) for name in archive["class_names"])
+            if path == paths[0]:
+                class_names, n_train = named, int(archive.get("n_train", 0))
+            if named != class_names:
+                raise ValueError(f"its classes are not those of {paths[0].name}")
             images.append(_cached(path, archive, decode))
-    labels = np.concatenate([archive["labels"] for archive in archives]).astype(np.int64)
-    n_train = int(archives[0].get("n_train", len(labels) - len(images[-1])))
-    class_names = tuple(str(name) for name in archives[0]["class_names"])
-    return _Source(title, class_names, np.concatenate(images), labels, n_train)
+            labels.append(_checked_labels(archive["labels"], images[-1], len(class_names)))
+            if len(paths) == 1 and not 0 < n_train < len(labels[0]):
+                raise ValueError(f"n_train is {n_train} of {len(labels[0])} images")
+    if len(paths) > 1:
+        n_train = sum(map(len, labels[:-1]))
+    return _Source(title, class_names, np.concatenate(images), np.concatenate(labels), n_train)
 
 
 def _cached(path: Path, archive: Archive, decode: Decoder) -> NDArray[np.uint8]:
-    """What `decode` makes of the file at `path`, kept in the user's cache folder under its SHA-256."""
+    """What `decode` makes of the file at `path`, kept in the user's cache folder under its SHA-256.
+
+    As .npz, which has a checksum: what is damaged there is decoded again.
+    """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elropt"
-    cached, partial = folder / f"{digest}.npy", folder / f"{digest}.{os.getpid()}"
-    if cached.is_file():
-        return np.load(cached)
+    cached, unfinished = folder / f"{digest}.npz", folder / f"{digest}.{secrets.token_hex(4)}"
+    with contextlib.suppress(Exception), cached.open("rb") as file, np.load(file) as kept:
+        return kept["images"]
     images = decode(archive)
     with contextlib.suppress(OSError):  # without a writable cache the next call decodes again
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("wb") as file:
-                np.save(file, images)
-            partial.replace(cached)
+            with unfinished.open("wb") as file:
+                np.savez(file, images=images)
+            unfinished.replace(cached)
         finally:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
     return images
 
 

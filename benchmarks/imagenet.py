@@ -6,6 +6,10 @@
 A run that was stopped, in whatever way, goes on from its last checkpoint when the same command is given again. On the
 CPU, with one or two processes, its losses and weights are then bit for bit those of a run that was not stopped.
 
+A damaged or incomplete folder of a run is refused and left as it is; so is a second run at the same time, until the
+first one ends or is killed (`lock`), and processes that do not see the same images, arguments, code and checkpoint. A
+run that has left a result is not run again.
+
 In the folder of a run, which all processes need to see: `checkpoint.pt`; at the end `result.json`; and `log.jsonl` with
 two kinds of rows, each with `epoch` and `step`, the number of steps done:
 - "steps": since the last such row, loss (the mean), images_per_second, data_wait (share of the time in which the first
@@ -17,6 +21,7 @@ two kinds of rows, each with `epoch` and `step`, the number of steps done:
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +31,7 @@ from rich.console import Console
 
 from benchmarks.imagenet_data import load_tree
 from benchmarks.imagenet_recipe import OPTIMIZERS, make_settings
-from benchmarks.imagenet_training import join_world, train
+from benchmarks.imagenet_training import Refused, join_world, train
 
 
 def main(
@@ -80,28 +85,30 @@ def main(
     Elropt's rules act on scale-invariant weights: all but the head of ResNet-50, and only the queries and keys of ViTs,
     which therefore have QK-norm here.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise typer.BadParameter(f"--device {device} cannot be used here: cpu, or cuda where there is a GPU")
-    torch.backends.cudnn.benchmark = device == "cuda"
-    with join_world(device) as world:
-        try:
-            tree = load_tree(data, hold_out)
-            settings = make_settings(
-                tree,
-                model=model,
-                optimizer=optimizer,
-                lr=lr,
-                epochs=epochs,
-                warmup_epochs=warmup_epochs,
-                batch_size=batch_size,
-                image_size=image_size,
-                hold_out=hold_out,
-                seed=seed,
-                amp=device == "cuda" if amp is None else amp,
-                compile=compile,
-                device=device,
-                ranks=world.ranks,
+    try:
+        with join_world(device) as world:
+            torch.backends.cudnn.benchmark = world.device.type == "cuda"
+            with warnings.catch_warnings():
+                if world.rank > 0:
+                    warnings.simplefilter("ignore")  # the first process warns for all
+                tree = world.together(lambda: load_tree(data, hold_out))
+            settings = world.together(
+                lambda: make_settings(
+                    tree,
+                    model=model,
+                    optimizer=optimizer,
+                    lr=lr,
+                    epochs=epochs,
+                    warmup_epochs=warmup_epochs,
+                    batch_size=batch_size,
+                    image_size=image_size,
+                    hold_out=hold_out,
+                    seed=seed,
+                    amp=world.device.type == "cuda" if amp is None else amp,
+                    compile=compile,
+                    device=world.device.type,
+                    ranks=world.ranks,
+                )
             )
             if workers is None:
                 workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -115,8 +122,8 @@ def main(
                 checkpoint_every=checkpoint_every,
                 console=Console(),
             )
-        except (FileNotFoundError, ValueError) as error:
-            raise typer.BadParameter(str(error)) from error
+    except Refused as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.data import common_classes, image_files, stratified_order
+from benchmarks.data import common_classes, image_files, read_image, stratified_order
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, in [0, 1]
 ASPECTS = (3 / 4, 4 / 3)  # width over height of a training crop
@@ -78,8 +78,9 @@ def load_tree(root: Path, hold_out: float = 0.0) -> Tree:
     """Find the images of a tree with a folder per class in `train/` and in `val/`; reads none of them.
 
     With `hold_out` the images to judge by are that share of `train/`, the same at every call and by class, and the
-    rest is trained on: for choosing hyper-parameters without a look at `val/`. Raises FileNotFoundError where folders
-    or images are missing, and ValueError if the classes differ or `hold_out` leaves a part empty.
+    rest is trained on: for choosing hyper-parameters without a look at `val/`. Warns of files and folders that are left
+    out. Raises FileNotFoundError where folders or images are missing, and ValueError if the classes differ or
+    `hold_out` leaves a part empty.
     """
     class_names = common_classes(root, "val")
     train = _part(root / "train", class_names)
@@ -191,7 +192,10 @@ OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Pixels uint8 [size, size, 3] and the label of `(epoch, image)`; `transform` gets the RGB image and its draws."""
+    """Pixels uint8 [size, size, 3] and the label of `(epoch, image)`; `transform` gets the RGB image and its draws.
+
+    Raises ValueError, which names the file, for one that cannot be read, see `data.read_image`.
+    """
 
     def __init__(self, part: Part, transform: Callable[[Image.Image, Rng], Image.Image], seed: int) -> None:
         self.part, self.transform, self.seed = part, transform, seed
@@ -201,12 +205,8 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         epoch, index = key
-        path = self.part.folder / os.fsdecode(self.part.paths[index])
-        try:
-            with Image.open(path) as file:
-                image = self.transform(file.convert("RGB"), draws(self.seed, "image", epoch, index))
-        except OSError as error:
-            raise OSError(f"{path} cannot be read as an image: {error}") from error
+        image = read_image(self.part.folder / os.fsdecode(self.part.paths[index]))
+        image = self.transform(image, draws(self.seed, "image", epoch, index))
         return torch.from_numpy(np.array(image)), int(self.part.labels[index])
 
 

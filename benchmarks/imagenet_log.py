@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import platform
+import secrets
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import torch
 
 from benchmarks.sweep import Row, without_nan
 from benchmarks.training import significant
+
+if sys.platform != "win32":
+    import fcntl
+
+REMEDY = "put back a whole copy, or begin anew with another --out"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder of a run, and keep other runs out of it; except on Windows.
+
+    The lock, on the file `lock`, is the system's: it ends with this process, however that ends, and worker processes do
+    not have it. Raises ValueError if another run has it; warns where the file system has no locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+", encoding="utf-8") as file:
+        if sys.platform != "win32":
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                file.seek(0)
+                raise ValueError(
+                    f"another run is at work in {folder} ({file.read().strip()}): wait for it, end it, or give "
+                    "another --out"
+                ) from error
+            except OSError as error:
+                warnings.warn(
+                    f"{file.name} cannot be locked ({error}): see to it that no other run gets the same --out",
+                    stacklevel=3,
+                )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 class Log:
     """The rows of a run, in memory and as JSON lines in a file (with None only in memory).
 
-    Rows of an earlier call stay up to `step`, that of the checkpoint to go on from; the steps after it are done again.
+    Begins with `rows`, those of the steps up to the checkpoint to go on from; others in the file are dropped.
     """
 
-    def __init__(self, path: Path | None, step: int) -> None:
-        self.rows: list[Row] = []
+    def __init__(self, path: Path | None, rows: Sequence[Row]) -> None:
+        self.rows = list(rows)
         self._file: IO[str] | None = None
-        if path is None:
-            return
-        if path.exists():
-            complete, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-            rows = [json.loads(line) for line in complete.splitlines()]
-            self.rows = [row for row in rows if row["step"] <= step]
-        write_whole(path, lambda file: file.write("".join(map(_line, self.rows)).encode()))
-        self._file = path.open("a", encoding="utf-8")
+        if path is not None:
+            write_whole(path, lambda file: file.write("".join(map(_line, self.rows)).encode()))
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
         """Add a row."""
@@ -48,14 +85,74 @@ class Log:
             self._file.close()
 
 
+def read_rows(path: Path, step: int, steps_per_epoch: int) -> list[Row]:
+    """The rows of a log up to `step`, that of the checkpoint to go on from; what follows may be cut or damaged.
+
+    Raises ValueError, which names the line, if one of these rows is damaged or missing.
+    """
+    rows: list[Row] = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    steps = epochs = 0
+    for number, line in enumerate(lines, start=1):
+        if (steps, epochs) == (step, step // steps_per_epoch):
+            break
+        try:
+            row = json.loads(line)
+            steps += row["steps"] if row["kind"] == "steps" else 0
+            epochs += row["kind"] == "epoch"
+            in_place = row["step"] == steps <= step
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is damaged: {REMEDY}") from error
+        if not in_place:
+            raise ValueError(f"{path} lacks rows before line {number}: {REMEDY}")
+        rows.append(row)
+    if (steps, epochs) != (step, step // steps_per_epoch):
+        raise ValueError(f"{path} ends at step {steps}, the checkpoint is of step {step}: {REMEDY}")
+    return rows
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `torch.save` has written with `write_whole`, on the CPU.
+
+    Raises ValueError if the file is damaged: torch.load alone takes damaged tensors for good, and looks at no checksum.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file makes of the two readers is anybody's guess
+        damaged = error
+    raise ValueError(f"{path} is damaged ({damaged}): {REMEDY}")
+
+
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file anew: at any moment, the one at `path` is the old one or the new one, complete and on the disk."""
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    """Write a file anew: at any moment, the one at `path` is the old one or the new one, complete and on the disk.
+
+    The new one has a name of its own, which ends in .unfinished, until then.
+    """
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
+    try:
+        with unfinished.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except Exception as error:
+        error.add_note(f"while {path} was written")  # "No space left on device" alone does not say where
+        raise
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if sys.platform != "win32":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run had not finished writing. For the run that has the lock of the folder."""
+    for path in folder.glob("*.unfinished"):
+        path.unlink()
 
 
 def _line(row: Row) -> str:

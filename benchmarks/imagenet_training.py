@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import benchmarks
 import elropt
 from benchmarks.imagenet_data import (
     EvalBatches,
@@ -35,22 +41,41 @@ from benchmarks.imagenet_data import (
     loader,
     train_image,
 )
-from benchmarks.imagenet_log import Log, describe, epoch_summary, write_whole
+from benchmarks.imagenet_log import (
+    REMEDY,
+    Log,
+    describe,
+    epoch_summary,
+    locked,
+    read_checkpoint,
+    read_rows,
+    remove_unfinished,
+    write_whole,
+)
 from benchmarks.imagenet_recipe import Recipe, Settings, differences, make_model, make_optimizer, recipe_of
 from benchmarks.sweep import Row, without_nan
 from benchmarks.training import log_std, make_schedule, significant, spread
-from elropt import env_report
+from elropt import env_report, kernels
 
 MEASURED_IMAGES = 16  # on which scale invariance is measured
 
 
+T = TypeVar("T")
+
+
+class Refused(ValueError):
+    """A run that cannot begin or go on, and why. No file has been changed, and no other process is left waiting."""
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process among those of a run, and its device."""
+    """This process among those of a run, and its device; with `store`, what the processes exchange words through."""
 
     rank: int
     ranks: int
     device: torch.device
+    store: Store | None = None
+    _exchanges: Iterator[int] = dataclasses.field(default_factory=itertools.count, repr=False)
 
     def sum(self, values: Tensor) -> Tensor:
         """Over all processes, in place."""
@@ -58,21 +83,98 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values, plain ones, of all processes by rank. By way of the store, so that it works whatever their
+        devices, and whatever they are about to do."""
+        if self.store is None:
+            return [value]
+        exchange = next(self._exchanges)
+        self.store.set(f"{exchange}/{self.rank}", json.dumps(value))
+        values = [json.loads(self.store.get(f"{exchange}/{rank}")) for rank in range(self.ranks)]
+        self.store.set(f"{exchange}/{self.rank}/read", "")
+        if self.rank == 0:  # the store may be in this process: it stays until the others have read
+            self.store.wait([f"{exchange}/{rank}/read" for rank in range(self.ranks)])
+        return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` returns. Where it fails on one process, all raise: Refused for ValueError and OSError."""
+        failure = result = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        messages = self.gather(None if failure is None else f"{failure}" or type(failure).__name__)
+        if isinstance(failure, ValueError | OSError):
+            raise Refused(str(failure)) from failure
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise Refused(f"on rank {rank}: {message}")
+        return result  # type: ignore[return-value]
+
+    def compare(self, seen: Mapping[str, Any]) -> None:
+        """Raises Refused on all processes if they do not see the same, plain values by name."""
+        first, *others = self.gather(seen)
+        for rank, theirs in enumerate(others, start=1):
+            if theirs != first:
+                differing = [name for name in first | theirs if first.get(name) != theirs.get(name)]
+                here, there = (
+                    ", ".join(f"{name} {of.get(name)!r}" for name in differing) for of in (theirs, first)
+                )
+                raise Refused(
+                    f"rank {rank} sees {here}, but rank 0 {there}: give all processes the same arguments, images, code "
+                    "and folder of the run"
+                )
+
 
 @contextlib.contextmanager
-def join_world(device: str) -> Iterator[World]:
-    """Join the processes that torchrun has started; alone without it."""
+def join_world(device: str | None) -> Iterator[World]:
+    """Join the processes that torchrun has started; alone without it. None is a GPU if there is one.
+
+    Raises Refused on all processes if a device cannot be used, or if they have not all the same kind.
+    """
     if "RANK" not in os.environ:
-        yield World(0, 1, torch.device(device))
+        alone = World(0, 1, torch.device("cpu"))
+        yield dataclasses.replace(alone, device=torch.device(alone.together(lambda: usable(device))))
         return
-    local = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
-    if local.type == "cuda":
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if local.type == "cuda" else "gloo")
+    store, rank, ranks = next(rendezvous("env://"))
+    world = World(rank, ranks, torch.device("cpu"), PrefixStore("elropt", store))
+    kind = world.together(lambda: usable(device))
+    world.compare({"device": kind})  # with two kinds of backends, the processes would wait without an end
+    if kind == "cuda":
+        world = dataclasses.replace(world, device=torch.device(kind, int(os.environ["LOCAL_RANK"])))
+        torch.cuda.set_device(world.device)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), local)
+        yield world
     finally:
         dist.destroy_process_group()
+
+
+def usable(device: str | None) -> str:
+    """cpu or cuda. Raises ValueError."""
+    gpu = torch.cuda.is_available()
+    if device is None:
+        return "cuda" if gpu else "cpu"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not gpu):
+        raise ValueError(f"--device {device} cannot be used here: cpu, or cuda where there is a GPU")
+    return device
+
+
+def versions() -> dict[str, str]:
+    """Of what decides what a run computes, as far as processes on several machines may differ in it."""
+    sha = hashlib.sha256()
+    for package in (elropt, kernels, benchmarks):
+        folder = Path(package.__path__[0])
+        for path in sorted(folder.rglob("*.py")):
+            sha.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return {
+        "code": sha.hexdigest()[:16],
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+    }
 
 
 class Training:
@@ -107,8 +209,11 @@ class Training:
         write_whole(path, lambda file: torch.save(state, file))
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises ValueError if its settings are not these; nothing has been changed then."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        """Go on from a checkpoint. Raises ValueError if it is damaged, of something else, or of other settings; nothing
+        has been changed then."""
+        state = read_checkpoint(path)
+        if not (isinstance(state, dict) and state.keys() >= {"settings", "step", "model", "optimizer"}):
+            raise ValueError(f"{path} is no checkpoint of a run like this: give another --out")
         if differing := differences(self.settings, state["settings"]):
             raise ValueError(
                 f"{path} is of a run with {differing}: give the arguments of that run, or another --out"
@@ -181,17 +286,74 @@ def train(
     console: Console,
 ) -> Training:
     """Train, or go on with training, until the end or until the loss is not finite; see the head of
-    `benchmarks/imagenet.py`.
+    `benchmarks/imagenet.py`. A run that has left a result is only loaded.
 
-    Raises ValueError if `out` holds a checkpoint of other settings; nothing has been changed then.
+    Raises Refused on all processes if they do not see the same, if another run is at work in `out`, or if what `out`
+    holds is damaged, incomplete or of other settings.
     """
-    recipe = recipe_of(settings.model)
-    training = Training(settings, tree, world.device)
-    checkpoint = out / "checkpoint.pt"
-    if resumed := checkpoint.exists():
+    world.compare(
+        dataclasses.asdict(settings)
+        | {"log_every": log_every, "checkpoint_every": checkpoint_every}
+        | versions()
+    )
+    training = world.together(lambda: Training(settings, tree, world.device))
+    with contextlib.ExitStack() as lock:
+        world.together(lambda: lock.enter_context(locked(out)) if world.rank == 0 else None)
+        rows = world.together(lambda: go_on(training, out))
+        finished = (out / "result.json").exists()
+        world.compare({"step of the checkpoint": training.step, "result": finished})
+        if not finished:
+            _train(
+                training,
+                rows,
+                tree,
+                out,
+                world,
+                workers=workers,
+                log_every=log_every,
+                checkpoint_every=checkpoint_every,
+                console=console,
+            )
+        elif world.rank == 0:
+            console.print(f"nothing to do: {out / 'result.json'} is the result of this run", soft_wrap=True)
+    return training
+
+
+def go_on(training: Training, out: Path) -> list[Row]:
+    """Load the checkpoint that an earlier call has left, if any; returns the rows of its log.
+
+    Raises ValueError where what is left is damaged, incomplete, or of other settings.
+    """
+    checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
+    if checkpoint.exists():
         training.load(checkpoint)
+        return read_rows(log, training.step, training.settings.steps_per_epoch)
+    for path in (out / "result.json", log):
+        if path.exists() and path.stat().st_size:
+            raise ValueError(f"{path} is there, but the checkpoint of this run is not: {REMEDY}")
+    return []
+
+
+def _train(
+    training: Training,
+    rows: Sequence[Row],
+    tree: Tree,
+    out: Path,
+    world: World,
+    *,
+    workers: int,
+    log_every: int,
+    checkpoint_every: int,
+    console: Console,
+) -> None:
+    """Train from `training.step` on."""
+    settings, recipe, checkpoint = (
+        training.settings,
+        recipe_of(training.settings.model),
+        out / "checkpoint.pt",
+    )
     forward: Callable[[Tensor], Tensor] = training.model
-    if world.ranks > 1:  # a barrier, too: no process reads the checkpoint after another has begun to train
+    if world.ranks > 1:
         forward = DistributedDataParallel(
             training.model,
             device_ids=[world.device] if world.device.type == "cuda" else None,
@@ -201,9 +363,9 @@ def train(
         forward = torch.compile(forward, dynamic=False)
     main = world.rank == 0
     if main:
-        out.mkdir(parents=True, exist_ok=True)
-    log = Log(out / "log.jsonl" if main else None, training.step)
-    if main and not resumed:
+        remove_unfinished(out)
+    log = Log(out / "log.jsonl" if main else None, rows)
+    if main and not checkpoint.exists():
         training.save(checkpoint)
     env = env_report.collect() if main else {}
     commit = f"{env.get('git_commit')}{' with changes' if env.get('git_dirty') else ''}"
@@ -256,7 +418,6 @@ def train(
                 f"the loss is not finite at step {training.step}: stopped; try a smaller --lr, with another --out",
                 soft_wrap=True,
             )
-    return training
 
 
 def train_loader(training: Training, tree: Tree, world: World, workers: int) -> DataLoader[Any]:

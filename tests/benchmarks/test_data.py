@@ -4,6 +4,7 @@ import lzma
 import os
 import pickle
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from sklearn.datasets import load_digits
 
 from benchmarks import data
-from benchmarks.data import DATASETS, Dataset, load, stratified_order
+from benchmarks.data import DATASETS, Dataset, image_files, load, read_image, stratified_order
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -358,7 +360,7 @@ def test_decoded_images_are_kept(tmp_path, monkeypatch):
     first = load("cifar10-quick", root=tmp_path)
     (cached,) = (tmp_path / "cache" / "elropt").iterdir()
     assert cached.stem == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert np.array_equal(np.load(cached), images)
+    assert np.array_equal(np.load(cached)["images"], images)
 
     def refuse(archive):
         raise AssertionError("decoded again")
@@ -367,8 +369,22 @@ def test_decoded_images_are_kept(tmp_path, monkeypatch):
     again = load("cifar10-quick", root=tmp_path)
     assert torch.equal(again.train_x, first.train_x)
     write_compact_cifar10(path, images[::-1], labels, n_train=np.int32(6))
-    with pytest.raises(AssertionError, match="decoded again"):
+    with pytest.raises(ValueError, match="AssertionError: decoded again"):
         load("cifar10-quick", root=tmp_path)
+
+
+@pytest.mark.parametrize("at", [0, 700])  # bytes that are kept; in the middle one is changed
+def test_a_damaged_cache_is_made_anew(tmp_path, at):
+    images, labels = random_images(8)
+    write_compact_cifar10(tmp_path / "cifar10-quick.npz", images, labels, n_train=np.int32(6))
+    first = load("cifar10-quick", root=tmp_path)
+    (cached,) = (tmp_path / "cache" / "elropt").iterdir()
+    whole = cached.read_bytes()
+    cached.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] if at else b"")
+    again = load("cifar10-quick", root=tmp_path)
+    assert torch.equal(again.train_x, first.train_x)
+    assert [path.name for path in cached.parent.iterdir()] == [cached.name]
+    assert np.array_equal(np.load(cached)["images"], images)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
@@ -383,12 +399,12 @@ def test_an_interrupted_write_leaves_no_cache(tmp_path, monkeypatch):
     images, labels = random_images(8)
     write_compact_cifar10(tmp_path / "cifar10-quick.npz", images, labels, n_train=np.int32(6))
 
-    def interrupt(file, array):
+    def interrupt(file, images):
         file.write(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "save", interrupt)
+        patch.setattr(np, "savez", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load("cifar10-quick", root=tmp_path)
     assert list((tmp_path / "cache" / "elropt").iterdir()) == []
@@ -543,9 +559,90 @@ def test_pickles_that_run_code_are_refused(tmp_path, monkeypatch):
     images, labels = random_images(12)
     write_cifar100_folder(tmp_path, images, labels)
     rewrite(tmp_path / "cifar-100-python" / "meta", {b"fine_label_names": Malicious()})
-    with pytest.raises(pickle.UnpicklingError, match="mkdir has no place in a CIFAR file"):
+    with pytest.raises(ValueError, match=r"meta cannot be read .*mkdir has no place in a CIFAR file"):
         load("cifar100", root=tmp_path)
     assert not Path("hacked").exists()
+
+
+# Damaged files
+
+
+def cut(contents):
+    return contents[: len(contents) // 2]
+
+
+BYTES = [(lambda contents: b""), cut, (lambda contents: b"<html>404</html>")]
+
+
+@pytest.mark.parametrize("change", BYTES, ids=["empty", "cut", "a web page"])
+@pytest.mark.parametrize("file", ["train", "test", "meta"])
+def test_damaged_cifar_batches_are_named(tmp_path, file, change):
+    write_cifar100_folder(tmp_path, *random_images(12))
+    path = tmp_path / "cifar-100-python" / file
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(
+        ValueError, match=rf"cifar-100-python.{file} cannot be read \(.*put back a whole copy"
+    ):
+        load("cifar100", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({b"data": None}, "KeyError: b'data'"),
+        ({b"data": np.zeros((4, 3000), np.uint8)}, "cannot reshape"),
+        ({b"data": np.zeros((4, 3072))}, "images are uint8, not float64"),
+        ({b"data": np.zeros((3, 3072), np.uint8)}, r"3 images with labels of the shape \(4,\)"),
+        ({b"fine_labels": [0, 1, 2, 0]}, "labels from 0 to 2 of 2 classes"),
+        ({b"fine_labels": [0.5, 1, 1, 0]}, "Cannot cast"),
+    ],
+)
+def test_cifar_batches_that_do_not_fit_are_named(tmp_path, entries, message):
+    images, labels = random_images(12)
+    write_cifar100_folder(tmp_path, images, labels)
+    contents = batch(images[:4], labels[:4], b"fine_labels") | entries
+    path = tmp_path / "cifar-100-python" / "test"
+    rewrite(path, {key: value for key, value in contents.items() if value is not None})
+    with pytest.raises(ValueError, match=f"test cannot be read .*{message}"):
+        load("cifar100", root=tmp_path)
+
+
+@pytest.mark.parametrize("change", BYTES, ids=["empty", "cut", "a web page"])
+def test_damaged_compact_files_are_named(tmp_path, change):
+    images, labels = random_images(12)
+    for part in range(6):
+        name = f"cifar10-train-{part + 1}.npz" if part < 5 else "cifar10-test.npz"
+        write_compact_cifar10(tmp_path / name, images[:2], labels[:2])
+    path = tmp_path / "cifar10-train-3.npz"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"cifar10-train-3\.npz cannot be read \("):
+        load("cifar10", root=tmp_path)
+
+
+def test_compact_files_of_another_set_are_named(tmp_path):
+    images, labels = random_images(12)
+    for part in range(6):
+        name = f"cifar10-train-{part + 1}.npz" if part < 5 else "cifar10-test.npz"
+        write_compact_cifar10(tmp_path / name, images[:2], labels[:2])
+    path = tmp_path / "cifar10-test.npz"
+    whole = dict(np.load(path))
+    for entries, message in (
+        ({"class_names": np.array(["ant", "bee"])}, r"its classes are not those of cifar10-train-1\.npz"),
+        ({"labels": whole["labels"][:1]}, r"2 images with labels of the shape \(1,\)"),
+        ({"labels": np.array([0, 2], np.uint8)}, "labels from 0 to 2 of 2 classes"),
+    ):
+        np.savez(path, **whole | entries)
+        with pytest.raises(ValueError, match=rf"cifar10-test\.npz cannot be read .*{message}"):
+            load("cifar10", root=tmp_path)
+    np.savez(path, **{key: value for key, value in whole.items() if key != "g"})
+    with pytest.raises(ValueError, match=r"cifar10-test\.npz cannot be read .*KeyError"):
+        load("cifar10", root=tmp_path)
+    for n_train in (0, 2):
+        write_compact_cifar10(
+            tmp_path / "cifar10-quick.npz", images[:2], labels[:2], n_train=np.int32(n_train)
+        )
+        with pytest.raises(ValueError, match=rf"cifar10-quick\.npz .*n_train is {n_train} of 2 images"):
+            load("cifar10-quick", root=tmp_path)
 
 
 # Image folders
@@ -568,7 +665,10 @@ def test_imagefolder(tmp_path, held_out):
     write_tree(tmp_path / "pets", held_out)
     (tmp_path / "pets" / "train" / "ant" / "notes.txt").touch()
     (tmp_path / "pets" / "train" / "README").touch()
-    dataset = load("imagefolder", root=tmp_path / "pets", image_size=8, validation=0.25)
+    with pytest.warns(UserWarning, match="not used") as warned:
+        dataset = load("imagefolder", root=tmp_path / "pets", image_size=8, validation=0.25)
+    assert ["README" in str(w.message) for w in warned] == [True, False]
+    assert os.path.join("ant", "notes.txt") in str(warned[1].message)
     assert dataset.class_names == ("ant", "bee")
     assert dataset.title == "pets, 8×8"
     assert dataset.in_shape == (3, 8, 8)
@@ -616,6 +716,124 @@ def test_imagefolder_errors(tmp_path, monkeypatch):
     (tmp_path / "val" / "cow").mkdir()
     with pytest.raises(FileNotFoundError, match=r"cow has no \.bmp"):
         load("imagefolder", root=tmp_path)
+
+
+def test_nothing_in_a_tree_is_left_out_without_a_word(tmp_path):
+    write_tree(tmp_path / "pets", count=2)
+    train, picture = tmp_path / "pets" / "train", Image.new("RGB", (9, 9), (1, 2, 3))
+    (train / "ant" / "more" / "deep").mkdir(parents=True)
+    (train / "bee" / ".ipynb_checkpoints").mkdir()
+    (train / ".Trash").mkdir()
+    for name in ("more/x.GIF", "more/deep/y.jfif", "z.jpe", "w.pgm"):  # images
+        picture.convert("L").save(train / "ant" / name, None if "jf" not in name else "JPEG")
+    left_out = ["bee/._0.png", "bee/boxes.txt", "bee/photo.heic"]
+    for name in (*left_out, "bee/.ipynb_checkpoints/0.png", ".Trash/0.png"):
+        (train / name).write_bytes(b"")
+    (tmp_path / "elsewhere").mkdir()
+    (train / "bee" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.warns(UserWarning, match="not used") as warned:
+        dataset = load("imagefolder", root=tmp_path / "pets", image_size=8, validation=0)
+    assert dataset.class_names == ("ant", "bee")
+    assert dataset.train_y.bincount().tolist() == [6, 2]
+    first, second = (str(w.message).replace(os.sep, "/") for w in warned)
+    assert "pets/train: not used: .Trash. Classes" in first
+    assert (
+        "pets/train: not used: bee/._0.png, bee/.ipynb_checkpoints, bee/boxes.txt, bee/linked, bee/photo.heic. "
+        in second
+    )
+    for index in range(3):
+        (train / "bee" / f"{index}.txt").touch()
+    with pytest.warns(UserWarning, match=r"bee/2\.txt and 3 more\. Classes"):
+        image_files(train, ["bee"])
+
+
+# Pixels
+
+
+RAMP = np.linspace(0, 1, 40 * 40).reshape(40, 40)
+
+
+@pytest.mark.parametrize("kind", ["16.png", "16.tif", "16-big-endian.tif", "16.pgm", "8.png", "1.png"])
+def test_grey_values_of_any_depth_are_scaled_to_8_bits(tmp_path, kind):
+    path = tmp_path / kind
+    values = np.rint(RAMP * 65535).astype(np.uint16)
+    expected = np.rint(values / 257)
+    if kind == "16-big-endian.tif":
+        path.write_bytes(tiff(values.astype(">u2").tobytes(), bits=16, order=">"))
+    elif kind == "16.pgm":
+        path.write_bytes(b"P5 40 40 65535 " + values.astype(">u2").tobytes())
+    elif kind.startswith("16"):
+        Image.fromarray(values).save(path)
+    else:
+        Image.fromarray(expected.astype(np.uint8)).convert("1" if kind == "1.png" else "L").save(path)
+        expected = np.asarray(Image.open(path).convert("L"))
+    image = read_image(path)
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.repeat(expected[..., None], 3, axis=2))
+
+
+def tiff(pixels, *, bits, order="<", zero_is_white=False, kind=1):
+    """Of 40 × 40 grey values; `kind` 1 is unsigned, 2 signed, 3 float."""
+    tags = {256: 40, 257: 40, 258: bits, 259: 1, 262: int(not zero_is_white), 273: 8, 277: 1, 278: 40}
+    tags |= {279: len(pixels), 339: kind}
+    header = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8 + len(pixels))
+    entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return header + pixels + struct.pack(order + "H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options"),
+    [
+        ((RAMP * (2**31 - 1)).astype("<i4"), {"bits": 32, "kind": 2}),
+        ((RAMP * (2**32 - 1)).astype("<u4"), {"bits": 32}),
+        (RAMP.astype("<f4"), {"bits": 32, "kind": 3}),
+        ((RAMP * 32767).astype("<i2"), {"bits": 16, "kind": 2}),
+        ((RAMP * 65535).astype("<u2"), {"bits": 16, "zero_is_white": True}),
+        (np.zeros((40, 60), np.uint8), {"bits": 12}),
+    ],
+    ids=["int32", "uint32", "float32", "int16", "zero is white", "12 bits"],
+)
+def test_pixels_whose_white_is_not_known_are_refused(tmp_path, pixels, options):
+    write_tree(tmp_path, count=1)
+    (tmp_path / "train" / "ant" / "odd.tif").write_bytes(tiff(pixels.tobytes(), **options))
+    with pytest.raises(
+        ValueError, match=r"odd\.tif cannot be read as an image: .*: save it with 8 or 16 bits"
+    ):
+        load("imagefolder", root=tmp_path, image_size=8)
+
+
+def test_transparent_palettes_are_read_without_a_warning(tmp_path):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(tmp_path / "palette.png", transparency=b"\xff\x80")
+    assert (np.asarray(read_image(tmp_path / "palette.png")) == [10, 20, 30]).all()
+
+
+def truncated(path):
+    noise = np.random.default_rng(0).integers(256, size=(60, 60, 3), dtype=np.uint8)
+    path.write_bytes(cut(jpeg(Image.fromarray(noise))))
+
+
+def huge(path):
+    """The header of an image of 400 megapixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    )
+
+
+def long_text(path):
+    info = PngInfo()
+    info.add_text("comment", "a" * 3 * 2**20, zip=True)
+    Image.new("L", (4, 4)).save(path, "PNG", pnginfo=info)
+
+
+@pytest.mark.parametrize("damage", [truncated, huge, long_text, lambda path: path.write_bytes(b"")])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, damage):
+    write_tree(tmp_path, count=1)
+    damage(tmp_path / "train" / "bee" / "culprit.png")
+    with pytest.raises(ValueError, match=r"culprit\.png cannot be read as an image: \w+"):
+        load("imagefolder", root=tmp_path, image_size=8)
 
 
 # The real files

@@ -266,15 +266,17 @@ def test_every_mode_becomes_rgb_and_a_broken_file_is_named(tmp_path):
     root = write_photos(tmp_path / "tree", 3, 2)
     folder = root / "train" / "flower"
     Image.new("L", (40, 40), 77).save(folder / "00.png")
+    Image.fromarray(np.full((40, 40), 77 * 257, np.uint16)).save(folder / "02.png")
     Image.new("CMYK", (40, 40), (0, 255, 255, 0)).save(folder / "01.jpg")
     images = Images(load_tree(root).train, partial(eval_image, size=8), 0)
     assert (images[0, 0][0] == 77).all()
+    assert (images[0, 2][0] == 77).all()
     red = images[0, 1][0].float().mean((0, 1))
     assert red[0] > 200
     assert red[1:].max() < 60
     for broken in (b"no image", (folder / "01.jpg").read_bytes()[:400]):
         (folder / "01.jpg").write_bytes(broken)
-        with pytest.raises(OSError, match=r"01\.jpg cannot be read as an image"):
+        with pytest.raises(ValueError, match=r"01\.jpg cannot be read as an image"):
             images[0, 1]
 
 
