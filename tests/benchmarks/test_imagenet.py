@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
+import multiprocessing
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +27,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 from torch import nn
+from torch.distributed import HashStore
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -28,7 +35,7 @@ import benchmarks.imagenet_training as training_module
 from benchmarks import models
 from benchmarks.imagenet import main
 from benchmarks.imagenet_data import Augmentation, load_tree
-from benchmarks.imagenet_log import Log, epoch_summary, write_whole
+from benchmarks.imagenet_log import Log, epoch_summary, locked, read_rows, write_whole
 from benchmarks.imagenet_recipe import (
     OPTIMIZERS,
     RESNET_50,
@@ -37,7 +44,7 @@ from benchmarks.imagenet_recipe import (
     make_optimizer,
     make_settings,
 )
-from benchmarks.imagenet_training import Training, World, backward, evaluate, take_step, train
+from benchmarks.imagenet_training import Refused, Training, World, backward, evaluate, take_step, train
 from tests.benchmarks.photos import TRAIN, VAL, write_photos
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,9 +75,9 @@ def settings_of(tree, model="bn-mlp-3-w16", **changes):
     return make_settings(tree, model=model, **{**asked, **changes})
 
 
-def run(tree, out, settings=None, **options):
+def run(tree, out, settings=None, world=ALONE, **options):
     options = {"workers": 0, "log_every": 2, "checkpoint_every": 2, "console": Console(quiet=True), **options}
-    return train(settings or settings_of(tree), tree, out, ALONE, **options)
+    return train(settings or settings_of(tree), tree, out, world, **options)
 
 
 def rows_of(out):
@@ -364,15 +371,269 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not(photos, tmp_path, monke
         assert_same_state(state, states[1][index])
 
 
-def test_a_finished_run_is_left_as_it_is(photos, tmp_path):
+@pytest.fixture(scope="module")
+def finished(photos, tmp_path_factory):
+    """The folder of a run that has ended: 6 steps in 2 epochs."""
+    out = tmp_path_factory.mktemp("finished")
+    run(load_tree(photos), out)
+    return out
+
+
+def contents(out):
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_finished_run_is_left_as_it_is(photos, tmp_path, finished, capsys):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    result = json.loads((out / "result.json").read_text())
+    (out / "result.json").write_text(json.dumps(result | {"top1": "kept"}))
+    before = contents(out)
+    again = run(load_tree(photos), out, console=Console(width=200))
+    state = torch.load(finished / "checkpoint.pt", weights_only=True)
+    assert_same_state(again.model.state_dict(), state["model"])
+    assert contents(out) == before
+    assert f"nothing to do: {out / 'result.json'} is the result of this run" in capsys.readouterr().out
+
+
+# What has happened to the folder of a run
+
+
+def change_tensor(path):
+    """Of one byte, in the middle of the largest: torch.load alone does not see it."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+        with archive.open(largest) as file:
+            tensor = file.read()
+    whole = path.read_bytes()
+    at = whole.index(tensor) + len(tensor) // 2
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+    torch.load(path, weights_only=True)
+
+
+def change_line(number, line):
+    def change(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+        lines[number - 1] = line
+        path.write_bytes(b"".join(lines))
+
+    return change
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+DAMAGED = [
+    ("checkpoint.pt", cut, r"checkpoint\.pt is damaged \(File is not a zip file\)"),
+    ("checkpoint.pt", lambda path: path.write_bytes(b""), r"checkpoint\.pt is damaged"),
+    ("checkpoint.pt", change_tensor, r"checkpoint\.pt is damaged \(.*/data/"),
+    (
+        "checkpoint.pt",
+        lambda path: torch.save({"model": 1}, path),
+        r"checkpoint\.pt is no checkpoint of a run",
+    ),
+    ("checkpoint.pt", Path.unlink, r"result\.json is there, but the checkpoint of this run is not"),
+    ("log.jsonl", change_line(3, b'{"kind": "ste\n'), r"log\.jsonl, line 3 is damaged"),
+    ("log.jsonl", change_line(2, b"\0\0\0\n"), r"log\.jsonl, line 2 is damaged"),
+    ("log.jsonl", change_line(2, b"[1]\n"), r"log\.jsonl, line 2 is damaged"),
+    ("log.jsonl", change_line(2, b""), r"log\.jsonl lacks rows before line 2"),
+    ("log.jsonl", change_line(6, b""), r"log\.jsonl ends at step 6, .*"),
+    ("log.jsonl", Path.unlink, r"log\.jsonl ends at step 0, the checkpoint is of step 6"),
+]
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), DAMAGED)
+def test_a_damaged_folder_is_refused_and_left_as_it_is(photos, tmp_path, finished, file, damage, message):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    damage(out / file)
+    before = contents(out)
+    with pytest.raises(
+        Refused, match=f"{message}.*: (put back a whole copy, or begin anew|give another --out)"
+    ):
+        run(load_tree(photos), out)
+    assert contents(out) == before
+
+
+def test_a_log_without_a_checkpoint_is_not_overwritten(photos, tmp_path, finished):
+    shutil.copy(finished / "log.jsonl", tmp_path)
+    with pytest.raises(Refused, match=r"log\.jsonl is there, but the checkpoint of this run is not"):
+        run(load_tree(photos), tmp_path)
+    assert (tmp_path / "log.jsonl").read_bytes() == (finished / "log.jsonl").read_bytes()
+
+
+def test_what_a_kill_has_left_behind_the_checkpoint_is_cleared_away(photos, tmp_path, finished):
+    """Rows of later steps, a torn one and zeros after a power cut; a checkpoint half written."""
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    (out / "result.json").unlink()
+    with (out / "log.jsonl").open("ab") as file:
+        file.write(b'{"kind": "steps", "epoch": 3, "step": 8, "steps": 2}\n\0\0\0\n{"kind": "st')
+    (out / "checkpoint.pt.0123.unfinished").write_bytes(b"ha")
+    run(load_tree(photos), out)
+    assert (out / "log.jsonl").read_bytes() == (finished / "log.jsonl").read_bytes()
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "lock", "log.jsonl", "result.json"}
+
+
+# Two runs in one folder
+
+
+def hold_lock(out, orphan, said):
+    """Of a process with a worker of its own, as the loader has them, which outlives it."""
+    with locked(out):
+        worker = multiprocessing.get_context("fork").Process(target=orphan.wait, args=(60,))
+        worker.start()
+        said.set()
+        time.sleep(60)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # fork, from Python 3.12 on
+@pytest.mark.skipif(sys.platform == "win32", reason="no lock there")
+def test_a_second_run_in_a_folder_is_refused_until_the_first_one_ends_or_is_killed(
+    photos, tmp_path, finished
+):
+    tree, out = load_tree(photos), Path(shutil.copytree(finished, tmp_path / "run"))
+    (out / "result.json").unlink()
+    fork = multiprocessing.get_context("fork")
+    orphan, said = fork.Event(), fork.Event()
+    first = fork.Process(target=hold_lock, args=(out, orphan, said))
+    first.start()
+    try:
+        assert said.wait(60)
+        before = contents(out)
+        expected = (
+            rf"another run is at work in .*run \(process {first.pid} on .+\): wait for it, end it, or give"
+        )
+        with pytest.raises(Refused, match=expected):
+            run(tree, out)
+        assert contents(out) == before
+        assert first.is_alive()
+    finally:
+        first.kill()
+        first.join()
+    run(tree, out)  # while the worker of the first one still is there
+    assert (out / "result.json").exists()
+    orphan.set()
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with (
+        pytest.warns(UserWarning, match=r"lock cannot be locked .*: see to it that no other run"),
+        locked(tmp_path),
+    ):
+        pass
+
+
+def test_two_writers_of_one_file_do_not_tear_it(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+
+    def first(file):
+        file.write(b"first, ")
+        write_whole(path, lambda other: other.write(b"second"))
+        assert path.read_bytes() == b"second"
+        file.write(b"whole")
+
+    write_whole(path, first)
+    assert path.read_bytes() == b"first, whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_full_disk_says_which_file(tmp_path):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space") as raised:
+        write_whole(tmp_path / "checkpoint.pt", full)
+    assert raised.value.__notes__ == [f"while {tmp_path / 'checkpoint.pt'} was written"]
+
+
+# What several processes agree on
+
+
+def on_two_ranks(work):
+    """What `work(world)` raises on each of two ranks, which are threads here."""
+    store = HashStore()
+    worlds = [World(rank, 2, torch.device("cpu"), store) for rank in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        return [future.exception(timeout=60) for future in [pool.submit(work, world) for world in worlds]]
+
+
+def test_processes_exchange_values_and_fail_together():
+    gathered = {}
+
+    def exchange(world):
+        gathered[world.rank] = [world.gather({"rank": world.rank}), world.gather(None)]
+        assert world.together(lambda: world.rank) == world.rank
+        world.compare({"steps": 3})
+
+    assert on_two_ranks(exchange) == [None, None]
+    assert gathered == {rank: [[{"rank": 0}, {"rank": 1}], [None, None]] for rank in (0, 1)}
+
+    def fail(error):
+        def work(world):
+            if world.rank == 1:
+                raise error
+
+        return on_two_ranks(lambda world: world.together(lambda: work(world)))
+
+    for error in (FileNotFoundError("no val/"), ValueError("no val/")):
+        refused = fail(error)
+        assert [str(e) for e in refused] == ["on rank 1: no val/", "no val/"]
+        assert {type(e) for e in refused} == {Refused}
+    first, second = fail(KeyError())
+    assert isinstance(first, Refused)
+    assert str(first) == "on rank 1: KeyError"
+    assert isinstance(second, KeyError)
+
+
+def test_processes_that_do_not_see_the_same_are_refused_before_the_first_step(photos, tmp_path, monkeypatch):
     tree = load_tree(photos)
-    first = run(tree, tmp_path)
-    log = (tmp_path / "log.jsonl").read_bytes()
-    result = json.loads((tmp_path / "result.json").read_text())
-    again = run(tree, tmp_path)
-    assert_same_state(again.model.state_dict(), first.model.state_dict())
-    assert (tmp_path / "log.jsonl").read_bytes() == log
-    assert json.loads((tmp_path / "result.json").read_text())["rows"] == result["rows"]
+    renamed = tree._replace(train=dataclasses.replace(tree.train, paths=tree.train.paths[::-1]))
+    settings = [settings_of(each, ranks=2) for each in (tree, renamed)]
+    out = tmp_path / "run"
+
+    def refused(settings, **options):
+        each = on_two_ranks(
+            lambda world: run(
+                tree, out, settings[world.rank], world, **{name: v[world.rank] for name, v in options.items()}
+            )
+        )
+        assert len({str(error) for error in each}) == 1
+        assert {type(error) for error in each} == {Refused}
+        return str(each[0])
+
+    assert (
+        f"rank 1 sees data '{renamed.digest}', but rank 0 data '{tree.digest}': give all processes the same"
+        in refused(settings)
+    )
+    same = [settings[0], settings[0]]
+    assert "rank 1 sees log_every 3, but rank 0 log_every 2" in refused(same, log_every=(2, 3))
+    assert "checkpoint_every 9, but" in refused(same, checkpoint_every=(2, 9))
+    assert "rank 1 sees epochs 3, warmup_epochs 0.1" in refused(
+        [settings[0], settings_of(tree, ranks=2, epochs=3, warmup_epochs=0.1)]
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module, "versions", iter([{"code": "a"}, {"code": "b"}]).__next__)
+        assert "rank 1 sees code '" in refused(same)
+    assert not out.exists()
+
+
+def test_processes_with_different_folders_do_not_go_on_from_different_steps(photos, tmp_path, finished):
+    """A folder that only one of two machines sees."""
+    tree = load_tree(photos)
+    (tmp_path / "0").mkdir()
+    shutil.copy(finished / "checkpoint.pt", tmp_path / "0")
+    shutil.copy(finished / "log.jsonl", tmp_path / "0")
+    each = on_two_ranks(lambda world: run(tree, tmp_path / str(world.rank), world=world))
+    assert len({str(error) for error in each}) == 1
+    assert "rank 1 sees step of the checkpoint 0, but rank 0 step of the checkpoint 6" in str(each[0])
+
+
+# Other settings, and the log
 
 
 def test_another_run_is_not_continued(photos, tmp_path):
@@ -407,12 +668,18 @@ def test_a_checkpoint_that_was_cut_short_does_not_replace_the_last_one(tmp_path)
 
 def test_a_log_goes_on_after_the_step_of_the_checkpoint(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    with contextlib.closing(Log(path, 2)) as log:
-        assert log.rows == [{"step": 1}, {"step": 2}]
-        log.write({"step": 3, "loss": float("inf")})
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": null}\n'
-    with contextlib.closing(Log(path, 0)) as log:
+    rows = [{"kind": "steps", "step": step, "steps": 1} for step in (1, 2, 3)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"st')
+    assert read_rows(path, 2, 10) == rows[:2]
+    with contextlib.closing(Log(path, rows[:2])) as log:
+        assert log.rows == rows[:2]
+        log.write(rows[2] | {"loss": float("inf")})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        *rows[:2],
+        rows[2] | {"loss": None},
+    ]
+    assert read_rows(path, 0, 10) == []
+    with contextlib.closing(Log(path, [])) as log:
         assert log.rows == []
     assert path.read_text() == ""
 
@@ -500,8 +767,8 @@ def command(photos, out, *options, ranks=0):
     ]
 
 
-def start(arguments):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def start(arguments, **variables):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     return subprocess.Popen(
         arguments, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -565,6 +832,10 @@ def test_two_processes_of_which_one_is_killed_go_on_bit_for_bit(photos, tmp_path
     finish(command(photos, whole, *options, ranks=2))
     process = start(command(photos, killed, *options, ranks=2))
     wait_for_rows(process, killed, 7)
+    second = start(command(photos, killed, *options, ranks=2))
+    output, _ = second.communicate(timeout=120)
+    assert second.returncode != 0
+    assert output.count("another run is at work in") == 2, output
     os.kill(children(process.pid)[0], signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
@@ -586,3 +857,31 @@ def test_two_processes_compute_what_one_computes(photos, tmp_path):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             assert ours[key] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("differs", ["images", "device"])
+def test_two_processes_that_do_not_see_the_same_both_end_with_the_reason(photos, tmp_path, differs):
+    """Started without torchrun, which would end one when the other has failed."""
+    other = shutil.copytree(photos, tmp_path / "other")
+    (other / "train" / "temple" / "00.png").rename(other / "train" / "temple" / "renamed.png")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "COLUMNS": "300"}
+    arguments = [(photos, "cpu"), (other, "cpu") if differs == "images" else (photos, "tpu")]
+    processes = [
+        start(
+            command(data, tmp_path / "run", "--model", "ln-mlp-3-w16", "--device", device),
+            **address,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+        )
+        for rank, (data, device) in enumerate(arguments)
+    ]
+    reason = "rank 1 sees data" if differs == "images" else "--device tpu cannot be used here"
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 2, output
+        assert reason in output
+    assert not (tmp_path / "run").exists()
