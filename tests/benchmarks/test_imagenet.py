@@ -832,11 +832,13 @@ def test_two_processes_of_which_one_is_killed_go_on_bit_for_bit(photos, tmp_path
     finish(command(photos, whole, *options, ranks=2))
     process = start(command(photos, killed, *options, ranks=2))
     wait_for_rows(process, killed, 7)
+    one = children(process.pid)[0]
+    os.kill(one, signal.SIGSTOP)  # the other waits for it: the run does not end before the second one asks
     second = start(command(photos, killed, *options, ranks=2))
     output, _ = second.communicate(timeout=120)
     assert second.returncode != 0
     assert output.count("another run is at work in") == 2, output
-    os.kill(children(process.pid)[0], signal.SIGKILL)
+    os.kill(one, signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
     assert not (killed / "result.json").exists()
