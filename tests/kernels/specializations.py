@@ -1,0 +1,315 @@
+"""Every specialisation of the kernels that the host can ask for, recorded from the host and compiled without a GPU.
+
+    python -m tests.kernels.specializations pairs          # every pair of options, as far as Triton's own code (TTIR)
+    python -m tests.kernels.specializations all            # every combination of what changes the code, likewise
+    python -m tests.kernels.specializations assembled      # some of the pairs, to the end, for three GPUs
+
+prints JSON: {"compiled": how many, "failed": {kernel and options: error}, "spilled": {…: bytes of stack}}. Not for a
+process in which TRITON_INTERPRET is set: there the kernels are Python.
+
+No signature is written down here. `ELRSGD`, `measure` and `update` run on the CPU with the options asked for, Triton
+itself works out the types of what they hand to a kernel, and is stopped before it compiles (`jit_cache_hook`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor, nn
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+
+from elropt import ELRSGD, kernels
+from elropt.kernels import cooperative, step, tables
+from elropt.optimizer import validate_choices
+
+Options = dict[str, Any]
+
+CAPABILITIES = (80, 90, 100)
+W_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# Of an optimizer: those that change the code of a kernel …
+CODE: dict[str, list[Any]] = {
+    "rule": [None, "warmup", "uniform", "angle", "sphere"],
+    "granularity": ["layer", "filter", "network"],
+    "project": [False, True],
+    "momentum": [0.9, 0.0],
+    "dampening": [0.0, 0.3],
+    "nesterov": [False, True],
+    "maximize": [False, True],
+    "weight_decay": [5e-4, 0.0],
+    "stochastic_rounding": [None, 7],
+    "scaled": [False, True],  # by torch.amp.GradScaler
+    "launches": ["two", "one"],
+}
+# … and those that change the types and the alignment of what it is given.
+TYPES: dict[str, list[Any]] = {
+    "w": W_DTYPES,
+    "wide_grads": [False, True],  # gradients in float32, whatever the weights are
+    "wide_buffers": [False, True],
+    "groups": [1, 2, 9],
+    "lr": ["float", "tensor", "mixed"],
+    "tensors": [4, 3],  # in a group; 4 rows leave the vectors of factors aligned
+}
+# Of the functions `measure` and `update`.
+FUNCTIONS: dict[str, list[Any]] = {
+    "momentum": [0.9, 0.0],
+    "dampening": [0.0, 0.3],
+    "nesterov": [False, True],
+    "maximize": [False, True],
+    "weight_decay": [5e-4, 0.0],
+    "grad_factor": [False, True],
+    "weight_factor": [False, True],
+    "radial": [False, True],
+    "lr": ["float", "tensor"],
+    "per_filter": [False, True],
+} | {name: TYPES[name] for name in ("w", "wide_grads", "wide_buffers", "tensors")}
+
+
+class Specialization(NamedTuple):
+    """A kernel and everything that Triton compiles it for."""
+
+    source: ASTSource
+    options: dict[str, Any]
+
+    @property
+    def kernel(self) -> str:
+        return self.source.fn.__name__
+
+    @property
+    def key(self) -> str:
+        constants = sorted((path, str(value)) for path, value in self.source.constants.items())
+        return repr((self.kernel, self.source.signature, constants, sorted(self.source.attrs.items())))
+
+
+class NoGPU:
+    """A driver that answers what a launch asks before it compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class Recorder:
+    """Takes note of launches in place of making them: `found` by `Specialization.key`."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Specialization] = {}
+        triton.runtime.driver.set_active(NoGPU())
+        knobs.runtime.jit_cache_hook = self._note
+        tables.DEVICE_TYPE = "cpu"
+
+    def _note(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        function = fn.jit_function
+        options = json.loads(compile["specialization_data"])["options"]
+        options = {name: options[name] for name in ("num_warps", "enable_fp_fusion")}
+        if function is cooperative.cooperative_kernel:  # the host gives these to launches on a GPU alone
+            options |= {"maxnreg": cooperative.MAX_REGISTERS, "launch_cooperative_grid": True}
+        source = ASTSource(function, compile["signature"], compile["constants"], compile["configs"][0])
+        found = Specialization(source, options)
+        self.found.setdefault(found.key, found)
+        return True  # Triton compiles and launches nothing
+
+    def step(self, options: Options) -> None:
+        """A step of an optimizer with these options."""
+        step.max_programs = lambda device: 10**6 if options["launches"] == "one" else 0
+        groups = [[_tensors(options) for _ in range(options["tensors"])] for _ in range(options["groups"])]
+        lrs = {"float": [0.1], "tensor": [torch.tensor(0.1)], "mixed": [0.1, torch.tensor(0.1)]}[
+            options["lr"]
+        ]
+        optimizer = ELRSGD(
+            [
+                {"params": [w for w, _, _ in group], "scale_invariant": True, "lr": lr}
+                for group, lr in zip(groups, itertools.cycle(lrs), strict=False)
+            ],
+            fused=True,
+            **_arguments(options),
+        )
+        if options["scaled"]:
+            optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+        if options["momentum"] != 0:
+            for w, _, m in itertools.chain(*groups):
+                optimizer.state[w]["momentum_buffer"] = m
+        optimizer.step()
+
+    def call_functions(self, options: Options) -> None:
+        """A call of `measure` and one of `update`."""
+        tensors = [_tensors(options) for _ in range(options["tensors"])]
+        params, grads, buffers = (list(of) for of in zip(*tensors, strict=True))
+        if options["momentum"] == 0:
+            buffers = [None] * len(params)
+        kernels.measure(params, grads, buffers, per_filter=options["per_filter"])
+        count = params[0].shape[0] if options["per_filter"] else 1
+        rows = [(i * count, count) for i in range(len(params))]
+        factors = ("grad_factor", "weight_factor", "radial")
+        names = ("momentum", "dampening", "nesterov", "maximize", "weight_decay")
+        kernels.update(
+            params,
+            grads,
+            buffers,
+            lr=torch.tensor(0.1) if options["lr"] == "tensor" else 0.1,
+            rows=rows,
+            **{name: torch.ones(count * len(params)) for name in factors if options[name]},
+            **{name: options[name] for name in names},
+        )
+
+
+def _tensors(options: Options) -> tuple[nn.Parameter, Tensor, Tensor]:
+    """A parameter, which has a gradient, and a momentum buffer for it."""
+    w = nn.Parameter(torch.ones(4, 5, dtype=options["w"]))
+    w.grad_dtype = None  # any
+    w.grad = torch.ones(4, 5, dtype=torch.float32 if options["wide_grads"] else options["w"])
+    m = torch.ones(4, 5, dtype=torch.float32 if options["wide_buffers"] else options["w"])
+    return w, w.grad, m
+
+
+def _arguments(options: Options) -> Options:
+    """Those of the options that are arguments of the optimizer."""
+    return {name: options[name] for name in CODE if name not in ("scaled", "launches")}
+
+
+def allowed(options: Options) -> bool:
+    """Whether the optimizer takes them: asked of itself."""
+    try:
+        validate_choices({"foreach": None, "fused": True, "differentiable": False, **_arguments(options)})
+    except ValueError:
+        return False
+    return True
+
+
+def function_allowed(options: Options) -> bool:
+    return not options["nesterov"] or (options["momentum"] != 0 and options["dampening"] == 0)
+
+
+def covering(choices: dict[str, list[Any]], is_allowed: Callable[[Options], bool]) -> list[Options]:
+    """Options such that every pair of values that is allowed together occurs in one of them: greedily, from the same
+    random candidates at every call. A pair for which 300 random completions are refused is taken to be refused."""
+    rng = random.Random(0)
+
+    def candidates(fixed: Options, number: int) -> Iterator[Options]:
+        for _ in range(number):
+            options = {name: rng.choice(values) for name, values in choices.items()} | fixed
+            if is_allowed(options):
+                yield options
+
+    chosen: list[Options] = []
+    left = set(all_pairs(choices))
+    for pair in sorted(left, key=str):
+        if pair not in left:
+            continue
+        best = max(
+            candidates(dict(pair), 60) or (), key=lambda options: len(left & pairs_in(options)), default=None
+        ) or next(candidates(dict(pair), 300), None)
+        if best is not None:
+            chosen.append(best)
+            left -= pairs_in(best)
+    return chosen
+
+
+def all_pairs(choices: dict[str, list[Any]]) -> Iterator[tuple[tuple[str, Any], tuple[str, Any]]]:
+    """Of the values of any two of the options, those that nothing allows too."""
+    for a, b in itertools.combinations(choices, 2):
+        for x, y in itertools.product(choices[a], choices[b]):
+            yield (a, x), (b, y)
+
+
+def pairs_in(options: Options) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
+    return set(itertools.combinations(options.items(), 2))
+
+
+def every_code() -> Iterator[Options]:
+    """Every combination of what changes the code that is allowed, with types and alignment drawn for each."""
+    rng = random.Random(0)
+    for values in itertools.product(*CODE.values()):
+        types = {name: rng.choice(of) for name, of in TYPES.items()}
+        options = dict(zip(CODE, values, strict=True)) | types
+        if options["stochastic_rounding"] is not None:
+            options["w"] = torch.bfloat16  # others are never rounded
+        if allowed(options):
+            yield options
+
+
+def recorded(of_optimizer: Iterable[Options], of_functions: Iterable[Options] = ()) -> list[Specialization]:
+    recorder = Recorder()
+    for options in of_optimizer:
+        recorder.step(options)
+    for options in of_functions:
+        recorder.call_functions(options)
+    return list(recorder.found.values())
+
+
+def compile_to_ttir(specialization: Specialization) -> None:
+    """As far as Triton's own representation: past everything that a wrong program is refused for."""
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
+    options = backend.parse_options(dict(specialization.options))
+    context = triton._C.libtriton.ir.context()
+    triton._C.libtriton.ir.load_dialects(context)
+    backend.load_dialects(context)
+    codegen = backend.get_codegen_implementation(options)
+    source = specialization.source
+    source.make_ir(target, options, codegen, backend.get_module_map(), context)
+
+
+def stack_bytes(specialization: Specialization, capability: int) -> int:
+    """Compiles to the end. Bytes of stack per thread, which is where registers are spilled to."""
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(specialization.source, target=target, options=specialization.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return sum(int(n) for n in re.findall(r"\b(?:STACK|LOCAL):(\d+)", printed))
+
+
+def root_cause(error: BaseException) -> str:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {error}"
+
+
+def main(what: str) -> dict[str, Any]:
+    if what == "all":
+        found = recorded(every_code(), covering(FUNCTIONS, function_allowed))
+    else:
+        found = recorded(covering(CODE | TYPES, allowed), covering(FUNCTIONS, function_allowed))
+    kernels_found: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    spilled: dict[str, int] = {}
+    for specialization in found:
+        kernels_found[specialization.kernel] = kernels_found.get(specialization.kernel, 0) + 1
+        try:
+            if what != "assembled":
+                compile_to_ttir(specialization)
+                continue
+            for capability in CAPABILITIES:
+                stack = stack_bytes(specialization, capability)
+                if stack > 0:
+                    spilled[f"sm_{capability} {specialization.key}"] = stack
+        except Exception as error:
+            failed[specialization.key] = root_cause(error)
+    return {"compiled": kernels_found, "failed": failed, "spilled": spilled}
+
+
+if __name__ == "__main__":
+    if knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set, so the kernels are not compiled: unset TRITON_INTERPRET")
+    print(json.dumps(main(sys.argv[1])))
