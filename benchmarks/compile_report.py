@@ -261,7 +261,7 @@ def main(
     Example: python -m benchmarks.compile_report --readme kernels/README.md
     """
     if not elr_kernels.available():
-        raise typer.BadParameter("this needs triton: pip install triton")
+        raise typer.BadParameter(f"{elr_kernels.why_unavailable()}; this needs triton: pip install triton")
     import triton
     from triton import knobs
 

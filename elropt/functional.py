@@ -188,10 +188,11 @@ def choose_backend(
     """
     tensors = params, grads, momentum_buffers
     if fused and not triton_backend.can_use(*tensors, per_filter=per_filter):
+        unavailable = triton_backend.why_unavailable()
         raise RuntimeError(
             "fused=True needs triton and dense float32, bfloat16 or float16 parameters on one CUDA device, with "
             f"gradients of the same strides, but the group holds {_describe(params)}"
-            f"{'' if triton_backend.available() else ', and triton is not installed'}. "
+            f"{'' if unavailable is None else f'; {unavailable}'}. "
             "Use fused=None to let ELRSGD choose."
         )
     on_cuda = foreach is None and fused is None and not differentiable and all(p.is_cuda for p in params)

@@ -1,16 +1,17 @@
 """The Triton backend: one launch over all tensors to measure them, one to update them.
 
 `can_use`, `measure` and `update` have the signatures of the plain torch specification; `FusedStep` is a whole step
-over tensors that stay. Where triton is not installed this package still imports, `can_use` is always False, and the
-rest is absent.
+over tensors that stay. Where there is no triton, or none that loads, or torch is built for ROCm, this package still
+imports, `can_use` is always False, and the rest is absent; `why_unavailable` says why.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -24,14 +25,46 @@ __all__ = [
     "measure",
     "new_buffer",
     "update",
+    "why_unavailable",
     "without_marks",
 ]
 
 
-@functools.cache
+def _why_triton_does_not_load() -> str | None:
+    """What the kernels need of triton is imported here first: an installed one may lack a library, or be too old."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        import triton.language  # noqa: F401
+        from triton import knobs  # noqa: F401
+    except Exception as error:
+        reason = f"triton is installed but does not load ({type(error).__name__}: {error})"
+        warnings.warn(
+            f"{reason}; elropt works without its fused kernels. Reinstall triton (3.6 or newer), or uninstall it to be "
+            "rid of this warning.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return reason
+    return None
+
+
+_TRITON_DOES_NOT_LOAD = None if torch.version.hip is not None else _why_triton_does_not_load()
+
+
+def why_unavailable() -> str | None:
+    """Why no tensor can be handled in this process, or None if some can."""
+    if torch.version.hip is not None:
+        return (
+            f"the kernels are made for NVIDIA GPUs and this torch is built for ROCm {torch.version.hip} "
+            "(warps of 32 threads, a limit on registers)"
+        )
+    return _TRITON_DOES_NOT_LOAD
+
+
 def available() -> bool:
-    """Whether triton is installed. Whether given tensors can be handled is `can_use`'s answer."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether the kernels can run here at all. Whether given tensors can be handled is `can_use`'s answer."""
+    return why_unavailable() is None
 
 
 def can_use(
