@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -29,6 +30,11 @@ ROW_STATE_KEYS = RuleState._fields[:-1]
 STATE_DTYPES = {**dict.fromkeys(RuleState._fields, torch.float32), "rounding_step": torch.int64}
 FUSED_ENSEMBLES = 8  # that an ensemble keeps
 STEPS_PER_LOOK = 16  # on a GPU, at whether the warm-up is over
+
+_LAUNCH_OPTIONS = operator.itemgetter(
+    "foreach", "fused", "differentiable", "nesterov", "maximize", "stochastic_rounding"
+)
+_HYPERS = operator.itemgetter("lr", "momentum", "dampening", "weight_decay", "nesterov")
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -443,6 +449,8 @@ class FusedEnsemble:
         self.ensemble = ensemble
         self.present: tuple[bool, ...] | None = None  # which parameters have a gradient, None: all
         self.options = self._options_now()
+        self._values: list[tuple[Any, ...]] | None = None  # of the groups, for which `_hypers` have been made
+        self._hypers: tuple[kernels.Hyper, ...] = ()
         self.params = [p for group in groups for p in group.params]
         self.row_counts = [count for group in groups for count in group.row_counts]
         self.buffers: list[Tensor | None] = [
@@ -490,16 +498,12 @@ class FusedEnsemble:
 
     def _options_now(self) -> list[tuple[Any, ...]]:
         """What the launches, or the choice of this backend, depend on."""
-        return [
-            (
-                *(group[k] for k in ("foreach", "fused", "differentiable", "nesterov", "maximize")),
-                group["stochastic_rounding"],
-                group["momentum"] != 0,
-                group["dampening"] != 0,
-                isinstance(group["weight_decay"], Tensor),
-            )
-            for group in self.ensemble.groups
+        groups = self.ensemble.groups
+        present = [
+            (group["momentum"] != 0, group["dampening"] != 0, isinstance(group["weight_decay"], Tensor))
+            for group in groups
         ]
+        return [*map(_LAUNCH_OPTIONS, groups), *present]
 
     def fits(self, grads: Sequence[Tensor]) -> bool:
         """Whether this can take the next step too; if gradients have only moved, it follows them."""
@@ -511,19 +515,15 @@ class FusedEnsemble:
             grad_scale = grad_scale.to(device, non_blocking=True)
         if found_inf is not None:
             found_inf = found_inf.to(device, non_blocking=True)
-        hypers = []
-        for group in self.ensemble.groups:
-            momentum, dampening, lr = float(group["momentum"]), float(group["dampening"]), group["lr"]
-            if isinstance(lr, Tensor):
-                # a tensor on the CPU is read there, one on a GPU by the kernels
-                lr = float(lr) if lr.device.type == "cpu" and device.type != "cpu" else lr.to(device)
-            else:
-                lr = float(lr)
-            coefficients = momentum_coefficients(momentum, dampening, group["nesterov"], has_buffer=True)
-            decay = float(group["weight_decay"])
-            hypers.append(kernels.Hyper(lr, momentum, dampening, decay, *coefficients))
+        values = list(map(_HYPERS, self.ensemble.groups))
+        has_tensors = any(isinstance(of_group[0], Tensor) for of_group in values)
+        if has_tensors or values != self._values:
+            self._hypers = tuple(_kernel_hyper(*of_group, device) for of_group in values)
+            self._values = None if has_tensors else values  # comparing tensors would wait for the device
         step = self.ensemble.rounding_step
-        self.kernels.step(hypers, grad_scale=grad_scale, found_inf=found_inf, rounding_step=step, **options)
+        self.kernels.step(
+            self._hypers, grad_scale=grad_scale, found_inf=found_inf, rounding_step=step, **options
+        )
         if step is not None:
             step.add_(1 if found_inf is None else (found_inf == 0).squeeze())
 
@@ -556,6 +556,24 @@ class FusedEnsemble:
         stats = LayerStats(*k.sums[:4, chosen])
         tracked = ensemble.memory.tracked[chosen]
         return StepRecord(self.params, self.row_counts, lrs, ensemble.per_filter, stats, controls, tracked)
+
+
+def _kernel_hyper(
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    device: torch.device,
+) -> kernels.Hyper:
+    """What the kernels need of a param group."""
+    momentum, dampening = float(momentum), float(dampening)
+    if not isinstance(lr, Tensor):
+        lr = float(lr)
+    else:  # a tensor on the CPU is read there, one on a GPU by the kernels
+        lr = float(lr) if lr.device.type == "cpu" and device.type != "cpu" else lr.to(device)
+    coefficients = momentum_coefficients(momentum, dampening, nesterov, has_buffer=True)
+    return kernels.Hyper(lr, momentum, dampening, float(weight_decay), *coefficients)
 
 
 def buffer_for(grad: Tensor, buffer: Tensor | None, group: Group) -> Tensor | None:

@@ -89,7 +89,8 @@ def can_use(
 
 
 if available():
+    from .group_hyper import Hyper
     from .measure import measure
-    from .step import FusedStep, Hyper, Kind, Rule
+    from .step import FusedStep, Kind, Rule
     from .traffic import bytes_moved
     from .update import new_buffer, update, without_marks

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import tables
 from .cooperative import MAX_REGISTERS, cooperative_kernel, max_programs
+from .group_hyper import GroupArguments, Hyper, HyperArguments
 from .measure import measure_kernel
 from .tables import (
     Row,
@@ -26,26 +27,10 @@ from .tables import (
 )
 from .update import update_kernel
 
-__all__ = ["FusedStep", "Hyper", "Kind", "Rule"]
+__all__ = ["FusedStep", "Kind", "Rule"]
 
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 _STRIDED = {torch.strided}
-
-
-class Hyper(NamedTuple):
-    """The hyper-parameters of one param group; `lr` may be a 0-dim tensor on the device.
-
-    gain, per_grad and per_momentum are what a rule needs to know of the momentum: how it makes ‖w‖² grow
-    (`elropt.rules.growth_gain`), ∂u/∂g̃ and ∂u/∂m.
-    """
-
-    lr: float | Tensor
-    momentum: float
-    dampening: float
-    weight_decay: float
-    gain: float
-    per_grad: float
-    per_momentum: float
 
 
 class Kind(NamedTuple):
@@ -125,8 +110,10 @@ class FusedStep:
             for index, launch in enumerate(self.launches)
         ]
         self.addresses = [launch.table.addresses for launch in self.launches]
+        self.hypers = HyperArguments(len(kinds), self.device)
         self.in_capture = False  # whether this step becomes part of a CUDA graph
         self._of_graphs: list[GraphTables] = []
+        self._n_groups = len(kinds)
         self._spare = self._make_spare()
         self._prepare_rule(params, groups, rows, 0 if rule is None else rule.memory.shape[1])
 
@@ -186,8 +173,9 @@ class FusedStep:
         if self.device.type != "cuda":
             return None
         device = [launch.table.addresses.clone() for launch in self.launches]
-        host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in device]
-        return GraphTables(list(self.grad_pointers), host, device)
+        hypers = HyperArguments(self._n_groups, self.device)
+        pinned = None if hypers.table is None else _pinned_like(hypers.table)
+        return GraphTables(list(self.grad_pointers), list(map(_pinned_like, device)), device, hypers, pinned)
 
     def _addresses_for_graph(self, pointers: list[int]) -> list[Tensor]:
         """A graph gets tables of its own, which later steps leave alone. If its gradients lie elsewhere than those of
@@ -212,7 +200,7 @@ class FusedStep:
 
     def step(
         self,
-        hypers: Sequence[Hyper],
+        hypers: tuple[Hyper, ...],
         *,
         active: bool,
         read_all: bool = False,
@@ -223,7 +211,7 @@ class FusedStep:
         """Update parameters and buffers in place.
 
         Args:
-            hypers: of each param group.
+            hypers: of each param group. The same object as at the last step stands for the same values.
             active: whether the rule takes part; without it, this is SGD.
             read_all: measure every row in full, whatever the rule needs.
             grad_scale, found_inf: one-element float32 tensors on the device, as `torch.amp.GradScaler` gives them: the
@@ -235,12 +223,13 @@ class FusedStep:
         together = rule is not None and self.cooperates
         try:
             with torch.cuda.device_of(self.params[0]):
+                groups = self._group_arguments(hypers)
                 if rule is not None and together:
-                    self._cooperate(rule, hypers, amp, rounding_step)
+                    self._cooperate(rule, groups, amp, rounding_step)
                 else:
                     if rule is not None:
-                        self._measure(rule, hypers, read_all, amp)
-                    self._update(rule, hypers, amp, rounding_step)
+                        self._measure(rule, groups, read_all, amp)
+                    self._update(rule, groups, amp, rounding_step)
         except BaseException:  # between launches: programs have been counted that will not be followed
             self.counters.zero_()
             self.versions = None
@@ -252,6 +241,12 @@ class FusedStep:
         elif self.shares_counters and self.versions is not None:
             self.versions = [p._version for p in self.measured], self.versions[1]
 
+    def _group_arguments(self, hypers: tuple[Hyper, ...]) -> GroupArguments:
+        if self.in_capture:
+            held = self._of_graphs[-1]
+            return held.hypers.of(hypers, held.pinned_hypers)
+        return self.hypers.of(hypers)
+
     def _norms_are_known(self, rule: Rule) -> bool:
         """Whether the last update's sums are those of the weights (and buffers) as they are: no write that PyTorch
         knows of has come between. Expects the next update."""
@@ -262,7 +257,7 @@ class FusedStep:
         return known
 
     def _measure(
-        self, rule: Rule, hypers: Sequence[Hyper], read_all: bool, amp: dict[str, Tensor | None]
+        self, rule: Rule, groups: GroupArguments, read_all: bool, amp: dict[str, Tensor | None]
     ) -> None:
         unknown = not self._norms_are_known(rule)
         for launch, addresses in zip(self.launches, self.addresses, strict=True):
@@ -277,14 +272,14 @@ class FusedStep:
                     self.sums.shape[1],
                     read_all=int(unknown or read_all or rule.project),
                     read_momentum=int(unknown),
-                    **self._decision(rule, hypers),
+                    **self._decision(rule, groups),
                     **amp,
                     HAS_BUFFERS=rule.project and launch.kind.has_momentum,
                     MAXIMIZE=launch.kind.maximize,
                     **launch.table.options,
                 )
 
-    def _decision(self, rule: Rule, hypers: Sequence[Hyper], rowless_programs: int = 0) -> dict[str, Any]:
+    def _decision(self, rule: Rule, groups: GroupArguments, rowless_programs: int = 0) -> dict[str, Any]:
         return {
             "n_deciding": self.n_deciding + rowless_programs,
             "memory": rule.memory,
@@ -292,21 +287,21 @@ class FusedStep:
             "controls": self.controls,
             "numel": self.numel,
             "group_of_row": self.group_of_row,
-            "lrs": tuple(h.lr for h in hypers),
-            "decays": tuple(h.weight_decay for h in hypers),
-            "gains": tuple(h.gain for h in hypers),
-            "per_grads": tuple(h.per_grad for h in hypers),
-            "per_momenta": tuple(h.per_momentum for h in hypers),
+            "lrs": groups.lrs,
+            "decays": groups.decays,
+            "gains": groups.gains,
+            "per_grads": groups.per_grads,
+            "per_momenta": groups.per_momenta,
             "RULE": rule.name,
             "WHOLE": rule.whole,
             "PROJECT": rule.project,
-            "DAMPED": any(h.dampening != 0 for h in hypers),
+            "DAMPED": groups.is_damped,
         }
 
     def _update(
         self,
         rule: Rule | None,
-        hypers: Sequence[Hyper],
+        groups: GroupArguments,
         amp: dict[str, Tensor | None],
         rounding_step: Tensor | None,
     ) -> None:
@@ -315,12 +310,12 @@ class FusedStep:
                 addresses,
                 launch.table.segments,
                 launch.table.chunk_segment,
-                lrs=tuple(h.lr for h in hypers),
-                decays=tuple(h.weight_decay for h in hypers) if any(h.weight_decay for h in hypers) else None,
+                lrs=groups.lrs,
+                decays=groups.decays if groups.is_decayed else None,
                 partials=launch.partials,
                 **self._factors(rule),
                 **amp,
-                **self._momentum_and_rounding(launch, index, hypers, rounding_step),
+                **self._momentum_and_rounding(launch, index, groups, rounding_step),
                 SUMS=0 if rule is None else 2 if rule.project else 1,
                 **launch.table.options,
             )
@@ -328,7 +323,7 @@ class FusedStep:
     def _cooperate(
         self,
         rule: Rule,
-        hypers: Sequence[Hyper],
+        groups: GroupArguments,
         amp: dict[str, Tensor | None],
         rounding_step: Tensor | None,
     ) -> None:
@@ -342,10 +337,10 @@ class FusedStep:
             self.counters,
             self.gate,
             self.sums.shape[1],
-            **self._decision(rule, hypers, launch.table.n_chunks - launch.table.n_measured),
+            **self._decision(rule, groups, launch.table.n_chunks - launch.table.n_measured),
             **self._factors(rule),
             **amp,
-            **self._momentum_and_rounding(launch, 0, hypers, rounding_step),
+            **self._momentum_and_rounding(launch, 0, groups, rounding_step),
             HAS_BUFFERS=launch.kind.has_momentum,
             **launch.table.options,
             **({"maxnreg": MAX_REGISTERS, "launch_cooperative_grid": True} if self.gate.is_cuda else {}),
@@ -361,12 +356,12 @@ class FusedStep:
         }
 
     def _momentum_and_rounding(
-        self, launch: Launch, index: int, hypers: Sequence[Hyper], rounding_step: Tensor | None
+        self, launch: Launch, index: int, groups: GroupArguments, rounding_step: Tensor | None
     ) -> dict[str, Any]:
         kind = launch.kind
         return {
-            "momenta": tuple(h.momentum for h in hypers) if kind.has_momentum else None,
-            "keeps": tuple(1 - h.dampening for h in hypers) if any(h.dampening for h in hypers) else None,
+            "momenta": groups.momenta if kind.has_momentum else None,
+            "keeps": groups.keeps if groups.is_damped else None,
             "NESTEROV": kind.nesterov,
             "MAXIMIZE": kind.maximize,
             "seed": None if kind.seed is None else self.seeds[index],
@@ -376,11 +371,14 @@ class FusedStep:
 
 @dataclass
 class GraphTables:
-    """The address tables of a CUDA graph: on the device, and pinned on the host in case the graph `uploads` them."""
+    """The tables of a CUDA graph: addresses on the device, and pinned on the host in case the graph `uploads` them; the
+    hyper-parameters of its groups, and where there is a table of these, host memory that the graph uploads it from."""
 
     pointers: list[int]
     host: list[Tensor]
     device: list[Tensor]
+    hypers: HyperArguments
+    pinned_hypers: Tensor | None
     uploads: bool = False
 
 
@@ -407,6 +405,10 @@ class Launch:
 def _mixed(*numbers: int) -> int:
     """A seed of 63 bits that differs if one of the numbers does."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _pinned_like(t: Tensor) -> Tensor:
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
 
 
 def _pointers(tensors: Sequence[Tensor]) -> list[int]:

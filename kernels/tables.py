@@ -141,10 +141,14 @@ def only_if(flag, mask):
 
 @triton.jit
 def of_group(group, values):
-    """The entry of a tuple, one per param group, that belongs to `group`: floats, or pointers to one float."""
-    value = _as_float32(values[0])
-    for i in tl.static_range(1, len(values)):
-        value = tl.where(group == i, _as_float32(values[i]), value)
+    """The hyper-parameter of a param group, or of a block of groups. `values`: a tuple with an entry per group (floats, or
+    pointers to one float), or a pointer to float32 values by group."""
+    if isinstance(values, tl.tensor):
+        value = tl.load(values + group)
+    else:
+        value = _as_float32(values[0])
+        for i in tl.static_range(1, len(values)):
+            value = tl.where(group == i, _as_float32(values[i]), value)
     return value
 
 
