@@ -34,7 +34,7 @@ STEPS_PER_LOOK = 16  # on a GPU, at whether the warm-up is over
 _LAUNCH_OPTIONS = operator.itemgetter(
     "foreach", "fused", "differentiable", "nesterov", "maximize", "stochastic_rounding"
 )
-_HYPERS = operator.itemgetter("lr", "momentum", "dampening", "weight_decay", "nesterov")
+_HYPERS = operator.itemgetter("momentum", "dampening", "weight_decay", "nesterov")
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -515,14 +515,17 @@ class FusedEnsemble:
             grad_scale = grad_scale.to(device, non_blocking=True)
         if found_inf is not None:
             found_inf = found_inf.to(device, non_blocking=True)
-        values = list(map(_HYPERS, self.ensemble.groups))
-        has_tensors = any(isinstance(of_group[0], Tensor) for of_group in values)
-        if has_tensors or values != self._values:
-            self._hypers = tuple(_kernel_hyper(*of_group, device) for of_group in values)
-            self._values = None if has_tensors else values  # comparing tensors would wait for the device
+        groups = self.ensemble.groups
+        lrs = [_kernel_lr(group["lr"], device) for group in groups]
+        values = list(map(_HYPERS, groups))
+        if values != self._values:
+            self._hypers = tuple(_kernel_hyper(*of_group) for of_group in values)
+            # a tensor may change in place
+            has_tensors = any(isinstance(value, Tensor) for of_group in values for value in of_group)
+            self._values = None if has_tensors else values
         step = self.ensemble.rounding_step
         self.kernels.step(
-            self._hypers, grad_scale=grad_scale, found_inf=found_inf, rounding_step=step, **options
+            lrs, self._hypers, grad_scale=grad_scale, found_inf=found_inf, rounding_step=step, **options
         )
         if step is not None:
             step.add_(1 if found_inf is None else (found_inf == 0).squeeze())
@@ -558,22 +561,18 @@ class FusedEnsemble:
         return StepRecord(self.params, self.row_counts, lrs, ensemble.per_filter, stats, controls, tracked)
 
 
-def _kernel_hyper(
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    device: torch.device,
-) -> kernels.Hyper:
-    """What the kernels need of a param group."""
+def _kernel_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """A tensor on the CPU is read here, one on a GPU by the kernels."""
+    if isinstance(lr, Tensor) and (lr.device.type != "cpu" or device.type == "cpu"):
+        return lr.to(device)
+    return float(lr)
+
+
+def _kernel_hyper(momentum: float, dampening: float, weight_decay: float, nesterov: bool) -> kernels.Hyper:
+    """What the kernels need of a param group, but for its learning rate."""
     momentum, dampening = float(momentum), float(dampening)
-    if not isinstance(lr, Tensor):
-        lr = float(lr)
-    else:  # a tensor on the CPU is read there, one on a GPU by the kernels
-        lr = float(lr) if lr.device.type == "cpu" and device.type != "cpu" else lr.to(device)
     coefficients = momentum_coefficients(momentum, dampening, nesterov, has_buffer=True)
-    return kernels.Hyper(lr, momentum, dampening, float(weight_decay), *coefficients)
+    return kernels.Hyper(momentum, dampening, float(weight_decay), *coefficients)
 
 
 def buffer_for(grad: Tensor, buffer: Tensor | None, group: Group) -> Tensor | None:

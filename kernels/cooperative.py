@@ -79,8 +79,9 @@ def cooperative_kernel(
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
-    # It opens once all programs, those without a row too, have been at `finish`: not before this one has read it.
-    before = tl.atomic_add(gate, 0)
+    # It opens once all programs, those without a row too, have been at `finish`: not before this one has read it, so
+    # that the order of this read needs no fence.
+    before = tl.atomic_add(gate, 0, sem="relaxed")
     w_first, g_first, m_first, left, full, row, group, first, n_chunks, m_address = load_chunk(
         addresses, segments, chunk_segment, W, G, M, CHUNK
     )
@@ -112,7 +113,7 @@ def cooperative_kernel(
         m = tl.zeros_like(w)
     elif not PROJECT:  # not needed before; on its way while the program waits
         m = _load(m_first, lanes, left, full, CHUNK)
-    while tl.atomic_add(gate, 0) == before:
+    while tl.atomic_add(gate, 0, sem="acquire") == before:
         pass
 
     lr = of_group(group, lrs)

@@ -1,7 +1,11 @@
 """The hyper-parameters of all param groups, as the kernels take them: by value, or in a table on the device."""
 
+# torch._foreach_* are functions of torch's own optimizers, not documented as public.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,13 +22,12 @@ MAX_BY_VALUE = 8
 
 
 class Hyper(NamedTuple):
-    """The hyper-parameters of one param group; `lr` may be a 0-dim tensor on the device.
+    """The hyper-parameters of one param group, but for its learning rate.
 
     gain, per_grad and per_momentum are what a rule needs to know of the momentum: how it makes ‖w‖² grow
     (`elropt.rules.growth_gain`), ∂u/∂g̃ and ∂u/∂m.
     """
 
-    lr: float | Tensor
     momentum: float
     dampening: float
     weight_decay: float
@@ -68,65 +71,80 @@ class HyperArguments:
 
     def __init__(self, n_groups: int, device: torch.device) -> None:
         self.hypers: tuple[Hyper, ...] | None = None
-        self.arguments: GroupArguments | None = None  # for these `hypers`
+        self.arguments: GroupArguments | None = None  # of these `hypers`; their lrs are those of any step
         self.table: Tensor | None = None
         if n_groups > MAX_BY_VALUE:
             # every row begins on a 16-byte boundary, so that kernels are compiled for one alignment
             self.table = torch.zeros(_N_VECTORS, -(-n_groups // 4) * 4, dtype=torch.float32, device=device)
             self.lr_cells = self.table[0].split(1)
+            self.floats = np.zeros(
+                self.table.shape, np.float32
+            )  # what the table is to hold; NaN: a tensor's value
             self.uploaded: np.ndarray | None = None
 
-    def of(self, hypers: tuple[Hyper, ...], pinned: Tensor | None = None) -> GroupArguments:
+    def of(
+        self, lrs: Sequence[float | Tensor], hypers: tuple[Hyper, ...], pinned: Tensor | None = None
+    ) -> GroupArguments:
         """The arguments of launches that follow on the current stream. Nothing waits for the device.
 
-        In a table, floats are uploaded if one of them has changed, and learning rates that are tensors are copied on the
-        device, at every call.
+        In a table, floats are uploaded if one of them has changed, and learning rates that are tensors are copied on
+        the device, at every call.
 
         Args:
-            hypers: of each group.
+            lrs: of each group, floats or 0-dim tensors on the device.
+            hypers: of each group. The same object as at the last call stands for the same values.
             pinned: host memory of the table's shape, while a CUDA graph is captured: the graph uploads what it holds
                 whenever it is replayed.
 
         Raises:
             RuntimeError: the graph has captured another step already, with other hyper-parameters.
         """
+        is_new = hypers is not self.hypers
         if self.table is not None:
-            lrs = [h.lr for h in hypers if isinstance(h.lr, Tensor)]
-            if hypers is not self.hypers or pinned is not None:
-                self._upload(self.table, _floats(hypers, self.table.shape), pinned)
-            if lrs:
-                cells = [cell for cell, h in zip(self.lr_cells, hypers, strict=False) if isinstance(h.lr, Tensor)]
-                torch._foreach_copy_(cells, [lr.reshape(1) for lr in lrs])
-        if hypers is not self.hypers or self.arguments is None:
-            vectors = zip(*map(_columns, hypers), strict=True) if self.table is None else self.table.unbind()
+            self._fill(self.table, lrs, hypers if is_new else (), pinned)
+        if is_new or self.arguments is None:
+            vectors = (
+                zip(*map(_columns, hypers), strict=True) if self.table is None else self.table[1:].unbind()
+            )
             is_damped = any(h.dampening != 0 for h in hypers)
-            self.arguments = GroupArguments(*vectors, is_damped, any(h.weight_decay != 0 for h in hypers))
+            is_decayed = any(h.weight_decay != 0 for h in hypers)
+            first: Values = () if self.table is None else self.table[0]
+            self.arguments = GroupArguments._make((first, *vectors, is_damped, is_decayed))
             self.hypers = hypers
-        return self.arguments
+        return self.arguments if self.table is not None else self.arguments._replace(lrs=tuple(lrs))
 
-    def _upload(self, table: Tensor, floats: np.ndarray, pinned: Tensor | None) -> None:
-        changed = self.uploaded is None or not np.array_equal(floats, self.uploaded, equal_nan=True)
+    def _fill(
+        self,
+        table: Tensor,
+        lrs: Sequence[float | Tensor],
+        hypers: Sequence[Hyper],
+        pinned: Tensor | None,
+    ) -> None:
+        """`hypers`: empty where they are those of the last call."""
+        are_tensors = [isinstance(lr, Tensor) for lr in lrs]
+        if hypers:
+            self.floats[1:, : len(hypers)] = np.array(list(map(_columns, hypers))).T
+        self.floats[0, : len(lrs)] = (
+            [math.nan if isinstance(lr, Tensor) else lr for lr in lrs] if any(are_tensors) else lrs
+        )
+        changed = self.uploaded is None or not np.array_equal(self.floats, self.uploaded, equal_nan=True)
         if pinned is not None:
             if changed and self.uploaded is not None:
                 raise RuntimeError(
                     f"hyper-parameters of more than {MAX_BY_VALUE} param groups have changed between two steps that "
                     "are captured in CUDA graphs: run one step between the captures, or give lr as a tensor"
                 )
-            pinned.numpy()[:] = floats
+            pinned.numpy()[:] = self.floats
             table.copy_(pinned, non_blocking=True)
         elif changed:
-            table.copy_(upload(floats, table.device), non_blocking=True)
-        self.uploaded = floats
+            table.copy_(upload(self.floats, table.device), non_blocking=True)
+        if changed:
+            self.uploaded = self.floats.copy()
+        if any(are_tensors):
+            cells = [cell for cell, is_tensor in zip(self.lr_cells, are_tensors, strict=False) if is_tensor]
+            torch._foreach_copy_(cells, [lr.reshape(1) for lr in lrs if isinstance(lr, Tensor)])
 
 
-def _floats(hypers: Sequence[Hyper], shape: Sequence[int]) -> np.ndarray:
-    """The table [7, n], float32; NaN where an lr is a tensor, and beyond the groups."""
-    floats = np.full(shape, np.nan, np.float32)
-    floats[0, : len(hypers)] = [np.nan if isinstance(h.lr, Tensor) else h.lr for h in hypers]
-    floats[1:, : len(hypers)] = np.array([_columns(h)[1:] for h in hypers]).T
-    return floats
-
-
-def _columns(h: Hyper) -> tuple[float | Tensor, ...]:
-    """In the order of `GroupArguments`."""
-    return h.lr, h.momentum, 1 - h.dampening, h.weight_decay, h.gain, h.per_grad, h.per_momentum
+def _columns(h: Hyper) -> tuple[float, ...]:
+    """In the order of `GroupArguments`, after the learning rate."""
+    return h.momentum, 1 - h.dampening, h.weight_decay, h.gain, h.per_grad, h.per_momentum

@@ -16,7 +16,8 @@ from .tables import load_chunk, only_if, tables_for, triples_of
 
 __all__ = ["measure", "measure_kernel"]
 
-PARTIALS_PER_PASS = tl.constexpr(256)
+PARTIALS_PER_LOAD = tl.constexpr(256)
+LOADS_PER_PASS = tl.constexpr(8)  # under way at the same time, where a row has so many partial sums
 
 
 def measure(
@@ -247,13 +248,21 @@ def finish(
         is_last = (tl.atomic_add(counters + row, 1) == n_chunks - 1).to(tl.int32)
         if is_last != 0:
             tl.store(counters + row, 0)
-            lanes = tl.arange(0, PARTIALS_PER_PASS)[:, None]
-            quantities = tl.arange(0, 4)[None, :]
-            total = tl.zeros([PARTIALS_PER_PASS, 4], tl.float64)
-            for start in range(0, n_chunks, PARTIALS_PER_PASS):
-                chunks = start + lanes
-                at = partials + (first + chunks).to(tl.int64) * 4 + quantities
-                total += tl.load(at, mask=chunks < n_chunks, other=0.0, cache_modifier=".cg").to(tl.float64)
+            lanes = tl.arange(0, PARTIALS_PER_LOAD)[:, None]
+            at = partials + first.to(tl.int64) * 4 + tl.arange(0, 4)[None, :]
+            total = tl.zeros([PARTIALS_PER_LOAD, 4], tl.float64)
+            summed = 0
+            if gate is None:  # all programs of a gate are resident: their rows are short
+                per_pass: tl.constexpr = LOADS_PER_PASS * PARTIALS_PER_LOAD
+                summed = n_chunks // per_pass * per_pass
+                for start in range(0, summed, per_pass):
+                    for i in tl.static_range(LOADS_PER_PASS):
+                        here = at + (start + i * PARTIALS_PER_LOAD + lanes).to(tl.int64) * 4
+                        total += tl.load(here, cache_modifier=".cg").to(tl.float64)
+            for start in range(summed, n_chunks, PARTIALS_PER_LOAD):
+                here = at + (start + lanes).to(tl.int64) * 4
+                there = start + lanes < n_chunks
+                total += tl.load(here, mask=there, other=0.0, cache_modifier=".cg").to(tl.float64)
             at = sums + tl.arange(0, 4).to(tl.int64) * n_rows + row
             tl.store(at, tl.sum(total, axis=0).to(tl.float32))
             if PROJECT & DAMPED & HAS_BUFFERS:

@@ -200,6 +200,7 @@ class FusedStep:
 
     def step(
         self,
+        lrs: Sequence[float | Tensor],
         hypers: tuple[Hyper, ...],
         *,
         active: bool,
@@ -211,7 +212,7 @@ class FusedStep:
         """Update parameters and buffers in place.
 
         Args:
-            hypers: of each param group. The same object as at the last step stands for the same values.
+            lrs, hypers: of each param group, see `HyperArguments.of`.
             active: whether the rule takes part; without it, this is SGD.
             read_all: measure every row in full, whatever the rule needs.
             grad_scale, found_inf: one-element float32 tensors on the device, as `torch.amp.GradScaler` gives them: the
@@ -223,7 +224,7 @@ class FusedStep:
         together = rule is not None and self.cooperates
         try:
             with torch.cuda.device_of(self.params[0]):
-                groups = self._group_arguments(hypers)
+                groups = self._group_arguments(lrs, hypers)
                 if rule is not None and together:
                     self._cooperate(rule, groups, amp, rounding_step)
                 else:
@@ -241,11 +242,11 @@ class FusedStep:
         elif self.shares_counters and self.versions is not None:
             self.versions = [p._version for p in self.measured], self.versions[1]
 
-    def _group_arguments(self, hypers: tuple[Hyper, ...]) -> GroupArguments:
+    def _group_arguments(self, lrs: Sequence[float | Tensor], hypers: tuple[Hyper, ...]) -> GroupArguments:
         if self.in_capture:
             held = self._of_graphs[-1]
-            return held.hypers.of(hypers, held.pinned_hypers)
-        return self.hypers.of(hypers)
+            return held.hypers.of(lrs, hypers, held.pinned_hypers)
+        return self.hypers.of(lrs, hypers)
 
     def _norms_are_known(self, rule: Rule) -> bool:
         """Whether the last update's sums are those of the weights (and buffers) as they are: no write that PyTorch

@@ -141,8 +141,10 @@ def only_if(flag, mask):
 
 @triton.jit
 def of_group(group, values):
-    """The hyper-parameter of a param group, or of a block of groups. `values`: a tuple with an entry per group (floats, or
-    pointers to one float), or a pointer to float32 values by group."""
+    """The hyper-parameter of a param group, or of a block of groups.
+
+    values: a tuple with an entry per group (floats, or pointers to one float), or a pointer to float32 values by group.
+    """
     if isinstance(values, tl.tensor):
         value = tl.load(values + group)
     else:

@@ -368,14 +368,36 @@ def test_integer_hyper_parameters_mean_floats() -> None:
 
 def test_measure_gives_the_same_bits_every_time() -> None:
     generator = torch.Generator().manual_seed(0)
-    ws, gs = ([Shape((n,)).random(generator) for n in (5000, 1001)] for _ in range(2))
+    ws, gs = ([Shape((n,)).random(generator) for n in (5000, 1001, 64)] for _ in range(2))
     with chunks_of(64), pytest.MonkeyPatch.context() as patch:
-        if INTERPRETED:
-            patch.setattr(measure_module, "PARTIALS_PER_PASS", 8)  # several passes over the partial sums
+        if INTERPRETED:  # 79, 16 and 1 partial sums: full passes and a rest, full passes alone, a rest alone
+            patch.setattr(measure_module, "PARTIALS_PER_LOAD", 4)
+            patch.setattr(measure_module, "LOADS_PER_PASS", 2)
         first, second = kernels.measure(ws, gs), kernels.measure(ws, gs)
     assert torch.equal(first, second)
-    exact = torch.stack([w.double().square().sum() for w in ws])
-    torch.testing.assert_close(first[0].double(), exact, rtol=1e-6, atol=0)
+    exact = [
+        torch.stack([(a.double() * b.double()).sum() for a, b in zip(x, y, strict=True)])
+        for x, y in ((ws, ws), (gs, gs), (ws, gs))
+    ]
+    torch.testing.assert_close(first[:2].double(), torch.stack(exact[:2]), rtol=1e-6, atol=0)
+    scale = (exact[0] * exact[1]).sqrt()
+    torch.testing.assert_close(first[2].double() / scale, exact[2] / scale, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="changes constants that are compiled in")
+def test_the_order_of_the_partial_sums_does_not_depend_on_how_many_are_loaded_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, g = (Shape((16 * 301,)).random(generator) for _ in range(2))
+    monkeypatch.setattr(measure_module, "PARTIALS_PER_LOAD", 4)
+    results = []
+    with chunks_of(16):
+        for loads in (1, 2, 8):
+            monkeypatch.setattr(measure_module, "LOADS_PER_PASS", loads)
+            results.append(kernels.measure([w], [g]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from elropt.kernels.decide import decide
 from ..nets import backward, bn_mlp, invariant_weights
 from .counting import bytes_touched
 
+group_hyper_module = importlib.import_module("elropt.kernels.group_hyper")
 step_module = importlib.import_module("elropt.kernels.step")
 decide_module = importlib.import_module("elropt.kernels.decide")
 DEVICE = tables.DEVICE_TYPE
@@ -411,6 +412,97 @@ def test_one_launch_to_measure_and_one_to_update_whatever_the_groups() -> None:
         ["cooperative_kernel"] if "cooperative_kernel" in launches else ["measure_kernel", "update_kernel"]
     )
     assert launches == expected * 2
+
+
+def steps_of_many_groups(
+    rule: str | None, project: bool, dampening: float, lr_as: str, steps: int = 4
+) -> list[Tensor]:
+    """Weights and buffers after some steps with 12 groups, none like another, half of whose learning rates change."""
+    net = bn_mlp(depth=5, width=8).to(DEVICE)
+    lrs = [0.01 * (i + 1) for i in range(12)]
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p],
+            "lr": torch.tensor(lr, device=DEVICE) if lr_as == "tensor" or (lr_as == "both" and i % 3) else lr,
+            "weight_decay": 1e-3 * (i % 3),
+            "momentum": 0.5 + 0.03 * i,
+            "dampening": dampening * (i % 2),
+        }
+        for i, (p, lr) in enumerate(zip(net.parameters(), lrs, strict=False))
+    ]
+    assert len(groups) == 12
+    optimizer = ELRSGD(groups, rule=rule, project=project, fused=True)
+    for step in range(steps):
+        for i, group in enumerate(optimizer.param_groups[::2]):
+            lr = lrs[2 * i] / (step // 2 + 1)  # changes at every second step
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        backward(net, step)
+        optimizer.step()
+    buffers = [optimizer.state[p]["momentum_buffer"] for group in groups for p in group["params"]]
+    return [p.detach() for group in groups for p in group["params"]] + buffers
+
+
+@pytest.mark.parametrize("lr_as", ["float", "both"])
+@pytest.mark.parametrize(
+    ("rule", "project", "dampening"),
+    [(None, False, 0.0), (None, True, 0.5), ("warmup", True, 0.3), ("uniform", False, 0.0)],
+)
+def test_many_groups_give_the_bits_that_they_give_by_value(
+    rule: str | None, project: bool, dampening: float, lr_as: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_table = steps_of_many_groups(rule, project, dampening, lr_as)
+    monkeypatch.setattr(group_hyper_module, "MAX_BY_VALUE", 12)
+    by_value = steps_of_many_groups(rule, project, dampening, "float")
+    assert all(map(torch.equal, by_table, by_value))
+
+
+def test_the_table_of_many_groups_is_uploaded_when_a_value_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uploads = []
+    upload = group_hyper_module.upload
+    monkeypatch.setattr(
+        group_hyper_module, "upload", lambda array, device: uploads.append(array) or upload(array, device)
+    )
+    steps_of_many_groups("uniform", False, 0.0, "float", steps=6)
+    assert len(uploads) == 3  # learning rates change at every second step
+    uploads.clear()
+    steps_of_many_groups("uniform", False, 0.0, "tensor", steps=6)
+    assert len(uploads) == 1
+
+
+def test_a_captured_step_uploads_the_table_from_memory_of_its_own() -> None:
+    hypers = tuple(kernels.Hyper(0.9, 0.0, 1e-3 * i, 1.0, 1.0, 0.9) for i in range(9))
+    lrs: list[float | Tensor] = [0.1 * i for i in range(8)]
+    lrs.append(torch.tensor(0.25, device=DEVICE))
+    of_graph = group_hyper_module.HyperArguments(9, torch.device(DEVICE))
+    pinned = torch.empty(of_graph.table.shape)
+    for _ in range(2):  # the same step once more
+        arguments = of_graph.of(lrs, hypers, pinned)
+    torch.testing.assert_close(arguments.lrs[:9].cpu(), torch.tensor([float(lr) for lr in lrs]))
+    torch.testing.assert_close(arguments.decays[:9].cpu(), torch.tensor([h.weight_decay for h in hypers]))
+    torch.testing.assert_close(pinned[0, :8], torch.tensor(lrs[:8]))
+    with pytest.raises(RuntimeError, match="changed between two steps that are captured"):
+        of_graph.of([0.5, *lrs[1:]], hypers, pinned)
+
+
+@pytest.mark.parametrize("value", ["a float", "a tensor"])
+def test_a_learning_rate_of_many_that_becomes_a_tensor_or_a_float_again(value: str) -> None:
+    params = [nn.Parameter(torch.ones(3, device=DEVICE)) for _ in range(9)]
+    optimizer = ELRSGD([{"params": [p]} for p in params], lr=0.5, rule=None, fused=True)
+    group = optimizer.param_groups[4]
+    expected = 1.0
+    lrs = [0.5, torch.tensor(0.25, device=DEVICE), 0.0, 0.5]
+    for lr in lrs if value == "a tensor" else reversed(lrs):
+        group["lr"] = lr
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        expected -= float(lr)
+        assert params[4].tolist() == [expected] * 3
 
 
 def test_a_launch_for_each_combination_of_dtypes() -> None:
