@@ -17,7 +17,7 @@ from .tables import load_chunk, only_if, tables_for, triples_of
 __all__ = ["measure", "measure_kernel"]
 
 PARTIALS_PER_LOAD = tl.constexpr(256)
-LOADS_PER_PASS = tl.constexpr(8)  # under way at the same time, where a row has so many partial sums
+LOADS_PER_PASS = tl.constexpr(8)  # that are under way at the same time
 
 
 def measure(
@@ -250,19 +250,10 @@ def finish(
             tl.store(counters + row, 0)
             lanes = tl.arange(0, PARTIALS_PER_LOAD)[:, None]
             at = partials + first.to(tl.int64) * 4 + tl.arange(0, 4)[None, :]
-            total = tl.zeros([PARTIALS_PER_LOAD, 4], tl.float64)
-            summed = 0
-            if gate is None:  # all programs of a gate are resident: their rows are short
-                per_pass: tl.constexpr = LOADS_PER_PASS * PARTIALS_PER_LOAD
-                summed = n_chunks // per_pass * per_pass
-                for start in range(0, summed, per_pass):
-                    for i in tl.static_range(LOADS_PER_PASS):
-                        here = at + (start + i * PARTIALS_PER_LOAD + lanes).to(tl.int64) * 4
-                        total += tl.load(here, cache_modifier=".cg").to(tl.float64)
-            for start in range(summed, n_chunks, PARTIALS_PER_LOAD):
-                here = at + (start + lanes).to(tl.int64) * 4
-                there = start + lanes < n_chunks
-                total += tl.load(here, mask=there, other=0.0, cache_modifier=".cg").to(tl.float64)
+            total = _partials_from(0, at, lanes, n_chunks)
+            for start in range(PARTIALS_PER_LOAD, n_chunks, LOADS_PER_PASS * PARTIALS_PER_LOAD):
+                for i in tl.static_range(LOADS_PER_PASS):
+                    total += _partials_from(start + i * PARTIALS_PER_LOAD, at, lanes, n_chunks)
             at = sums + tl.arange(0, 4).to(tl.int64) * n_rows + row
             tl.store(at, tl.sum(total, axis=0).to(tl.float32))
             if PROJECT & DAMPED & HAS_BUFFERS:
@@ -282,6 +273,14 @@ def finish(
                 if gate is not None:
                     tl.debug_barrier()
                     tl.atomic_add(gate, 1)
+
+
+@triton.jit
+def _partials_from(start, at, lanes, n_chunks):
+    """float64 [PARTIALS_PER_LOAD, 4], 0 beyond the row. Read past the first cache, where other programs' stores are."""
+    chunks = start + lanes
+    here = at + chunks.to(tl.int64) * 4
+    return tl.load(here, mask=chunks < n_chunks, other=0.0, cache_modifier=".cg").to(tl.float64)
 
 
 @triton.jit
