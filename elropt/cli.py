@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import importlib.util
+import io
 import json
 import math
 import sys
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from . import dynamics, env_report
+from . import __version__, dynamics, env_report
 from .report import ModelReport, inspect_model, random_label_loss, read_run
 
 try:
@@ -34,13 +36,40 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="See and control the effective learning rate (ELR) of every layer.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 TABLE_ROWS = 25
+PLAIN = {"‖": "|", "–": "-", "×": "x", "…": "..."}  # where the terminal, or a file, has no such characters
 Number = TypeVar("Number", int, float)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"elropt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """See and control the effective learning rate (ELR) of every layer."""
+    codecs.register_error("elropt.plain", _in_plain_characters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="elropt.plain")
+
+
+def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
+    """Instead of a UnicodeEncodeError, and of the output that would be lost with it."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
 
 
 @app.command(

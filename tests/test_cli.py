@@ -1,6 +1,7 @@
 """The `elropt` command, and elropt.report and elropt.env_report behind it."""
 
 import datetime
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import elropt
 from elropt import ELRSGD, Recorder, dynamics, effective_lrs, env_report, find_scale_invariant, param_groups
 from elropt.cli import app
 from elropt.report import inspect_model, random_label_loss, read_run
@@ -626,6 +628,30 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert command in run("--help")
     output = run(command, "--help")
     assert f"Example: elropt {command}" in output
+
+
+def test_version() -> None:
+    assert run("--version").strip() == f"elropt {elropt.__version__}"
+
+
+def test_python_m_elropt_is_the_command() -> None:
+    command = [sys.executable, "-m", "elropt", "simulate", "--help"]
+    plain = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "NO_COLOR": "1", "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, check=False, env=os.environ | plain)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"Usage: elropt simulate" in done.stdout
+    assert b"E = |g|/|w| of the layers at the start" in b" ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("encoding", "norm"), [("utf-8", "‖g‖/‖w‖"), ("cp1252", "|g|/|w|"), ("latin-1", "|g|/|w|")]
+)
+def test_help_can_be_read_in_any_encoding(encoding: str, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
+    monkeypatch.setenv("COLUMNS", "200")
+    app(["simulate", "--help"], standalone_mode=False)
+    assert f"E = {norm} of the layers at the start" in " ".join(written.getvalue().decode(encoding).split())
 
 
 def test_without_typer_it_says_what_to_install() -> None:
