@@ -1,19 +1,42 @@
-"""Everything that needs a GPU, in one command that ends in time: tests, sanitizer, benchmarks.
+"""Everything that needs a GPU, in two commands that end in time: tests, benchmarks, sanitizer.
 
-    python -m benchmarks.gpu_suite --out DIR --minutes 30                       # all parts
-    python -m benchmarks.gpu_suite --out DIR --part tests --part sanitizer
-    python -m benchmarks.gpu_suite --out DIR --device cpu --tiny                # try it without a GPU
+    python -m benchmarks.gpu_suite --out DIR --call first                # at most 8.5 minutes
+    python -m benchmarks.gpu_suite --out DIR --call second               # at most 4
+    python -m benchmarks.gpu_suite --out DIR --part tests --part kernels # some parts
+    python -m benchmarks.gpu_suite --out DIR --device cpu --tiny         # try it without a GPU
 
-It runs from a checkout, elropt need not be installed, nor need there be a network. Packages that the machine lacks can
-be carried in a folder `.vendor` in the checkout, into which pure-Python
-wheels (hypothesis, sortedcontainers, torch_optimi, pytorch_optimizer …) were unpacked, as by
-`pip install --target .vendor --no-deps …`: it is put in front of PYTHONPATH. Tests whose modules are missing count as
-failed and do not keep the others from running.
+It runs from a checkout. elropt need not be installed, and there need not be a network. Packages that the machine lacks
+can be carried in a folder `.vendor` in the checkout (`pip install --target .vendor --no-deps …`), which comes first on
+PYTHONPATH. A peer that is missing is a row that says so.
 
-Each part is a process with a time limit, ended with all its children when that is over; what it has written stays. DIR
-gets `summary.json` (for each part its command, exit code, seconds and the end of what it printed), `suite.log` (all of
-that) and the result files of the benchmarks. A later call with the same DIR adds its parts; one that runs again
-replaces its result.
+Each part is a process with a limit, ended with all its children when that is over; what it has written stays. Time that
+a part does not use goes to the next. DIR gets at most eight files: `summary.json` (for each part its command, exit
+code, seconds, what failed and the end of what it printed), `suite.log` (all of that) and the result files of the
+benchmarks. A later call with the same DIR adds its parts; one that runs again replaces its result.
+
+Where the time goes, for 16 cores and a GPU with the bandwidth of an H200. Estimates; none of it has been timed on a GPU.
+Compiling was counted (distinct kernels, by the arguments of their launches) and timed without a GPU, with triton 3.6:
+0.1 to 0.8 s of one core for each kernel and 0.3 s for its launcher. A core half as fast makes that 1.5 s, a process
+takes 10 s to import torch and to reach the GPU.
+
+| part | limit, s | what it does |
+|---|---:|---|
+| start | 10 | versions and GPU, in a process of its own |
+| `compile` | 30 | 50 kernels of the benchmarks in 12 processes: 10 + 50 · 1.5 / 12 = 16 |
+| `tests` | 85 | tests/gpu (90 kernels), then tests/kernels (270): 10 + 360 · 1.5 / 12 = 55, and the tests themselves |
+| `step-time` | 110 | 12 rows: 1 s of samples, 2 to 4 s to make, capture and profile: 20 + 12 · 5 = 80 |
+| `kernels` | 55 | 112 rows of 0.3 s: 10 + 34 = 44 |
+| `end-to-end` | 70 | cuDNN's choices 15, 4 · (10 + 20 · 11) steps of 26 ms = 24, start 10: 49 |
+| `more-steps` | 70 | rows of 5 s, as many as there is time for, those on the large tensors first |
+| `more-tests` | 45 | contract and host reads: 190 kernels: 10 + 190 · 1.5 / 12 = 34 |
+| `host` | 35 | 10 rows of 1.5 s, start 10: 25 |
+| first call | 510 | |
+| start | 10 | |
+| `racecheck` | 75 | 6 tests, 16 kernels in one process: 15 + 16 · 1.5 = 39, and the tool |
+| `memcheck` | 55 | the same tests, compiled already |
+| `compile-sweep` | 30 | 44 kernels: 16 |
+| `sweep` | 70 | 88 settings of 2 kernels, 0.3 s each: 10 + 53 = 63; the large tensors first |
+| second call | 240 | |
 """
 
 from __future__ import annotations
@@ -26,46 +49,57 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 
-from benchmarks.step_time import OPTIMIZERS, check, check_device, write
-from elropt import env_report
-
 ROOT = Path(__file__).resolve().parents[1]
 TAIL_LINES = 40
-LEAST_SECONDS = 15.0  # a part is not started with less than that left
+SHOWN_LINES = 15
+START_SECONDS = 10.0
+LEAST_SECONDS = 12.0  # a part is not started with less than that left
+GRACE_SECONDS = 5.0  # between asking a part to end and ending it
+PROCESSES = 12
 
+# PYTHONPATH is what counts: pytest must not put the checkout in front of it.
 PYTEST = [
-    *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"),
+    *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--import-mode=append"),
+    *("--continue-on-collection-errors", "--tb=short", "-m", "not slow"),
     *("-W", "default"),  # what packages there warn of is not what is tested here
 ]
 SANITIZER_TESTS = [
-    "tests/kernels/test_kernels.py",
-    "tests/kernels/test_step.py",
-    "-k",
-    "three_steps or same_bits or non_finite or autograd or launch_for_each_combination or whatever_the_groups",
+    "tests/gpu/test_device.py::test_one_launch_and_two_launches_agree[False-uniform-layer]",
+    "tests/gpu/test_device.py::test_one_launch_and_two_launches_agree[True-warmup-layer]",
+    "tests/gpu/test_device.py::test_runs_are_repeatable_to_the_bit",
+    "tests/kernels/test_step.py::test_a_launch_for_each_combination_of_dtypes",
+    "tests/kernels/test_kernels.py::test_measure_gives_the_same_bits_every_time",
+    "tests/kernels/test_kernels.py::test_non_finite_gradients_show_up_in_their_row_alone",
 ]
+STEPS = ("torch-fused", "torch-foreach", "elr-none", "elr-warmup", "elr-uniform", "elr-project")
+MORE_STEPS = ("torch-fused", "elr-none", "elr-warmup", "elr-uniform")
+MORE_WORKLOADS = ("decoder-1b", "resnet-56", "2000-tensors", "decoder-1b-bf16")
+PEERS = ("timm-lars", "timm-sgdp", "elr-angle", "elr-sphere", "optimi-sgd", "pytorch-optimizer-lars")
 
 
 class Context(NamedTuple):
-    """What parts need to know."""
+    """What parts need to know; `seconds` is what the part at hand has."""
 
     out: Path
     device: str
     tiny: bool
+    seconds: float = 60.0
 
 
 class Part(NamedTuple):
-    """A part of the suite: its command, the minutes that it gets, and whether it needs a GPU."""
+    """A part of the suite: its commands, the seconds that it gets, and whether it needs a GPU."""
 
-    command: Callable[[Context], list[str]]
-    minutes: float
+    commands: Callable[[Context], list[list[str]]]
+    seconds: float
     gpu_only: bool = False
 
 
@@ -74,159 +108,218 @@ def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
 
 
-def tests(context: Context) -> list[str]:
-    """The tests of what runs on the device."""
-    if context.tiny:
-        return [*PYTEST, "tests/gpu"]
-    # compiling is most of the work, and many processes can do it
-    parallel = ["-n", "12"] if importlib.util.find_spec("xdist") else []
-    # a kernel that hangs must not take the others' time
-    limited = (
-        ["--timeout=60", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
-    )
-    return [
-        *("env", "OMP_NUM_THREADS=1"),
-        *PYTEST,
-        *parallel,
-        *limited,
-        "--tb=short",
-        "--maxfail=100",
-        "--ignore=tests/kernels/test_compile.py",  # needs no GPU, and compiles in each process
-        "tests/gpu",
-        "tests/kernels",
-        "tests/test_contract.py",
-        "tests/test_host_reads.py",
-    ]
+def repeated(option: str, values: tuple[str, ...]) -> list[str]:
+    """An option that is given once for each value."""
+    return [word for value in values for word in (option, value)]
 
 
-def sanitizer(tool: str) -> Callable[[Context], list[str]]:
-    """Some of the kernel tests under a tool of compute-sanitizer; its findings make the exit code 99.
+def compile_ahead(*arguments: str) -> Callable[[Context], list[list[str]]]:
+    """The kernels of the benchmarks, into Triton's cache, by many processes."""
+    return lambda _: [module("compile_ahead", "--processes", str(PROCESSES), *arguments)]
+
+
+def tests(*paths: str) -> Callable[[Context], list[list[str]]]:
+    """Tests of what runs on the device. Compiling is most of the work, and many processes can do it."""
+
+    def commands(context: Context) -> list[list[str]]:
+        if context.tiny:
+            return [[*PYTEST, *paths[:1]]]
+        parallel = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
+        # a kernel that hangs must not take the others' time
+        limited = ["--timeout=40", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
+        return [["env", "OMP_NUM_THREADS=1", *PYTEST, *parallel, *limited, "--maxfail=100", *paths]]
+
+    return commands
+
+
+def sanitizer(tool: str) -> Callable[[Context], list[list[str]]]:
+    """Some of the tests under a tool of compute-sanitizer; its findings make the exit code 99.
 
     Every tensor is an allocation of the driver's, so that memcheck sees what runs over its end.
     """
-    sanitize = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "99"]
-    sanitize += ["--report-api-errors", "no"]  # torch asks the driver for what may not be there
-    return lambda _: ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *sanitize, *PYTEST, *SANITIZER_TESTS]
+    options = ["--tool", tool, "--error-exitcode", "99"]
+    options += ["--report-api-errors", "no"]  # torch asks the driver for what may not be there
+
+    def commands(_: Context) -> list[list[str]]:
+        program = sanitizer_program() or "compute-sanitizer"
+        return [["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", program, *options, *PYTEST, *SANITIZER_TESTS]]
+
+    return commands
 
 
-def step_time(context: Context) -> list[str]:
-    """Times of the steps."""
-    tiny = [
-        "--workload",
-        "tiny",
-        "--optimizer",
-        "torch-fused",
-        "--optimizer",
-        "elr-none",
-        "--seconds",
-        "0.05",
-    ]
-    out = ["--device", context.device, "--out", str(context.out / "step_time.json")]
-    some = [word for name in OPTIMIZERS if name != "torch-compiled" for word in ("--optimizer", name)]
-    return module("step_time", *out, *(tiny if context.tiny else some))
-
-
-def compiled(context: Context) -> list[str]:
-    """Times of torch's compiled SGD beside its fused one: slow to compile, so apart from the others."""
-    chosen = ["--optimizer", "torch-fused", "--optimizer", "torch-compiled", "--workload", "resnet-50"]
-    return module("step_time", "--out", str(context.out / "compiled.json"), *chosen)
-
-
-def host(context: Context) -> list[str]:
-    """CPU time of the steps."""
-    out = ["--device", context.device, "--out", str(context.out / "host.json")]
-    return module("step_time", "host", *out, "--seconds", "0.05" if context.tiny else "1")
-
-
-def end_to_end(context: Context) -> list[str]:
-    """Training steps."""
-    tiny = ["--tiny", "--rounds", "2", "--steps", "1"] if context.tiny else []
-    out = ["--device", context.device, "--out", str(context.out / "end_to_end.json")]
-    return module("step_time", "end-to-end", *out, *tiny)
-
-
-def accuracy(context: Context) -> list[str]:
-    """A few short training runs on digits."""
-    size = ["--seeds", "1", "--fresh-seeds", "1", "--lrs", "0.03", "--epochs", "1" if context.tiny else "10"]
-    tiny = ["--model", "bn-mlp-4-w16", "--optimizer", "warmup", "--jobs", "1"] if context.tiny else []
-    return module(
-        "accuracy", "--device", context.device, "--out", str(accuracy_folder(context)), *size, *tiny
+def sanitizer_program() -> str | None:
+    """compute-sanitizer on the PATH, or where CUDA puts it."""
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
     )
 
 
-def cifar(context: Context) -> list[str]:
-    """ResNet-18 on CIFAR-10 as fast as it goes, one learning rate each: how long an epoch takes."""
-    recipe = ["--data", "cifar10", "--model", "resnet-18", "--epochs", "8", "--batch-size", "512"]
-    recipe += ["--augment", "--weight-decay", "5e-4", "--amp", "--channels-last", "--compile"]
-    recipe += ["--seeds", "1", "--fresh-seeds", "1", "--fresh"]
-    methods = [word for name in ("sgd", "warmup", "uniform") for word in ("--optimizer", name)]
-    out = ["--device", context.device, "--out", str(context.out / "cifar")]
-    return module("accuracy", *recipe, "--lrs", "0.2", *methods, *out)
+def step_time(context: Context) -> list[list[str]]:
+    """Times of the steps that matter most."""
+    out = ["--device", context.device, "--out", str(context.out / "step_time.json")]
+    if context.tiny:
+        few = repeated("--optimizer", ("torch-fused", "elr-none"))
+        return [module("step_time", *out, "--workload", "tiny", *few, "--seconds", "0.05")]
+    chosen = repeated("--workload", ("resnet-50", "vit-b-16"))
+    return [module("step_time", *out, *chosen, *repeated("--optimizer", STEPS))]
 
 
-def accuracy_folder(context: Context) -> Path:
-    """Where `accuracy` writes; only its result file is kept."""
-    return context.out / "accuracy"
+def more_steps(context: Context) -> list[list[str]]:
+    """Times of the other steps, added to the same file; no row is started that could not end."""
+    out = ["--device", context.device, "--out", str(context.out / "step_time.json"), "--add"]
+    if context.tiny:
+        few = repeated("--optimizer", ("timm-lars", "elr-angle"))
+        return [module("step_time", *out, "--workload", "tiny", *few, "--seconds", "0.05")]
+    # what is left for the peers once the other workloads are done, and at least a third
+    budgets = (context.seconds * 2 / 3, context.seconds / 3)
+    out_of_time = [["--budget", f"{max(budget - 12, 1):.0f}"] for budget in budgets]
+    others = [*repeated("--workload", MORE_WORKLOADS), *repeated("--optimizer", MORE_STEPS)]
+    peers = ["--workload", "resnet-50", *repeated("--optimizer", PEERS)]
+    return [
+        module("step_time", *out, *others, *out_of_time[0]),
+        module("step_time", *out, *peers, *out_of_time[1]),
+    ]
+
+
+def compiled(context: Context) -> list[list[str]]:
+    """Times of torch's compiled SGD beside its fused one: slow to compile, so in no call."""
+    chosen = ["--workload", "resnet-50", *repeated("--optimizer", ("torch-fused", "torch-compiled"))]
+    return [module("step_time", "--out", str(context.out / "compiled.json"), *chosen)]
+
+
+def host(context: Context) -> list[list[str]]:
+    """CPU time of the steps."""
+    out = ["--device", context.device, "--out", str(context.out / "host.json")]
+    return [module("step_time", "host", *out, "--seconds", "0.05" if context.tiny else "1")]
+
+
+def end_to_end(context: Context) -> list[list[str]]:
+    """Training steps."""
+    tiny = ["--tiny", "--rounds", "2", "--steps", "1"] if context.tiny else []
+    out = ["--device", context.device, "--out", str(context.out / "end_to_end.json")]
+    return [module("step_time", "end-to-end", *out, *tiny)]
 
 
 PARTS = {
-    "tests": Part(tests, 4),
-    "memcheck": Part(sanitizer("memcheck"), 2, gpu_only=True),
-    "racecheck": Part(sanitizer("racecheck"), 2, gpu_only=True),
-    "kernels": Part(lambda c: module("kernels", "--out", str(c.out / "kernels.json")), 2, gpu_only=True),
-    "sweep": Part(lambda c: module("kernels", "sweep", "--out", str(c.out / "sweep.json")), 4, gpu_only=True),
-    "host": Part(host, 1),
-    "end-to-end": Part(end_to_end, 2),
-    "accuracy": Part(accuracy, 2),
-    "cifar": Part(cifar, 5, gpu_only=True),
-    "step-time": Part(step_time, 7),
-    "compiled": Part(compiled, 3, gpu_only=True),
+    "compile": Part(compile_ahead(), 30, gpu_only=True),
+    "tests": Part(tests("tests/gpu", "tests/kernels/test_step.py", "tests/kernels/test_kernels.py"), 85),
+    "step-time": Part(step_time, 110),
+    "kernels": Part(lambda c: [module("kernels", "--out", str(c.out / "kernels.json"))], 55, gpu_only=True),
+    "end-to-end": Part(end_to_end, 70),
+    "more-steps": Part(more_steps, 70),
+    "more-tests": Part(tests("tests/test_host_reads.py", "tests/test_contract.py"), 45, gpu_only=True),
+    "host": Part(host, 35),
+    "racecheck": Part(sanitizer("racecheck"), 75, gpu_only=True),
+    "memcheck": Part(sanitizer("memcheck"), 55, gpu_only=True),
+    "compile-sweep": Part(compile_ahead("--sweep"), 30, gpu_only=True),
+    "sweep": Part(lambda c: [module("kernels", "sweep", "--out", str(c.out / "sweep.json"))], 70, gpu_only=True),
+    "compiled": Part(compiled, 120, gpu_only=True),
 }
-GROUPS = {"sanitizer": ("memcheck", "racecheck")}
+CALLS = {
+    "first": (
+        *("compile", "tests", "step-time", "kernels", "end-to-end", "more-steps", "more-tests", "host"),
+    ),
+    "second": ("racecheck", "memcheck", "compile-sweep", "sweep"),
+}
+SANITIZERS = ("memcheck", "racecheck")
 
 
-def environment() -> dict[str, str]:
-    """That of the parts: this checkout and `.vendor` come first on PYTHONPATH, kernels are not interpreted."""
+@contextlib.contextmanager
+def import_folder() -> Iterator[Path]:
+    """A folder with the package `elropt` as it is installed: in a checkout `elropt.kernels` lies beside elropt/."""
+    with tempfile.TemporaryDirectory(prefix="elropt-") as folder:
+        package = Path(folder) / "elropt"
+        package.mkdir()
+        for entry in (ROOT / "elropt").iterdir():
+            if entry.name not in ("kernels", "__pycache__"):
+                (package / entry.name).symlink_to(entry)
+        (package / "kernels").symlink_to(ROOT / "kernels")
+        yield Path(folder)
+
+
+def environment(imports: Path) -> dict[str, str]:
+    """That of the parts: `.vendor`, the folder to import elropt from and this checkout are all that comes before
+    what is installed; kernels are compiled, not interpreted."""
     paths = [str(ROOT / ".vendor")] if (ROOT / ".vendor").is_dir() else []
-    paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+    paths += [str(imports), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",  # `python -m` leaves the working directory out
+        "PYTHONUNBUFFERED": "1",
+        "NVIDIA_TF32_OVERRIDE": "0",  # tests compare runs in float32
+        "COLUMNS": "160",
+    }
     variables.pop("TRITON_INTERPRET", None)
     return variables
 
 
-def run_part(command: list[str], limit: float, log: Path) -> dict[str, Any]:
-    """Run a command for at most `limit` seconds, its output appended to the log; ends its children too."""
+def describe(variables: dict[str, str]) -> dict[str, Any]:
+    """`elropt.env_report` of the parts' environment."""
+    code = "import json; from elropt import env_report; print(json.dumps(env_report.collect()))"
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    if printed.returncode != 0:
+        raise typer.BadParameter(f"elropt cannot be imported here:\n{printed.stderr}")
+    return json.loads(printed.stdout.splitlines()[-1])
+
+
+def ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Wait for the end of a process, at most so long."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def run_part(
+    commands: list[list[str]], limit: float, log: Path, variables: dict[str, str]
+) -> dict[str, Any]:
+    """Run commands one after the other for at most `limit` seconds, their output appended to the log.
+
+    Ends their children too. When time is over, the last one is asked to end (so that pytest says what has failed so
+    far) `GRACE_SECONDS` before it is ended.
+    """
     started = time.monotonic()
+    code, timed_out = 0, False
     with log.open("ab") as output:
-        output.write(f"\n$ {' '.join(public(command))}\n".encode())
-        output.flush()
         begin = output.tell()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code, timed_out = process.wait(limit), False
-        except subprocess.TimeoutExpired:
-            code, timed_out = None, True
-            process.send_signal(signal.SIGINT)  # pytest then says what has failed so far
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(15)
-        finally:
-            end_group(process)
+        for command in commands:
+            output.write(f"\n$ {' '.join(public(command))}\n".encode())
+            output.flush()
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=variables,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                left = limit - (time.monotonic() - started)
+                timed_out = not ends_within(process, max(left - GRACE_SECONDS, 0))
+                if timed_out:
+                    process.send_signal(signal.SIGINT)
+                    ends_within(process, GRACE_SECONDS)
+            finally:
+                end_group(process)
+            if timed_out:
+                break
+            code = process.returncode or code
     with log.open("rb") as output:
         output.seek(begin)
-        printed = output.read().decode(errors="replace").replace(f"{ROOT}{os.sep}", "")
+        printed = output.read().decode(errors="replace")
+    for folder in (*variables.get("PYTHONPATH", "").split(os.pathsep), str(ROOT), sys.prefix):
+        printed = printed.replace(f"{folder}{os.sep}", "") if folder else printed
+    lines = printed.splitlines()
     return {
-        "command": public(command),
-        "rc": code,
+        "commands": [public(command) for command in commands],
+        "rc": None if timed_out else code,
         "timed_out": timed_out,
+        "limit": round(limit, 1),
         "seconds": round(time.monotonic() - started, 1),
-        "tail": printed.splitlines()[-TAIL_LINES:],
+        "failed": [line for line in lines if line.startswith(("FAILED ", "ERROR "))],
+        "tail": lines[-TAIL_LINES:],
     }
 
 
@@ -247,76 +340,93 @@ def reason_to_skip(name: str, context: Context) -> str | None:
     """Why a part cannot run here, or None if it can."""
     if PARTS[name].gpu_only and not context.device.startswith("cuda"):
         return "needs a GPU"
-    if name in GROUPS["sanitizer"] and shutil.which("compute-sanitizer") is None:
-        return "compute-sanitizer is not on the PATH"
+    if name in SANITIZERS and sanitizer_program() is None:
+        return "compute-sanitizer is not installed"
     return None
 
 
-def run_suite(names: list[str], context: Context, minutes: float, console: Console) -> dict[str, Any]:
-    """Run the parts one after the other; the summary is written after each."""
-    deadline = time.monotonic() + 60 * minutes
+def run_suite(names: list[str], context: Context, seconds: float, console: Console) -> dict[str, Any]:
+    """Run the parts one after the other; the summary is written after each.
+
+    Each has to end by the time at which it would if all before it took their limits, and by `seconds` from now.
+    """
+    begin = time.monotonic()
     context.out.mkdir(parents=True, exist_ok=True)
     log = context.out / "suite.log"
+    summary_file = context.out / "summary.json"
     parts: dict[str, dict[str, Any]] = {}
-    if (context.out / "summary.json").exists():
-        parts = json.loads((context.out / "summary.json").read_text(encoding="utf-8"))["parts"]
-    summary = {"kind": "suite", "env": env_report.collect(), "device": context.device, "parts": parts}
-    for name in names:
-        left = deadline - time.monotonic()
-        skipped = reason_to_skip(name, context)
-        if skipped is None and left < LEAST_SECONDS:
-            skipped = f"{max(left, 0):.0f} s were left"
-        if skipped is not None:
-            parts[name] = {"skipped": skipped}
-            console.print(f"{name}: skipped, {skipped}")
-        else:
-            limit = min(60 * PARTS[name].minutes, left)
-            console.print(f"{name}: at most {limit:.0f} s …")
-            part = parts[name] = run_part(PARTS[name].command(context), limit, log)
-            end = "time is over" if part["timed_out"] else f"exit code {part['rc']}"
-            for line in part["tail"]:
-                console.print(f"    {line}", markup=False, highlight=False)
-            console.print(f"{name}: {end}, {part['seconds']} s")
-        if name == "accuracy":
-            keep_accuracy(context)
-        for unfinished in context.out.glob("*.part"):
-            unfinished.unlink()
-        write(context.out / "summary.json", summary)
+    if summary_file.exists():
+        parts = json.loads(summary_file.read_text(encoding="utf-8"))["parts"]
+    with import_folder() as imports:
+        variables = environment(imports)
+        env = describe(variables)
+        if context.device.startswith("cuda") and not env["gpus"]:
+            raise typer.BadParameter("there is no CUDA device; --device cpu --tiny tries the suite without one")
+        summary = {"kind": "suite", "env": env, "device": context.device, "parts": parts}
+        scheduled = begin + START_SECONDS
+        for name in names:
+            scheduled += PARTS[name].seconds
+            left = min(scheduled, begin + seconds) - time.monotonic()
+            skipped = reason_to_skip(name, context)
+            if skipped is None and left < LEAST_SECONDS:
+                skipped = f"{max(left, 0):.0f} s were left"
+            if skipped is not None:
+                parts[name] = {"skipped": skipped}
+                console.print(f"{name}: skipped, {skipped}")
+            else:
+                console.print(f"{name}: at most {left:.0f} s …")
+                commands = PARTS[name].commands(context._replace(seconds=left))
+                part = parts[name] = run_part(commands, left, log, variables)
+                for line in [*part["failed"], *part["tail"][-SHOWN_LINES:]]:
+                    console.print(f"    {line}", markup=False, highlight=False)
+                console.print(f"{name}: {outcome(part)}, {part['seconds']} s")
+            for unfinished in context.out.glob("*.part"):
+                unfinished.unlink()
+            whole = summary_file.with_name("summary.json.part")
+            whole.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            whole.replace(summary_file)
     return summary
 
 
-def keep_accuracy(context: Context) -> None:
-    """Keep the result file of `accuracy`, not its plots."""
-    folder = accuracy_folder(context)
-    if (folder / "accuracy.json").exists():
-        shutil.copy(folder / "accuracy.json", context.out / "accuracy.json")
-    shutil.rmtree(folder, ignore_errors=True)
+def outcome(part: dict[str, Any]) -> str:
+    """How a part ended."""
+    return part.get("skipped") or ("time is over" if part["timed_out"] else f"exit code {part['rc']}")
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuse what there is not."""
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"unknown {what} {name!r}; choose of {', '.join(known)}")
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for all results.")],
+    call: Annotated[
+        str, typer.Option(help="first or second: which parts, for at most 8.5 or 4 minutes.")
+    ] = "first",
     part: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Repeatable; of {', '.join([*PARTS, *GROUPS])}. Default: all, in this order."),
+        list[str] | None, typer.Option(help=f"Repeatable, instead of --call; of {', '.join(PARTS)}.")
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0, help="For all parts together.")] = 9,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="For all parts together; default: the sum of their limits.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="The least of everything, to try it.")] = False,
 ) -> None:
     """Run the GPU tests and benchmarks, each part with a time limit.
 
-    Example: python -m benchmarks.gpu_suite --out runs/gpu --part tests --part sanitizer --minutes 5
+    Example: python -m benchmarks.gpu_suite --out runs/gpu --call first
     """
-    check(part or [], [*PARTS, *GROUPS], "part")
-    check_device(device)
-    names = [name for wanted in part or PARTS for name in GROUPS.get(wanted, (wanted,))]
+    refuse_unknown(part or [], PARTS, "part")
+    refuse_unknown([call], CALLS, "call")
+    names = list(part or CALLS[call])
+    seconds = START_SECONDS + sum(PARTS[name].seconds for name in names) if minutes is None else 60 * minutes
     console = Console()
-    summary = run_suite(names, Context(out.resolve(), device, tiny), minutes, console)
-    for name, result in ((name, summary["parts"][name]) for name in names):
-        state = result.get("skipped") or (
-            "time is over" if result["timed_out"] else f"exit code {result['rc']}"
-        )
-        console.print(f"{name:12} {result.get('seconds', 0):6.1f} s  {state}")
+    summary = run_suite(names, Context(out.resolve(), device, tiny), seconds, console)
+    for name in names:
+        result = summary["parts"][name]
+        console.print(f"{name:13} {result.get('seconds', 0):6.1f} s  {outcome(result)}")
     console.print(f"wrote {out}")
     if any(result.get("rc") != 0 for result in map(summary["parts"].get, names) if "skipped" not in result):
         raise typer.Exit(1)

@@ -4,8 +4,8 @@
     python -m benchmarks.kernels sweep                    # which chunk size and number of warps are fastest
     python -m pytest benchmarks/kernels.py --benchmark-only
 
-Times are `triton.testing.do_bench`'s, milliseconds as [20 %, 50 %, 80 %] quantiles, the L2 cache flushed before each
-call. They include what the host cannot hide behind that flush. `bytes` are those that have to move: w and g read
+Times are `triton.testing.do_bench`'s, milliseconds as [20 %, 50 %, 80 %] quantiles of `n` calls, the L2 cache flushed
+before each. They include what the host cannot hide behind that flush. `bytes` are those that have to move: w and g read
 ("measure"), m too ("measure-momentum"); w, g, m read and w, m written ("update"); read and written ("copy").
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -31,12 +32,13 @@ from benchmarks.workloads import WORKLOADS, Workload, many
 from elropt import env_report
 from elropt import kernels as elr_kernels
 
-SIZES = tuple(2**k for k in range(12, 29, 2))
-LISTS = ("resnet-56", "resnet-50", "vit-b-16", "decoder-1b", "2000-tensors")
+# What matters most comes first: a run may end before it is through.
+LISTS = ("resnet-50", "vit-b-16", "decoder-1b", "resnet-56", "2000-tensors")
+SIZES = tuple(2**k for k in range(28, 11, -2))
 DTYPES = (torch.float32, torch.bfloat16)
 CHUNKS = (2048, 4096, 8192, 16384)
 WARPS = (4, 8, 16)
-SWEEP_LISTS = ("resnet-56", "resnet-50", "vit-b-16", "2000-tensors")
+SWEEP_LISTS = ("resnet-50", "vit-b-16", "resnet-56", "2000-tensors")
 
 HYPER: dict[str, Any] = {
     "lr": LR,
@@ -74,9 +76,9 @@ KERNELS: dict[str, tuple[Callable[[Tensors], object], int]] = {
 
 
 def cases(sizes: Sequence[int], lists: Sequence[str]) -> dict[str, Workload]:
-    """Single tensors by their number of elements, and the workloads."""
+    """The workloads, and single tensors by their number of elements."""
     singles = {f"{size:,}": many(f"{size:,}", [size]) for size in sizes}
-    return singles | {name: WORKLOADS[name]() for name in lists}
+    return {name: WORKLOADS[name]() for name in lists} | singles
 
 
 def bench(kernel: str, tensors: Tensors) -> Row:
@@ -92,10 +94,10 @@ def bench(kernel: str, tensors: Tensors) -> Row:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             run(tensors)
-        ms = do_bench(graph.replay, warmup=20, rep=60, quantiles=list(QUANTILES))
-    assert isinstance(ms, list | tuple)
+        times = do_bench(graph.replay, warmup=20, rep=60, return_mode="all")
+    ms = np.quantile(np.array(times), QUANTILES).tolist()
     moved = tensors_moved * tensors.elements * tensors.itemsize
-    return {"ms": list(ms), "bytes": moved, "gb_per_s": moved / (ms[1] * 1e6)}
+    return {"ms": ms, "n": np.size(times), "bytes": moved, "gb_per_s": moved / (ms[1] * 1e6)}
 
 
 @contextlib.contextmanager
@@ -157,16 +159,19 @@ def is_correct(device: torch.device) -> bool:
     )
 
 
+def settings() -> list[tuple[int, int]]:
+    """Chunk sizes and numbers of warps to try; 128 elements in a thread do not fit into registers."""
+    return [(chunk, warps) for chunk, warps in itertools.product(CHUNKS, WARPS) if chunk <= 2048 * warps]
+
+
 def sweep_rows(device: torch.device, report: dict[str, Any], out: Path, console: Console) -> None:
     """Every chunk size and number of warps on the workloads, in float32 and bfloat16."""
     every = cases((), SWEEP_LISTS)
-    # 128 elements in a thread do not fit into registers
-    settings = [(chunk, warps) for chunk, warps in itertools.product(CHUNKS, WARPS) if chunk <= 2048 * warps]
     with bar(console) as progress:
-        task = progress.add_task("sweep", total=len(settings) * len(every) * len(DTYPES))
+        task = progress.add_task("sweep", total=len(settings()) * len(every) * len(DTYPES))
         for (case, workload), dtype in itertools.product(every.items(), DTYPES):
             tensors = Tensors(workload, dtype, device)
-            for chunk, warps in settings:
+            for chunk, warps in settings():
                 progress.update(task, description=f"{case} chunk {chunk} warps {warps}")
                 row: Row = {
                     "case": case,

@@ -59,7 +59,7 @@ QUANTILES = (0.2, 0.5, 0.8)
 WARM_UP_STEPS = 10
 COLD_FACTOR = 3  # the copies' bytes over those of the L2 cache
 MAX_COPIES = 64
-ROW_LIMIT = 40.0  # seconds until a worker is given up
+ROW_LIMIT = 30.0  # seconds until a worker is given up
 COMPILED_ROW_LIMIT = 120.0
 COPY_BYTES = 2**30
 STEPS_PER_PASS = 8  # at least, between two events
@@ -495,8 +495,15 @@ def measure_all(
     console: Console,
     *,
     kind: Literal["step-time", "host"] = "step-time",
+    budget: float = math.inf,
+    add: bool = False,
 ) -> dict[str, Any]:
-    """Measure every optimizer on every workload; the result file grows by a row at a time."""
+    """Measure every optimizer on every workload; the result file grows by a row at a time.
+
+    No row is started after `budget` seconds. `add`: keep the rows of a result file that is there, but for those that
+    are measured again.
+    """
+    began = time.monotonic()
     cuda = torch.device(device).type == "cuda"
     report: dict[str, Any] = {
         "kind": kind,
@@ -512,14 +519,20 @@ def measure_all(
         "copy": None,
         "rows": [],
     }
+    if add and out.exists():
+        before = json.loads(out.read_text(encoding="utf-8"))
+        report |= {"copy": before["copy"], "rows": before["rows"]}
     with workers(2) as (timer, profiler), bar(console) as progress:
         # Last what is slow to build, lest it take the time of the others.
         jobs = sorted(itertools.product(names, optimizers), key=lambda job: OPTIMIZERS[job[1]].compiled)
         task = progress.add_task("copy", total=len(jobs))
         hung: set[str] = set()  # workloads
-        if cuda and kind == "step-time":
+        if cuda and kind == "step-time" and report["copy"] is None:
             report["copy"] = timer.ask(Job("copy", device, seconds))
-        for name, optimizer in jobs:
+        for index, (name, optimizer) in enumerate(jobs):
+            if time.monotonic() - began > budget:
+                console.print(f"{len(jobs) - index} rows were not started: {budget:g} s are over")
+                break
             progress.update(task, description=f"{name} {optimizer}")
             started = time.perf_counter()
             workload = WORKLOADS[name]()
@@ -546,7 +559,8 @@ def measure_all(
                 if row.get(mode) and (report["copy"] or {}).get("gb_per_s"):
                     row[mode]["of_copy"] = row[mode]["gb_per_s"] / report["copy"]["gb_per_s"]
             row["seconds"] = time.perf_counter() - started
-            report["rows"].append(row)
+            others = [r for r in report["rows"] if (r["workload"], r["optimizer"]) != (name, optimizer)]
+            report["rows"] = [*others, row]
             write(out, report)
             progress.advance(task)
     return report
@@ -681,16 +695,24 @@ def timed_block(training: Training, steps: int) -> float:
 
 
 def end_to_end_rows(
-    optimizers: Sequence[str], device: torch.device, rounds: int, steps: int, tiny: bool, progress: Progress
+    optimizers: Sequence[str],
+    device: torch.device,
+    rounds: int,
+    steps: int,
+    tiny: bool,
+    progress: Progress,
+    keep: Callable[[list[Row]], object] = lambda rows: None,
 ) -> list[Row]:
     """Interleaved blocks of steps, in an order that turns round each time, so that a drift hits all alike.
 
-    `ratio` is over torch's fused SGD in the same round.
+    `ratio` is over torch's fused SGD in the same round. `keep` is called with the rows so far after each round.
     """
     torch.backends.cudnn.benchmark = True
     trainings: dict[str, Training] = {}
-    rows: list[Row] = []
+    failed: list[Row] = []
+    task = progress.add_task("end to end", total=rounds)
     for name in optimizers:
+        progress.update(task, description=f"warm-up of {name}")
         try:
             trainings[name] = Training(name, device, tiny)
             for _ in range(WARM_UP_STEPS if device.type == "cuda" else 2):
@@ -698,32 +720,35 @@ def end_to_end_rows(
             synchronize(device)
         except Exception as error:
             trainings.pop(name, None)
-            rows.append({"optimizer": name, "error": f"{type(error).__name__}: {first_line(error)}"})
-    task = progress.add_task("end to end", total=rounds)
+            failed.append({"optimizer": name, "error": f"{type(error).__name__}: {first_line(error)}"})
+    progress.update(task, description="end to end")
     blocks: dict[str, list[float]] = {name: [] for name in trainings}
+    rows = failed
     with no_garbage_collection():
         for index in range(rounds):
             order = list(trainings) if index % 2 == 0 else list(reversed(trainings))
             for name in order:
                 blocks[name].append(timed_block(trainings[name], steps))
+            rows = failed + [training_row(name, trainings[name], blocks, steps) for name in trainings]
+            keep(rows)
             progress.advance(task)
-    baseline = np.array(blocks.get(BASELINE, []))
-    for name, training in trainings.items():
-        seconds = np.array(blocks[name])
-        ratio = np.quantile(seconds / baseline, QUANTILES).tolist() if len(baseline) else None
-        flags = [s["handed_over"] for s in training.optimizer.state.values() if "handed_over" in s]
-        rows.append(
-            {
-                "optimizer": name,
-                "model": training.model_name,
-                "batch": list(training.images.shape),
-                "step": timing(seconds * 1e6),
-                "ratio": ratio,
-                "steps_per_block": steps,
-                "handed_over": bool(flags[0]) if name == "elr-warmup" and flags else None,
-            }
-        )
     return rows
+
+
+def training_row(name: str, training: Training, blocks: dict[str, list[float]], steps: int) -> Row:
+    """What the blocks of one optimizer say."""
+    seconds = np.array(blocks[name])
+    baseline = np.array(blocks.get(BASELINE, []))
+    flags = [s["handed_over"] for s in training.optimizer.state.values() if "handed_over" in s]
+    return {
+        "optimizer": name,
+        "model": training.model_name,
+        "batch": list(training.images.shape),
+        "step": timing(seconds * 1e6),
+        "ratio": np.quantile(seconds / baseline, QUANTILES).tolist() if len(baseline) else None,
+        "steps_per_block": steps,
+        "handed_over": bool(flags[0]) if name == "elr-warmup" and flags else None,
+    }
 
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -756,6 +781,10 @@ def main(
         list[str] | None, typer.Option(help=f"Repeatable; of {', '.join(OPTIMIZERS)}. Default: all.")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Of samples per row.")] = 1.0,
+    budget: Annotated[
+        float, typer.Option(min=0, help="Seconds after which no row is started.", show_default="none")
+    ] = math.inf,
+    add: Annotated[bool, typer.Option("--add", help="Add the rows to a result file that is there.")] = False,
     device: DeviceOption = "cuda",
     out: OutOption = Path("runs/step-time/step_time.json"),
 ) -> None:
@@ -770,9 +799,10 @@ def main(
     check(optimizers, OPTIMIZERS, "optimizer")
     check_device(device)
     console = Console()
-    report = measure_all(names, optimizers, device, seconds, out, console)
+    report = measure_all(names, optimizers, device, seconds, out, console, budget=budget, add=add)
     for name in names:
-        console.print(results_table(report, name))
+        if any(row["workload"] == name for row in report["rows"]):
+            console.print(results_table(report, name))
     console.print(f"wrote {out}")
 
 
@@ -809,11 +839,20 @@ def end_to_end(
     """
     check_device(device)
     console = Console()
-    with bar(console) as progress:
-        optimizers = (BASELINE, "elr-none", "elr-warmup", "elr-uniform")
-        rows = end_to_end_rows(optimizers, torch.device(device), rounds, steps, tiny, progress)
     config = {"device": torch.device(device).type, "rounds": rounds, "steps": steps, "tiny": tiny}
-    write(out, {"kind": "end-to-end", "env": env_report.collect(), "config": config, "rows": rows})
+    report = {"kind": "end-to-end", "env": env_report.collect(), "config": config}
+    optimizers = (BASELINE, "elr-none", "elr-warmup", "elr-uniform")
+    with bar(console) as progress:
+        rows = end_to_end_rows(
+            optimizers,
+            torch.device(device),
+            rounds,
+            steps,
+            tiny,
+            progress,
+            keep=lambda rows: write(out, report | {"rows": rows}),
+        )
+    write(out, report | {"rows": rows})
     table = Table(title="training step, end to end", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("optimizer", "ms", "ratio to torch-fused (20 %, 50 %, 80 %)", "note"):
         table.add_column(column)
