@@ -126,7 +126,9 @@ def tests(*paths: str) -> Callable[[Context], list[list[str]]]:
             return [[*PYTEST, *paths[:1]]]
         parallel = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
         # a kernel that hangs must not take the others' time
-        limited = ["--timeout=40", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
+        limited = (
+            ["--timeout=40", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
+        )
         return [["env", "OMP_NUM_THREADS=1", *PYTEST, *parallel, *limited, "--maxfail=100", *paths]]
 
     return commands
@@ -212,7 +214,9 @@ PARTS = {
     "racecheck": Part(sanitizer("racecheck"), 75, gpu_only=True),
     "memcheck": Part(sanitizer("memcheck"), 55, gpu_only=True),
     "compile-sweep": Part(compile_ahead("--sweep"), 30, gpu_only=True),
-    "sweep": Part(lambda c: [module("kernels", "sweep", "--out", str(c.out / "sweep.json"))], 70, gpu_only=True),
+    "sweep": Part(
+        lambda c: [module("kernels", "sweep", "--out", str(c.out / "sweep.json"))], 70, gpu_only=True
+    ),
     "compiled": Part(compiled, 120, gpu_only=True),
 }
 CALLS = {
@@ -272,9 +276,7 @@ def ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
-def run_part(
-    commands: list[list[str]], limit: float, log: Path, variables: dict[str, str]
-) -> dict[str, Any]:
+def run_part(commands: list[list[str]], limit: float, log: Path, variables: dict[str, str]) -> dict[str, Any]:
     """Run commands one after the other for at most `limit` seconds, their output appended to the log.
 
     Ends their children too. When time is over, the last one is asked to end (so that pytest says what has failed so
@@ -309,8 +311,8 @@ def run_part(
     with log.open("rb") as output:
         output.seek(begin)
         printed = output.read().decode(errors="replace")
-    for folder in (*variables.get("PYTHONPATH", "").split(os.pathsep), str(ROOT), sys.prefix):
-        printed = printed.replace(f"{folder}{os.sep}", "") if folder else printed
+    for folder in filter(None, [*variables.get("PYTHONPATH", "").split(os.pathsep), str(ROOT)]):
+        printed = printed.replace(f"{folder}{os.sep}", "").replace(folder, ".")
     lines = printed.splitlines()
     return {
         "commands": [public(command) for command in commands],
@@ -361,7 +363,9 @@ def run_suite(names: list[str], context: Context, seconds: float, console: Conso
         variables = environment(imports)
         env = describe(variables)
         if context.device.startswith("cuda") and not env["gpus"]:
-            raise typer.BadParameter("there is no CUDA device; --device cpu --tiny tries the suite without one")
+            raise typer.BadParameter(
+                "there is no CUDA device; --device cpu --tiny tries the suite without one"
+            )
         summary = {"kind": "suite", "env": env, "device": context.device, "parts": parts}
         scheduled = begin + START_SECONDS
         for name in names:

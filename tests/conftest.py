@@ -11,14 +11,16 @@ import sys
 import pytest
 import torch
 
-if importlib.util.find_spec("hypothesis") is None:
+HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
+
+if not HYPOTHESIS:
     from . import without_hypothesis
 
     without_hypothesis.install()
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-elif importlib.util.find_spec("hypothesis") is not None:
+elif HYPOTHESIS:
     from hypothesis import Phase, settings
 
     settings.register_profile("gpu", deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +39,7 @@ def install() -> None:
     """From here on, `import hypothesis` finds this."""
     hypothesis, strategies = ModuleType("hypothesis"), ModuleType("hypothesis.strategies")
     for module in (hypothesis, strategies):
+        module.__spec__ = ModuleSpec(module.__name__, None)
         vars(module)["__getattr__"] = Anything().__getattr__
     vars(hypothesis).update(given=given, settings=unchanged, example=unchanged, strategies=strategies)
     sys.modules |= {"hypothesis": hypothesis, "hypothesis.strategies": strategies}

@@ -276,7 +276,7 @@ def test_tests_are_collected_without_hypothesis(pytester: pytest.Pytester) -> No
     pytester.makeconftest("import without_hypothesis\nwithout_hypothesis.install()\n")
     pytester.makepyfile(
         """
-        import inspect, sys
+        import importlib.util, sys
         import pytest
         from hypothesis import example, given, settings
         from hypothesis import strategies as st
@@ -296,7 +296,8 @@ def test_tests_are_collected_without_hypothesis(pytester: pytest.Pytester) -> No
 
         def test_other():
             for module in list(sys.modules.values()):  # as torch.library does
-                getattr(module, "__file__", None)
+                assert isinstance(getattr(module, "__file__", None), str | None)
+            assert importlib.util.find_spec("hypothesis").origin is None  # as torch._dynamo does
         """
     )
     result = pytester.runpytest_subprocess("-p", "no:hypothesispytest", "-p", "no:cacheprovider")
