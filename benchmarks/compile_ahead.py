@@ -84,8 +84,8 @@ def perform(task: Task) -> str:
             tensors = kernels.Tensors(workload, task.dtype, device)
             changed = {"CHUNK": task.chunk, "NUM_WARPS": task.warps} if task.chunk else {}
             with kernels.constants(**changed):
-                for run, _ in kernels.KERNELS.values():
-                    run(tensors)
+                for kernel in kernels.SWEPT if task.chunk else kernels.KERNELS:
+                    kernels.KERNELS[kernel][0](tensors)
         torch.cuda.synchronize()
     except Exception as error:
         return f"failed: {name}: {type(error).__name__}: {first_line(error)}"

@@ -14,7 +14,7 @@ a part does not use goes to the next. DIR gets at most eight files: `summary.jso
 code, seconds, what failed and the end of what it printed), `suite.log` (all of that) and the result files of the
 benchmarks. A later call with the same DIR adds its parts; one that runs again replaces its result.
 
-Where the time goes, for 16 cores and a GPU with the bandwidth of an H200. Estimates; none of it has been timed on a GPU.
+Where the time goes, for 16 cores and an H200. These are estimates: nothing has been timed on a GPU.
 Compiling was counted (distinct kernels, by the arguments of their launches) and timed without a GPU, with triton 3.6:
 0.1 to 0.8 s of one core for each kernel and 0.3 s for its launcher. A core half as fast makes that 1.5 s, a process
 takes 10 s to import torch and to reach the GPU.

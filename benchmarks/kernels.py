@@ -73,6 +73,7 @@ KERNELS: dict[str, tuple[Callable[[Tensors], object], int]] = {
     "measure-momentum": (lambda t: elr_kernels.measure(t.params, t.grads, t.buffers), 3),
     "update": (lambda t: elr_kernels.update(t.params, t.grads, t.buffers, **HYPER), 5),
 }
+SWEPT = ("measure", "update")
 
 
 def cases(sizes: Sequence[int], lists: Sequence[str]) -> dict[str, Workload]:
@@ -95,9 +96,10 @@ def bench(kernel: str, tensors: Tensors) -> Row:
         with torch.cuda.graph(graph, stream=stream):
             run(tensors)
         times = do_bench(graph.replay, warmup=20, rep=60, return_mode="all")
+    assert isinstance(times, list)
     ms = np.quantile(np.array(times), QUANTILES).tolist()
     moved = tensors_moved * tensors.elements * tensors.itemsize
-    return {"ms": ms, "n": np.size(times), "bytes": moved, "gb_per_s": moved / (ms[1] * 1e6)}
+    return {"ms": ms, "n": len(times), "bytes": moved, "gb_per_s": moved / (ms[1] * 1e6)}
 
 
 @contextlib.contextmanager
@@ -181,7 +183,7 @@ def sweep_rows(device: torch.device, report: dict[str, Any], out: Path, console:
                 }
                 with recorded(row, report, out), constants(CHUNK=chunk, NUM_WARPS=warps):
                     row["correct"] = is_correct(device)
-                    row |= {kernel: bench(kernel, tensors) for kernel in ("measure", "update")}
+                    row |= {kernel: bench(kernel, tensors) for kernel in SWEPT}
                 progress.advance(task)
             del tensors
             torch.cuda.empty_cache()
@@ -193,7 +195,7 @@ def best_settings(rows: Sequence[Row]) -> Table:
     for column in ("case", "kernel", "chunk", "warps", "GB/s", "slowest GB/s"):
         table.add_column(column)
     for case, dtype in dict.fromkeys((row["case"], row["dtype"]) for row in rows):
-        for kernel in ("measure", "update"):
+        for kernel in SWEPT:
             of_case = [
                 row
                 for row in rows

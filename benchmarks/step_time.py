@@ -59,7 +59,8 @@ QUANTILES = (0.2, 0.5, 0.8)
 WARM_UP_STEPS = 10
 COLD_FACTOR = 3  # the copies' bytes over those of the L2 cache
 MAX_COPIES = 64
-ROW_LIMIT = 30.0  # seconds until a worker is given up
+START_LIMIT = 300.0  # seconds until a process that does not even import torch is given up
+ROW_LIMIT = 30.0  # and one that does not finish a row
 COMPILED_ROW_LIMIT = 120.0
 COPY_BYTES = 2**30
 STEPS_PER_PASS = 8  # at least, between two events
@@ -411,8 +412,9 @@ def launches_among(names: Iterable[str]) -> Row:
 
 
 def serve(connection: Connection) -> None:
-    """The worker: perform jobs until the other end closes."""
+    """The worker: say that it is there, then perform jobs until the other end closes."""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
+        connection.send(None)
         while True:
             connection.send(perform(connection.recv()))
 
@@ -423,6 +425,7 @@ class Worker:
     def __init__(self) -> None:
         self.process: Any = None
         self.connection: Any = None
+        self.is_ready = False
 
     def ask(self, job: Job, limit: float = ROW_LIMIT) -> Row:
         """The row of a job. Never raises for what the job does."""
@@ -432,7 +435,14 @@ class Worker:
             self.process = spawn.Process(target=serve, args=(theirs,), daemon=False)
             self.process.start()
             theirs.close()
+            self.is_ready = False
         try:
+            if not self.is_ready:
+                if not self.connection.poll(START_LIMIT):
+                    self.stop()
+                    return {"error": f"did not start within {START_LIMIT:.0f} s"}
+                self.connection.recv()
+                self.is_ready = True
             self.connection.send(job)
             if not self.connection.poll(limit):
                 self.stop()

@@ -127,12 +127,13 @@ def test_other_packages_get_the_same_hyper_parameters() -> None:
 
 def serve_badly(connection: Connection) -> None:
     """A worker that dies, hangs, wants to be replaced, or says who it is."""
+    connection.send(None)
     while True:
         optimizer = connection.recv().optimizer
         if optimizer == "dies":
             os._exit(3)
         if optimizer == "hangs":
-            time.sleep(60)
+            time.sleep(3600)
         connection.send({"pid": os.getpid(), "restart": optimizer == "restart"})
 
 
@@ -181,6 +182,51 @@ def test_command_line(tmp_path: Path) -> None:
     assert "elr-uniform" in result.output
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """No worker is started; the optimizers that were measured."""
+    measured: list[str] = []
+
+    def ask(_: Worker, asked: Job, limit: float = 0) -> dict[str, Any]:
+        measured.append(asked.optimizer)
+        return perform(asked)
+
+    monkeypatch.setattr(Worker, "ask", ask)
+    return measured
+
+
+def test_rows_are_added_to_a_file_that_is_there(tmp_path: Path, in_this_process: list[str]) -> None:
+    out = tmp_path / "step_time.json"
+    arguments = ["--device", "cpu", "--workload", "tiny", "--seconds", "0", "--out", str(out)]
+    for chosen in (["torch-fused", "elr-none"], ["elr-none", "elr-angle"]):
+        before = json.loads(out.read_text()) if out.exists() else None
+        words = [word for name in chosen for word in ("--optimizer", name)]
+        result = CliRunner().invoke(step_time.app, [*arguments, *words, "--add"], env={"COLUMNS": "160"})
+        assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["optimizer"] for row in rows] == ["torch-fused", "elr-none", "elr-angle"]
+    assert before is not None
+    assert rows[0] == before["rows"][0]
+    assert rows[1] != before["rows"][1]
+    assert "torch-fused" in result.output  # what was there is in the table
+
+
+def test_no_row_is_started_when_the_budget_is_spent(
+    tmp_path: Path, in_this_process: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that only rows move."""
+    monkeypatch.setattr(step_time.time, "monotonic", lambda: 10.0 * len(in_this_process))
+    names = ("torch-fused", "torch-foreach", "elr-none", "elr-angle")
+    arguments = ["--device", "cpu", "--workload", "tiny", "--seconds", "0", "--budget", "15"]
+    arguments += [word for name in names for word in ("--optimizer", name)]
+    out = tmp_path / "step_time.json"
+    result = CliRunner().invoke(step_time.app, [*arguments, "--out", str(out)], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    assert in_this_process == ["torch-fused", "torch-foreach"]
+    assert "2 rows were not started: 15 s are over" in result.output
+    assert len(json.loads(out.read_text())["rows"]) == 2
+
+
 def test_host_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Worker, "ask", lambda _, asked, limit=0: perform(asked))
     monkeypatch.setattr(step_time, "HOST_OPTIMIZERS", ("torch-fused", "elr-none"))
@@ -194,7 +240,15 @@ def test_host_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row["cpu"]["us"][1] > 0 for row in rows)
 
 
-def test_end_to_end_command(tmp_path: Path) -> None:
+def test_end_to_end_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[set[int]] = []
+    write = step_time.write
+
+    def watched(path: Path, report: dict[str, Any]) -> None:
+        written.append({row["step"]["n"] for row in report["rows"]})
+        write(path, report)
+
+    monkeypatch.setattr(step_time, "write", watched)
     out = tmp_path / "end_to_end.json"
     arguments = [
         "end-to-end",
@@ -214,7 +268,7 @@ def test_end_to_end_command(tmp_path: Path) -> None:
     assert list(rows) == ["torch-fused", "elr-none", "elr-warmup", "elr-uniform"]
     assert rows["torch-fused"]["ratio"] == [1.0, 1.0, 1.0]
     assert rows["elr-warmup"]["handed_over"] is False
-    assert all(row["step"]["n"] == 2 for row in rows.values())
+    assert written == [{1}, {2}, {2}]  # after each round, and at the end
 
 
 def test_an_optimizer_that_fails_end_to_end_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
