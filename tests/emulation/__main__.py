@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -22,14 +23,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     names: Annotated[list[str], typer.Argument(metavar="JOB …", help="E.g. cooperative/17, see below.")],
     folder: Annotated[
-        Path | None, typer.Option(help="For the stub and Triton's cache.", show_default="in the temporary one")
+        Path | None,
+        typer.Option(help="For the stub and Triton's cache.", show_default="in the temporary one"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each job.")] = False,
 ) -> None:
     """Run compiled kernels without a GPU, and print what is wrong.
 
-    Jobs: two-launches/N and cooperative/N, random configuration number N (small/two-launches/N: of the small ones);
-    N may be a range, 0-9; hand-over/KIND; rounding/KIND; mutant/NAME.
+    Jobs: two-launches/N and cooperative/N, random configuration number N (small/two-launches/N: of the small ones;
+    N may be a range, 0-9); hand-over/KIND and rounding/KIND, KIND being two-launches or cooperative; mutant/NAME, of
+    `mutants.py`; barriers/KERNEL, each barrier left out in turn.
 
     Example: python -m tests.emulation small/cooperative/0-9 mutant/no-acquire
     """
@@ -50,14 +53,19 @@ def main(
     for name in expand(names):
         start = time.perf_counter()
         instructions = emulator.machine.instructions
-        findings = run_job(emulator, name)
+        try:
+            findings = run_job(emulator, name)
+        except Exception:  # the other jobs are still worth running
+            findings = [traceback.format_exc()]
         seconds = round(time.perf_counter() - start, 1)
         wrong += bool(findings)
         if as_json:
             print(json.dumps({"job": name, "findings": findings, "seconds": seconds}), flush=True)
         else:
             done = emulator.machine.instructions - instructions
-            print(f"{name}: {seconds} s, {done:,} instructions, {'; '.join(findings) or 'nothing'}", flush=True)
+            print(
+                f"{name}: {seconds} s, {done:,} instructions, {'; '.join(findings) or 'nothing'}", flush=True
+            )
     if wrong and not as_json:
         raise typer.Exit(1)
 

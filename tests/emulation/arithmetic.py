@@ -180,7 +180,9 @@ def _flushed(function: Callable[..., Array]) -> Callable[..., Array]:
     """`.ftz`: subnormal arguments and results are 0 of their sign."""
 
     def flush(x: Array) -> Array:
-        return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x).astype(np.float32)
+        return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x).astype(
+            np.float32
+        )
 
     return lambda *arguments: flush(function(*map(flush, arguments)))
 
@@ -387,9 +389,7 @@ def _reduced(function: np.ufunc) -> Callable[[Array, Array], Array]:
     return reduced
 
 
-OPERATIONS["shfl.sync.bfly.b32"] = Operation(
-    _butterfly, ("b32",), ("b32", "u32", "u32", "u32"), by_warp=True
-)
+OPERATIONS["shfl.sync.bfly.b32"] = Operation(_butterfly, ("b32",), ("b32", "u32", "u32", "u32"), by_warp=True)
 for _name, _function in (("min", np.minimum), ("max", np.maximum)):
     for _type in ("s32", "u32"):
         OPERATIONS[f"redux.sync.{_name}.{_type}"] = Operation(

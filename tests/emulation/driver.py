@@ -47,7 +47,16 @@ def environment(folder: Path) -> dict[str, str]:
     if not (folder / LIBRARY).exists():
         mine = folder / f"{LIBRARY}.{os.getpid()}"
         include = Path(triton.origin).parent / "backends" / "nvidia" / "include"
-        command = ["cc", "-shared", "-fPIC", f"-I{include}", f"-Wl,-soname,{LIBRARY}", "-o", mine, HERE / "stub.c"]
+        command = [
+            "cc",
+            "-shared",
+            "-fPIC",
+            f"-I{include}",
+            f"-Wl,-soname,{LIBRARY}",
+            "-o",
+            mine,
+            HERE / "stub.c",
+        ]
         subprocess.run(command, check=True)
         mine.rename(folder / LIBRARY)
     without = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LD_LIBRARY_PATH")}
@@ -65,7 +74,7 @@ class Emulator:
     tensors: by name, those that kernels find through tables of addresses; a launch may touch these and its arguments.
     mutation: what is done to the PTX of a module before it runs.
     cooperative: names of kernels that are launched as cooperative ones.
-    launches: kernel → number.
+    compiled: kernel → the PTX that was last launched, before it was mutated.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -73,7 +82,7 @@ class Emulator:
         self.tensors: dict[str, torch.Tensor] = {}
         self.mutation: Callable[[str], str] | None = None
         self.cooperative: set[str] = set()
-        self.launches: dict[str, int] = {}
+        self.compiled: dict[str, str] = {}
         self.error: BaseException | None = None
         self._modules: list[str] = []
         self._programs: dict[str, Program] = {}
@@ -102,7 +111,7 @@ class Emulator:
                 ctypes.string_at(parameters[i], PARAMETER_BYTES[type_])
                 for i, type_ in enumerate(program.parameters.values())
             ]
-            self.launches[program.name] = self.launches.get(program.name, 0) + 1
+            self.compiled[program.name] = self._modules[handle - 1]
             self.machine.launch(program, grid, shared, values, cooperative=bool(cooperative))
         except BaseException as error:
             self.error = error

@@ -32,8 +32,10 @@ from .ptx import (
 from .races import ATOMIC, KINDS, READ, WRITE, Access, Event, History
 
 WARP = 32
-# Polls of an unchanged memory after which a thread that waits is taken to wait forever.
+# Once all threads poll, so many polls in a row that see the same value are taken for a wait forever.
 PATIENCE = 10
+# How often a thread is chosen without asking whether it would poll in vain.
+RESTLESSNESS = 0.02
 MOST_INSTRUCTIONS = 20_000_000
 
 
@@ -58,13 +60,27 @@ class Group:
 
 @dataclass(eq=False)
 class Strand:
-    """Threads of a group that are at the same instruction. mask: which of the group, None: all."""
+    """Threads of a group that are at the same instruction. mask: which of the group, None: all.
+
+    polled: the address and the value that its last atomic left as it was; polls: how often in a row.
+    """
 
     group: Group
     position: int = 0
     mask: Array | None = None
-    polls: int = 0  # atomics in a row that changed nothing, while memory was as it is
-    changes_seen: int = -1
+    polled: tuple[Array, int] | None = None
+    polls: int = 0
+
+    def would_poll_in_vain(self) -> bool:
+        if self.polled is None:
+            return False
+        address, value = self.polled
+        return int(GlobalMemory.read(address, 4)[0]) == value
+
+    def saw(self, address: Array, old: int, new: int) -> None:
+        """An atomic, which may have been a poll."""
+        is_same = self.polled is not None and self.polled[0][0] == address[0] and self.polled[1] == new
+        self.polled, self.polls = (address, new) if new == old else None, self.polls + 1 if is_same else 1
 
 
 class Cta:
@@ -78,11 +94,17 @@ class Cta:
         for first in range(0, program.threads, size):
             threads = np.arange(first, first + size)
             registers = list(launch.registers)
-            values = {"%tid.x": threads, "%ctaid.x": number, "%nctaid.x": launch.grid, "%ntid.x": program.threads}
+            values = {
+                "%tid.x": threads,
+                "%ctaid.x": number,
+                "%nctaid.x": launch.grid,
+                "%ntid.x": program.threads,
+            }
             for name, slot in program.special.items():
                 registers[slot] = np.full(size, values.get(name, 0), np.uint32)
             self.running.append(Strand(Group(threads, registers)))
         self.waiting: list[Strand] = []
+        self.some_have_ended = False
         self.phase = 0  # barriers passed
         self.accesses = 0  # since the last of them
         launch.history.start(number, 0)
@@ -95,7 +117,9 @@ class Cta:
         """Up to `budget` instructions; fewer if the strand waits, ends, splits or has done an atomic."""
         code = self.launch.program.code
         registers = strand.group.registers
-        for executed in range(budget):
+        left = budget
+        while left > 0:
+            left -= 1
             instruction = code[strand.position]
             mask = strand.mask
             if instruction.guard is not None:
@@ -117,7 +141,7 @@ class Cta:
                 strand.position += 1
             elif EXECUTE[type(instruction)](self, strand, instruction, mask):
                 break
-        self.launch.machine.instructions += executed + 1
+        self.launch.machine.instructions += budget - left
 
     # Memory. Each returns whether the strand pauses.
 
@@ -168,7 +192,7 @@ class Cta:
         self.check(instruction, instruction.space, threads, addresses, size * n)
         if instruction.space == "global":
             self.log(instruction, strand, lanes, addresses, size * n, WRITE)
-            self.launch.changes += 1
+            strand.polled = None
         for i, slot in enumerate(instruction.values):
             values, at = strand.group.registers[slot][lanes], addresses + i * size
             if instruction.space == "global":
@@ -208,12 +232,7 @@ class Cta:
             launch.history.synchronize(
                 instruction.order, self.number, self.phase, thread, self.accesses, int(address[0])
             )
-            if new != old:
-                launch.changes += 1
-            elif strand.changes_seen == launch.changes:
-                strand.polls += 1
-            else:
-                strand.changes_seen, strand.polls = launch.changes, 1
+            strand.saw(address, old, new)
         return True
 
     def set(self, strand: Strand, slot: int, lanes: Array, values: Array) -> None:
@@ -236,7 +255,10 @@ class Cta:
         if (addresses % size).any():
             bad, what = addresses % size != 0, f"an access of {size} bytes is not aligned"
         elif space == "global":
-            bad, what = memory.is_outside(addresses, size), f"an access of {size} bytes is outside of all tensors"
+            bad, what = (
+                memory.is_outside(addresses, size),
+                f"an access of {size} bytes is outside of all tensors",
+            )
         elif space == "shared":
             bad = self.shared.is_outside(addresses, size)
             what = f"an access of {size} bytes is outside of the {self.shared.size} of shared memory"
@@ -288,8 +310,7 @@ class Cta:
 
     def exit(self, strand: Strand, instruction: Exit, mask: Array | None) -> bool:
         self.running.remove(strand)
-        if self.waiting:
-            self.report("threads end while others wait at a barrier", instruction)
+        self.some_have_ended = True
         self.pass_barrier()
         return True
 
@@ -297,9 +318,11 @@ class Cta:
         """Once all threads have come."""
         if self.running or not self.waiting:
             return
+        barrier = self.launch.program.code[self.waiting[0].position - 1]
+        if self.some_have_ended:
+            self.report("threads end while others wait at a barrier", barrier)
         if len({strand.position for strand in self.waiting}) > 1:
-            code = self.launch.program.code
-            self.report("threads meet at different barriers", code[self.waiting[0].position - 1])
+            self.report("threads meet at different barriers", barrier)
         together: dict[tuple[int, int], Strand] = {}
         for strand in self.waiting:
             first = together.setdefault((id(strand.group), strand.position), strand)
@@ -351,7 +374,6 @@ class Launch:
     parameters: Array
     registers: list[Array]
     history: History = field(default_factory=History)
-    changes: int = 0  # of global memory
 
 
 @dataclass
@@ -410,18 +432,19 @@ class Machine:
         self.report_races(launch)
 
     def choose(self, launch: Launch, ctas: Sequence[Cta], random_: random.Random) -> tuple[Cta, Strand]:
-        """Any strand but those that would poll memory that has not changed since their last poll.
+        """Any strand, but rarely one that polls what has not changed since its last poll.
 
         Raises:
             Fault: all of them have polled it again and again.
         """
+        is_restless = random_.random() < RESTLESSNESS
         for _ in range(4):  # mostly one of the first draws will do
             cta = random_.choice(ctas)
             strand = random_.choice(cta.running)
-            if strand.changes_seen != launch.changes:
+            if is_restless or not strand.would_poll_in_vain():
                 return cta, strand
         all_ = [(cta, strand) for cta in ctas for strand in cta.running]
-        awake = [pair for pair in all_ if pair[1].changes_seen != launch.changes]
+        awake = [pair for pair in all_ if not pair[1].would_poll_in_vain()]
         if not awake and all(strand.polls >= PATIENCE for _, strand in all_):
             raise Fault(
                 f"deadlock in {launch.program.name}: all {len(ctas)} CTAs that fit the GPU poll memory that nobody "

@@ -63,7 +63,9 @@ class GlobalMemory:
         for start, end, name in self.names:
             if start <= address < end:
                 return f"{name} byte {address - start}"
-        near = [(address - end, f"{address - end} bytes past the end of {name}") for _, end, name in self.names]
+        near = [
+            (address - end, f"{address - end} bytes past the end of {name}") for _, end, name in self.names
+        ]
         near += [(start - address, f"{start - address} bytes before {name}") for start, _, name in self.names]
         return min((x for x in near if x[0] >= 0), default=(0, f"{address:#x}"))[1]
 
@@ -104,7 +106,9 @@ class SharedMemory:
         if not self.is_written[at].all():
             fault = "unwritten shared memory is read"
         if ((self.write_phase[at] == phase) & (self.writer[at] != by)).any():
-            fault = "race in shared memory: another thread has written what is read, with no barrier in between"
+            fault = (
+                "race in shared memory: another thread has written what is read, with no barrier in between"
+            )
         other = (self.read_phase[at] == phase) & (self.reader[at] != by)
         self.reader[at] = np.where(other, self.SEVERAL, by)
         self.reader[at[self.reader[at] != by]] = self.SEVERAL  # several threads of this instruction

@@ -190,7 +190,9 @@ class _Translator:
             "guard": None if predicate is None else self.slot(predicate),
             "negated": negated == "!",
         }
-        listed = [operand.strip() for operand in re.split(r",(?![^{]*\})", operands)] if operands.strip() else []
+        listed = (
+            [operand.strip() for operand in re.split(r",(?![^{]*\})", operands)] if operands.strip() else []
+        )
         kind = opcode.split(".")[0]
         translate = {
             "ld": self.load,
@@ -272,7 +274,9 @@ class _Translator:
         results = self.several(operands[0]) if "{" in operands[0] else operands[0].split("|")
         arguments = [member for operand in operands[1:] for member in self.several(operand)]
         if (len(results), len(arguments)) != (len(operation.results), len(operation.arguments)):
-            raise self.unknown(f"{opcode} with {len(results)} results and {len(arguments)} arguments", "arithmetic.py")
+            raise self.unknown(
+                f"{opcode} with {len(results)} results and {len(arguments)} arguments", "arithmetic.py"
+            )
         return Arithmetic(
             **self.common,
             function=operation.function,
@@ -339,7 +343,12 @@ class _Translator:
         kind, *modifiers, operation, type_ = opcode.split(".")
         orders = [order for order in ORDERS if order in modifiers]
         known = set(modifiers) - set(orders) <= {"global", "gpu", "sys"} and len(orders) <= 1
-        if not known or "global" not in modifiers or operation not in ATOMIC_OPERATIONS or type_[0] not in "bu":
+        if (
+            not known
+            or "global" not in modifiers
+            or operation not in ATOMIC_OPERATIONS
+            or type_[0] not in "bu"
+        ):
             raise self.unknown(opcode)
         result, *rest = operands if kind == "atom" else [None, *operands]
         assert rest[0] is not None

@@ -1,7 +1,7 @@
 """Which accesses to global memory are ordered, and which of them race.
 
-Time within a CTA: *phase* counts the barriers that it has passed, *number* its accesses since the last one. Two accesses
-are ordered if one happens before the other:
+Time within a CTA: *phase* counts the barriers that it has passed, *number* its accesses since the last one. Two
+accesses are ordered if one happens before the other:
 
 - the same thread made it earlier, or the same CTA did in an earlier phase (`bar.sync` orders all threads of the CTA);
 - or it is *known* to the thread of the other one. A release on an atomic publishes what its thread knows and has done,
@@ -132,9 +132,7 @@ class History:
                 return True
         knowledge = self.contexts[second.cta, second.phase].of(second.thread, second.number)
         phase, numbers = knowledge.get(first.cta, (-1, {}))
-        return first.phase < phase or (
-            first.phase == phase and first.number <= numbers.get(first.thread, -1)
-        )
+        return first.phase < phase or (first.phase == phase and first.number <= numbers.get(first.thread, -1))
 
     def races(self) -> Iterator[Race]:
         """At most one for each pair of phases of CTAs and each place."""
@@ -157,7 +155,7 @@ class History:
                     yield Race(first, second, int(places[start]) * grain)
 
     def _events_by_place(self) -> tuple[Array, int]:
-        """Rows (place, then those of `Event`), a column for every thread and place, sorted by place; a place's bytes."""
+        """Rows (place, then those of `Event`), a column for each thread and place, by place; the bytes of a place."""
         grain = min(4, *(access.size for access in self.accesses), 4)
         columns = []
         for access in self.accesses:
@@ -179,16 +177,16 @@ class History:
         """Between events at one place, rows as in `Event`, in order of CTA, phase and kind. Whole phases are compared
         first: mostly all that one CTA did in a phase is known to another."""
         changes = np.flatnonzero((events[:3, 1:] != events[:3, :-1]).any(axis=0)) + 1
-        groups = [[Event(*event) for event in block.T.tolist()] for block in np.split(events, changes, axis=1)]
+        groups = [
+            [Event(*event) for event in block.T.tolist()] for block in np.split(events, changes, axis=1)
+        ]
         for i, writes in enumerate(groups):
             if writes[0].kind == READ:
                 continue
             for j, others in enumerate(groups):
                 if writes[0].kind == others[0].kind == ATOMIC or (others[0].kind != READ and j < i):
                     continue
-                if i != j and (
-                    self._precedes(writes[0], others[0]) or self._precedes(others[0], writes[0])
-                ):
+                if i != j and (self._precedes(writes[0], others[0]) or self._precedes(others[0], writes[0])):
                     continue
                 race = self._first_race(writes, others)
                 if race is not None:

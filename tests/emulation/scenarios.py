@@ -1,0 +1,107 @@
+"""What random configurations hardly reach: the step at which the warm-up ends, and stochastic rounding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from elropt import ELRSGD
+
+from .driver import Emulator
+from .machine import Schedule
+
+
+def hand_over(emulator: Emulator) -> Iterator[str]:
+    """All layers turn by nearly the same angle, so the warm-up soon ends: at the same step as in the specification,
+    whatever the schedule, with one pass of `decide` over the rows or several."""
+    for project, n_rows, seed in itertools.product([False, True], [2, 300], range(4)):
+        if n_rows > 2 and seed > 0:
+            continue
+        name = f"project={project}, {n_rows} rows, seed {seed}"
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(60, 40), (60, 40)] if n_rows == 2 else [(8, 8)] * n_rows
+        params = [nn.Parameter(_unit(torch.randn(shape, generator=generator))) for shape in shapes]
+        doubles = [nn.Parameter(p.detach().double()) for p in params]
+        actual, expected = (
+            ELRSGD(
+                [{"params": of, "scale_invariant": True}], lr=0.01, momentum=0.9, project=project, **backend
+            )
+            for of, backend in ((params, {"fused": True}), (doubles, {"fused": False, "foreach": False}))
+        )
+        flags: list[tuple[float, float]] = []
+        for step in range(4):
+            emulator.machine.schedule = Schedule(
+                seed=100 * seed + step,
+                by_warp=n_rows == 2 and seed % 2 == 1,
+                quantum=[3, 50, 300][step % 3],
+            )
+            for p, q in zip(params, doubles, strict=True):
+                g = torch.randn(p.shape, generator=generator)
+                g = _unit(g - p.detach() * (p.detach() * g).sum() / p.detach().square().sum())
+                p.grad = g * (1 + 0.02 * torch.rand((), generator=generator))
+                q.grad = p.grad.double()
+            actual.step()
+            expected.step()
+            ours, theirs = (
+                o.state[o.param_groups[0]["params"][0]]["handed_over"] for o in (actual, expected)
+            )
+            flags.append((ours.item(), theirs.item()))
+            error = max(
+                ((p - q).abs().max() / q.abs().max()).item() for p, q in zip(params, doubles, strict=True)
+            )
+            if ours != theirs or error > 1e-5:
+                yield f"{name}, step {step}: handed over {flags[-1]}, relative error {error:.1e}"
+        if flags[-1] != (1.0, 1.0):
+            yield f"{name}: the warm-up has not ended"
+        yield from (f"{name}: {report}" for report in emulator.machine.reports)
+        emulator.machine.reports.clear()
+
+
+def _unit(t: Tensor) -> Tensor:
+    return t / t.norm()
+
+
+def rounding(emulator: Emulator) -> Iterator[str]:
+    """The same step again and again: each result is a neighbour in bfloat16, their mean is the exact one, and the bits
+    of one step say nothing about those of another."""
+    n, repeats, lr = 2 * 4096 + 700, 12, 1e-3
+    for rule, offset, by_warp in itertools.product([None, "uniform"], [0, 1], [False, True]):
+        name = f"rule={rule}, offset {offset}, by_warp={by_warp}"
+        emulator.machine.schedule = Schedule(seed=3, by_warp=by_warp)
+        flat = torch.randn(n + 1, generator=torch.Generator().manual_seed(0)).bfloat16()
+        p = nn.Parameter(flat[offset : offset + n])
+        start = p.detach().clone()
+        optimizer = ELRSGD(
+            [{"params": [p], "scale_invariant": True}], lr=lr, rule=rule, stochastic_rounding=7, fused=True
+        )
+        results = []
+        for _ in range(repeats):
+            with torch.no_grad():
+                p.copy_(start)
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            results.append(p.detach().double())
+        rounded, exact = torch.stack(results), start.double() - lr
+        ulp = (exact.abs().log2().floor() - 7).exp2()
+        farthest = ((rounded - exact).abs() / ulp).max().item()
+        if farthest >= 1.01:
+            yield f"{name}: a result is {farthest:.3f} units of the last place off"
+        error = (rounded.mean(dim=0) - exact) / ulp
+        standard_error = (error.std() / n**0.5).item()
+        if abs(error.mean().item()) > 5 * standard_error:
+            yield f"{name}: the mean is off by {error.mean():.4f} ± {standard_error:.4f} units of the last place"
+        up = (exact / ulp).remainder(1)
+        agreement = up.square() + (1 - up).square()
+        spread = (agreement * (1 - agreement)).sum().sqrt() / n
+        for step in range(1, repeats):
+            same = (rounded[0] == rounded[step]).double().mean()
+            if abs(same - agreement.mean()) > 5 * spread:
+                yield f"{name}: step {step} agrees with the first in {same:.3f}, by chance {agreement.mean():.3f}"
+        yield from (f"{name}: {report}" for report in emulator.machine.reports)
+        emulator.machine.reports.clear()
+
+
+SCENARIOS: dict[str, Callable[[Emulator], Iterator[str]]] = {"hand-over": hand_over, "rounding": rounding}
