@@ -17,9 +17,8 @@ from .machine import Schedule
 def hand_over(emulator: Emulator) -> Iterator[str]:
     """All layers turn by nearly the same angle, so the warm-up soon ends: at the same step as in the specification,
     whatever the schedule, with one pass of `decide` over the rows or several."""
-    for project, n_rows, seed in itertools.product([False, True], [2, 300], range(4)):
-        if n_rows > 2 and seed > 0:
-            continue
+    cases = [*itertools.product([False, True], [2], range(4)), (False, 260, 0)]
+    for project, n_rows, seed in cases:
         name = f"project={project}, {n_rows} rows, seed {seed}"
         generator = torch.Generator().manual_seed(seed)
         shapes = [(60, 40), (60, 40)] if n_rows == 2 else [(8, 8)] * n_rows
@@ -32,7 +31,7 @@ def hand_over(emulator: Emulator) -> Iterator[str]:
             for of, backend in ((params, {"fused": True}), (doubles, {"fused": False, "foreach": False}))
         )
         flags: list[tuple[float, float]] = []
-        for step in range(4):
+        for step in range(4 if n_rows == 2 else 2):
             emulator.machine.schedule = Schedule(
                 seed=100 * seed + step,
                 by_warp=n_rows == 2 and seed % 2 == 1,
@@ -67,9 +66,10 @@ def _unit(t: Tensor) -> Tensor:
 def rounding(emulator: Emulator) -> Iterator[str]:
     """The same step again and again: each result is a neighbour in bfloat16, their mean is the exact one, and the bits
     of one step say nothing about those of another."""
-    n, repeats, lr = 2 * 4096 + 700, 12, 1e-3
+    n, lr = 4096 + 700, 1e-3
     for rule, offset, by_warp in itertools.product([None, "uniform"], [0, 1], [False, True]):
         name = f"rule={rule}, offset {offset}, by_warp={by_warp}"
+        repeats = 3 if by_warp else 12
         emulator.machine.schedule = Schedule(seed=3, by_warp=by_warp)
         flat = torch.randn(n + 1, generator=torch.Generator().manual_seed(0)).bfloat16()
         p = nn.Parameter(flat[offset : offset + n])
