@@ -29,7 +29,7 @@ from .ptx import (
     Program,
     Store,
 )
-from .races import ATOMIC, KINDS, READ, WRITE, Access, Event, History
+from .races import ATOMIC, ATOMIC_READ, KINDS, READ, WRITE, Access, Event, History
 
 WARP = 32
 # Once all threads poll, so many polls in a row that see the same value are taken for a wait forever.
@@ -221,11 +221,14 @@ class Cta:
         launch, size = self.launch, instruction.size
         for i in range(len(lanes)):
             lane, address = lanes[i : i + 1], addresses[i : i + 1]
-            self.log(instruction, strand, lane, address, size, ATOMIC)
-            old = int(GlobalMemory.read(address, size)[0])
-            arguments = [int(strand.group.registers[slot][lane[0]]) for slot in instruction.arguments]
-            new = instruction.operation(old, *arguments) & ((1 << 8 * size) - 1)
-            GlobalMemory.write(address, size, np.array([new], f"u{size}"))
+            old = new = int(GlobalMemory.read(address, size)[0])
+            if instruction.operation is None:
+                self.log(instruction, strand, lane, address, size, ATOMIC_READ)
+            else:
+                self.log(instruction, strand, lane, address, size, ATOMIC)
+                arguments = [int(strand.group.registers[slot][lane[0]]) for slot in instruction.arguments]
+                new = instruction.operation(old, *arguments) & ((1 << 8 * size) - 1)
+                GlobalMemory.write(address, size, np.array([new], f"u{size}"))
             if instruction.result is not None:
                 self.set(strand, instruction.result, lane, np.array([old], f"u{size}"))
             thread = int(strand.group.threads[lane[0]])

@@ -69,19 +69,9 @@ def replaced(pattern: str, by: str, count: int = 0) -> Callable[[str], str]:
     return lambda text: re.sub(pattern, by, text, count=count)
 
 
-def with_order(order: str, *, polls: bool) -> Callable[[str], str]:
-    """Other memory orders for the atomics that poll (they add 0), or for those that count."""
-
-    def mutate(text: str) -> str:
-        def change(match: re.Match[str]) -> str:
-            adds_nothing = re.search(rf"mov\.[bu]32\s+{match[3]}, 0;", text) is not None
-            if adds_nothing != polls:
-                return match[0]
-            return re.sub(r"gpu\.\w+\.add", f"gpu.{order}.add", match[0])
-
-        return ATOMIC.sub(change, text)
-
-    return mutate
+def counting(order: str) -> Callable[[str], str]:
+    """Another memory order for the atomics that count."""
+    return replaced(r"\.gpu\.acq_rel\.add", f".gpu.{order}.add")
 
 
 def without_resets(text: str) -> str:
@@ -112,24 +102,24 @@ RACE = "race between CTAs"
 MUTANTS = {
     "programs-count-without-order": Mutant(
         "measure_kernel",
-        with_order("relaxed", polls=False),
+        counting("relaxed"),
         f"{RACE}, measure_kernel.*partials",
         "the last program of a row reads what others have not published",
     ),
     "programs-count-without-release": Mutant(
-        "measure_kernel", with_order("acquire", polls=False), RACE, "nothing is ever published"
+        "measure_kernel", counting("acquire"), RACE, "nothing is ever published"
     ),
     "programs-count-without-acquire": Mutant(
-        "measure_kernel", with_order("release", polls=False), RACE, "nobody learns what is published"
+        "measure_kernel", counting("release"), RACE, "nobody learns what is published"
     ),
     "gate-is-polled-without-acquire": Mutant(
         "cooperative_kernel",
-        with_order("relaxed", polls=True),
+        replaced(r"\.gpu\.acquire\.", ".gpu.relaxed."),
         f"{RACE}.*controls",
         "programs go on without having learned what was decided",
     ),
     "gate-is-opened-without-release": Mutant(
-        "cooperative_kernel", with_order("acquire", polls=False), RACE, "what was decided is not published"
+        "cooperative_kernel", counting("acquire"), RACE, "what was decided is not published"
     ),
     "grid-larger-than-resident": Mutant(
         "cooperative_kernel",

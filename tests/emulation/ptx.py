@@ -78,10 +78,10 @@ class MatrixLoad(Instruction):
 
 @dataclass(frozen=True, kw_only=True)
 class Atomic(Instruction):
-    """order: one of ORDERS. operation: what is stored, from what was there and the arguments."""
+    """order: one of ORDERS. operation: what is stored, from what was there and the arguments; None for a load."""
 
     order: str
-    operation: Callable[..., int]
+    operation: Callable[..., int] | None
     address: Address
     size: int
     arguments: tuple[int, ...]
@@ -302,6 +302,8 @@ class _Translator:
         return space, number, bits_of(type_) // 8
 
     def load(self, opcode: str, operands: list[str]) -> Instruction:
+        if ".gpu." in opcode:
+            return self.atomic_load(opcode, operands)
         # .ca and .cg say in which cache it may be found: without a race the value is the same
         space, number, size = self.memory(opcode, {"ca", "cg"})
         results = self.several(operands[0])
@@ -313,6 +315,21 @@ class _Translator:
             address=self.address(operands[1], space),
             size=size,
             results=tuple(map(self.slot, results)),
+        )
+
+    def atomic_load(self, opcode: str, operands: list[str]) -> Instruction:
+        """ld.global.gpu.ORDER.TYPE: what Triton makes of an atomic that adds 0."""
+        match = re.fullmatch(r"ld\.global\.gpu\.(relaxed|acquire)\.(b32|b64)", opcode)
+        if match is None:
+            raise self.unknown(opcode)
+        return Atomic(
+            **self.common,
+            order=match[1],
+            operation=None,
+            address=self.address(operands[1], "global"),
+            size=bits_of(match[2]) // 8,
+            arguments=(),
+            result=self.slot(operands[0]),
         )
 
     def store(self, opcode: str, operands: list[str]) -> Instruction:

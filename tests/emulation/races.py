@@ -26,8 +26,14 @@ from .arithmetic import Array
 # CTA → (phase, {thread: number}): all that it did before this phase, and in it what these threads did up to a number.
 Knowledge = dict[int, tuple[int, dict[int, int]]]
 
-READ, WRITE, ATOMIC = range(3)
-KINDS = ("read", "write", "atomic")
+READ, WRITE, ATOMIC, ATOMIC_READ = range(4)
+KINDS = ("read", "write", "atomic", "atomic read")
+
+
+def conflict(a: int, b: int) -> bool:
+    """Whether two accesses of these kinds must be ordered."""
+    writes = {WRITE, ATOMIC} & {a, b}
+    return bool(writes) and not {a, b} <= {ATOMIC, ATOMIC_READ}
 
 
 def join(a: Knowledge, b: Knowledge) -> Knowledge:
@@ -180,15 +186,13 @@ class History:
         groups = [
             [Event(*event) for event in block.T.tolist()] for block in np.split(events, changes, axis=1)
         ]
-        for i, writes in enumerate(groups):
-            if writes[0].kind == READ:
-                continue
-            for j, others in enumerate(groups):
-                if writes[0].kind == others[0].kind == ATOMIC or (others[0].kind != READ and j < i):
+        for i, some in enumerate(groups):
+            for j, others in enumerate(groups[i:], i):
+                if not conflict(some[0].kind, others[0].kind):
                     continue
-                if i != j and (self._precedes(writes[0], others[0]) or self._precedes(others[0], writes[0])):
+                if i != j and (self._precedes(some[0], others[0]) or self._precedes(others[0], some[0])):
                     continue
-                race = self._first_race(writes, others)
+                race = self._first_race(some, others)
                 if race is not None:
                     yield race
 
@@ -198,8 +202,8 @@ class History:
             return first.phase < second.phase
         return first.phase < self.contexts[second.cta, second.phase].common.get(first.cta, (-1, {}))[0]
 
-    def _first_race(self, writes: list[Event], others: list[Event]) -> tuple[Event, Event] | None:
-        for x in writes:
+    def _first_race(self, some: list[Event], others: list[Event]) -> tuple[Event, Event] | None:
+        for x in some:
             for y in others:
                 same = (x.cta, x.thread) == (y.cta, y.thread)
                 if not same and not self.happens_before(x, y) and not self.happens_before(y, x):

@@ -87,6 +87,16 @@ def test_a_message_needs_a_release_and_an_acquire(sent: str, received: str, seed
     assert data.tolist() == [7, 7]
 
 
+@pytest.mark.parametrize("order", ["relaxed", "acquire"])
+def test_a_flag_may_be_polled_by_loads(order: str) -> None:
+    body = MESSAGE.replace("SENT", "release").replace(
+        "atom.global.gpu.RECEIVED.add.u32 %r4, [%rd91], 0;", f"ld.global.gpu.{order}.b32 %r4, [%rd91];"
+    )
+    data, flag = np.array([1, 2], np.uint32), np.zeros(1, np.uint32)
+    reports = launch(kernel(body, parameters=2), data, flag, grid=2, schedule=Schedule(resident=2, quantum=4))
+    assert any("race between CTAs" in report for report in reports) == (order == "relaxed")
+
+
 # CTA 0 sends, CTA 1 counts on in between with some order, CTA 2 receives at the second count.
 CHAIN = (
     MESSAGE.replace("SENT", "release")
