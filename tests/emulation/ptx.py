@@ -183,7 +183,7 @@ class _Translator:
         guarded = re.match(r"@(!?)(%\w+)\s+(.*)$", text)
         negated, predicate, rest = guarded.groups() if guarded else ("", None, text)
         opcode, _, operands = rest.partition("\t") if "\t" in rest else rest.partition(" ")
-        opcode = opcode.strip()
+        opcode = opcode.strip().replace("shared::cta", "shared")  # the two mean the same
         self.common = {
             "text": re.sub(r"\s+", " ", text),
             "source": source,
