@@ -98,6 +98,7 @@ def test_bad_arguments(arguments: list[str], message: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*scale-invariant")
+@pytest.mark.usefixtures("threads_for_processes")
 def test_nets_without_tracked_layers_train_and_are_drawn(tmp_path: Path) -> None:
     arguments = [
         *ARGUMENTS,

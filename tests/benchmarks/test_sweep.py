@@ -47,6 +47,7 @@ def run(specs: list[Spec], file: Path, work: Any = square) -> list[dict[str, Any
     return sweeps.sweep(specs, work, file, jobs=1, console=QUIET)
 
 
+@pytest.mark.usefixtures("threads_for_processes")
 def test_rows_come_in_the_order_of_the_specs_and_no_spec_runs_twice(tmp_path: Path) -> None:
     specs = [Spec(value, str(tmp_path)) for value in (3.0, 1.0, 2.0, 1.0)]
     rows = run(specs, tmp_path / "out" / "rows.jsonl")
@@ -58,6 +59,7 @@ def test_rows_come_in_the_order_of_the_specs_and_no_spec_runs_twice(tmp_path: Pa
     assert sorted((tmp_path / "calls").read_text().split()) == ["1.0", "2.0", "3.0", "5.0"]
 
 
+@pytest.mark.usefixtures("threads_for_processes")
 def test_a_failing_run_costs_only_its_own_row(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError, match="two") as raised:
@@ -93,6 +95,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert calls.count("0.0") == calls.count("1.0") == 1
 
 
+@pytest.mark.usefixtures("threads_for_processes")
 def test_a_line_cut_short_is_dropped_and_others_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     run([Spec(1.0), Spec(2.0)], file)
