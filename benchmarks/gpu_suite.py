@@ -15,8 +15,8 @@ code, seconds, what failed and the end of what it printed), `suite.log` (all of 
 benchmarks. A later call with the same DIR adds its parts; one that runs again replaces its result.
 
 Where the time goes, for 16 cores and an H200. These are estimates: nothing has been timed on a GPU.
-Distinct kernels were counted by the arguments of their launches. Triton 3.6 took 0.54 s of one core for each of the 43 of
-`compile`, launchers included, without a GPU; the table has 1.5 s, and 10 s until a process has imported torch and
+Distinct kernels were counted by the arguments of their launches. Triton 3.6 took 0.54 s of one core for each of the 43
+of `compile`, launchers included, without a GPU; the table has 1.5 s, and 10 s until a process has imported torch and
 reached the GPU.
 
 | part | limit, s | what it does |
