@@ -10,6 +10,7 @@ holds the same cases to what they promise.
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import re
 import subprocess
@@ -102,10 +103,10 @@ def compile_cases() -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from elropt.kernels import cooperative, tables
-    from elropt.kernels.measure import measure_kernel
-    from elropt.kernels.update import update_kernel
-
+    names = ("measure", "update", "cooperative", "tables")
+    measure, update, cooperative, tables = (
+        importlib.import_module(f"elropt.kernels.{name}") for name in names
+    )
     types: dict[str, Any] = {"addresses": "*i64", "segments": "*i64", "chunk_segment": "*i32"}
     types |= {"counters": "*i32", "gate": "*i32", "group_of_row": "*i32", "step": "*i64", "seed": "i64"}
     types |= dict.fromkeys(["n_rows", "read_all", "read_momentum", "n_deciding"], "i32")
@@ -116,8 +117,8 @@ def compile_cases() -> Report:
         "SUMS": 1, "NESTEROV": True, "MAXIMIZE": False, "CHUNK": tables.CHUNK,
     }  # fmt: skip
     kernels: dict[str, Any] = {
-        "measure": measure_kernel,
-        "update": update_kernel,
+        "measure": measure.measure_kernel,
+        "update": update.update_kernel,
         "cooperative": cooperative.cooperative_kernel,
     }
     elements = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}

@@ -1,5 +1,6 @@
 """elropt: SGD that measures and controls the effective learning rate of every layer."""
 
+from . import _checkout as _checkout  # first: what follows needs elropt.kernels
 from .monitor import LayerRow as LayerRow
 from .monitor import LayerTable as LayerTable
 from .monitor import Recorder as Recorder

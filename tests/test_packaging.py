@@ -23,33 +23,46 @@ def run(*command: str | Path, **kwargs: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that no build folder is left in the checkout."""
-    source, out = tmp_path_factory.mktemp("source") / "elropt", tmp_path_factory.mktemp("dist")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files, as a zip or a clone without symbolic links has them."""
+    folder = tmp_path_factory.mktemp("source") / "elropt-main"
     files = run("git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in filter(None, files):
-        target = source / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_symlink():
-            target.symlink_to((ROOT / name).readlink())
-        elif (ROOT / name).exists():
-            target.write_bytes((ROOT / name).read_bytes())
+        assert not (ROOT / name).is_symlink(), name
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source)
     assert len(list(out.glob("*.tar.gz"))) == 1
     return next(out.glob("*.whl"))
 
 
 def test_contents(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    top = {name.split("/")[0] for name in names}
-    assert {"elropt"} == {name for name in top if not name.endswith(".dist-info")}
-    for name in (
+    """Every module, and nothing else: no stub that stands for the kernels in a checkout."""
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == {
         "elropt/py.typed",
-        "elropt/optimizer.py",
-        "elropt/kernels/__init__.py",
-        "elropt/kernels/update.py",
-    ):
-        assert name in names
+        *(f"elropt/{path.name}" for path in (ROOT / "elropt").glob("*.py")),
+        *(f"elropt/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")),
+    }
+
+
+def test_a_checkout_needs_no_installation_and_uses_its_own_kernels(source: Path, tmp_path: Path) -> None:
+    """Where these tests run, another checkout is installed."""
+    code = """
+import sys, elropt, elropt.kernels.tables
+print(elropt.__file__, elropt.kernels.__file__, elropt.kernels.tables.__file__, sep="\\n")
+assert "kernels" not in sys.modules
+"""
+    files = run(sys.executable, "-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(source)})
+    names = ("elropt/__init__.py", "kernels/__init__.py", "kernels/tables.py")
+    assert [Path(line).resolve() for line in files.splitlines()] == [(source / n).resolve() for n in names]
 
 
 def test_install_and_import(wheel: Path, tmp_path: Path) -> None:
