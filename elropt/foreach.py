@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from .reference import Rows, factor_for, is_low_precision, upcast
+from .reference import Rows, buffer_dtype, factor_for, is_low_precision, upcast
 
 __all__ = ["can_use", "measure", "update"]
 
@@ -118,7 +118,10 @@ def _update_alike(
     plain = (
         s is None and a is None and p is None and (not isinstance(lr, Tensor) or not is_low_precision(ws[0]))
     )
-    dtypes = [g.dtype for g in gs]
+    dtypes = [
+        None if plain else buffer_dtype(w, g, weight_decay) for w, g in zip(ws, gs, strict=True)
+    ]  # of new buffers
+    grad_dtypes = [g.dtype for g in gs]
     ŵs, gs = (ws, gs) if plain else ([upcast(w) for w in ws], [upcast(g) for g in gs])
     if a is not None:
         ŵs = torch._foreach_mul(ŵs, a)
@@ -130,10 +133,17 @@ def _update_alike(
         gs = torch._foreach_add(gs, torch._foreach_mul(ŵs, weight_decay))
     elif weight_decay != 0:
         gs = torch._foreach_add(gs, ŵs, alpha=weight_decay)
+        if plain and maximize:  # there torch.optim.SGD adds in place
+            gs = [g.to(dtype) for g, dtype in zip(gs, grad_dtypes, strict=True)]
     us = gs
     if momentum != 0:
         ms = _advance_momentum(gs, bufs, dtypes, momentum, dampening)
-        us = torch._foreach_add(gs, ms, alpha=momentum) if nesterov else ms
+        us = ms
+        if nesterov:  # rounded as in place
+            us = [
+                u.to(g.dtype)
+                for u, g in zip(torch._foreach_add(gs, ms, alpha=momentum), gs, strict=True)
+            ]
     if p is not None:
         us = torch._foreach_sub(us, torch._foreach_mul(ŵs, p))
     if isinstance(lr, Tensor):
@@ -147,24 +157,28 @@ def _update_alike(
 def _advance_momentum(
     gs: Tensors,
     bufs: list[Tensor | None],
-    dtypes: list[torch.dtype],
+    dtypes: list[torch.dtype | None],
     momentum: float,
     dampening: float,
 ) -> list[Tensor]:
-    """m ← μ·m + (1−d)·g̃ in the dtype of g̃, m ← g̃ where there is no buffer; stored into `bufs` in its `dtypes`."""
-    present = [m for m in bufs if m is not None]
-    if len(present) == len(bufs):
-        ms = [m if m.dtype == g.dtype else m.to(g.dtype) for m, g in zip(present, gs, strict=True)]
+    """m ← μ·m + (1−d)·g̃, m ← g̃ where there is no buffer; stored into `bufs`. Computed in place, and new buffers have the
+    dtype of g̃, where `dtypes` has None, as in `torch.optim.SGD`; else in the dtype of g̃, and new buffers get theirs."""
+    old = [
+        m if m is None or dtype is None or m.dtype == g.dtype else m.to(g.dtype)
+        for m, g, dtype in zip(bufs, gs, dtypes, strict=True)
+    ]
+    ms = [m for m in old if m is not None]
+    if len(ms) == len(old):
         torch._foreach_mul_(ms, momentum)
         torch._foreach_add_(ms, gs, alpha=1 - dampening)
     else:
         ms = [
-            g.detach().clone() if m is None else m.to(g.dtype).mul_(momentum).add_(g, alpha=1 - dampening)
-            for m, g in zip(bufs, gs, strict=True)
+            g.detach().clone() if m is None else m.mul_(momentum).add_(g, alpha=1 - dampening)
+            for m, g in zip(old, gs, strict=True)
         ]
     for i, (m, buf, dtype) in enumerate(zip(ms, bufs, dtypes, strict=True)):
         if buf is None:
-            bufs[i] = m.to(dtype)
+            bufs[i] = m if dtype is None else m.to(dtype)
         elif m is not buf:
             buf.copy_(m)
     return ms

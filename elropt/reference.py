@@ -108,7 +108,7 @@ def update(
         if momentum != 0:
             if buf is None:
                 m = g.detach().clone()
-                momentum_buffers[i] = m.to(grads[i].dtype)
+                momentum_buffers[i] = m if plain else m.to(buffer_dtype(w, grads[i], weight_decay))
             else:
                 m = (buf if plain else upcast(buf)).mul_(momentum).add_(g, alpha=1 - dampening)
                 store(m, buf)
@@ -127,6 +127,12 @@ def update(
 def is_low_precision(t: Tensor) -> bool:
     """Whether sums and products of this dtype are computed in float32."""
     return t.dtype in (torch.bfloat16, torch.float16)
+
+
+def buffer_dtype(w: Tensor, grad: Tensor, weight_decay: float | Tensor) -> torch.dtype:
+    """That of the first momentum buffer of `torch.optim.SGD`: of g + ω·w."""
+    has_decay = isinstance(weight_decay, Tensor) or weight_decay != 0
+    return torch.promote_types(grad.dtype, w.dtype) if has_decay else grad.dtype
 
 
 def upcast(t: Tensor) -> Tensor:
