@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import kernels
 from .distributed import (
@@ -24,7 +25,16 @@ from .distributed import (
 )
 from .functional import Group, apply, choose_backend, elr_sgd, measure
 from .reference import is_low_precision
-from .rules import RADIAL_TESTS, Hyper, LayerControls, LayerStats, RuleState, decide, growth_gain
+from .rules import (
+    RADIAL_TESTS,
+    Hyper,
+    LayerControls,
+    LayerStats,
+    RuleState,
+    decide,
+    growth_gain,
+    radial_test,
+)
 
 ROW_STATE_KEYS = RuleState._fields[:-1]
 STATE_DTYPES = {**dict.fromkeys(RuleState._fields, torch.float32), "rounding_step": torch.int64}
@@ -58,7 +68,10 @@ def rule_key(group: Mapping[str, Any]) -> tuple[str | None, str, bool]:
 
 
 def count_rows(p: Tensor, group: Mapping[str, Any]) -> int:
-    """Rows of a parameter in the rule's vectors; 0 if the rule never concerns it."""
+    """Rows of a parameter in the rule's vectors; 0 if the rule never concerns it: nothing depends on a tensor without
+    entries, or on one of a lazy module that has not run yet."""
+    if is_lazy(p) or p.numel() == 0:
+        return 0
     wanted = group.get("scale_invariant")
     if wanted is False or (wanted is None and (p.dim() < 2 or not p.is_floating_point())):
         return 0
@@ -109,10 +122,11 @@ class Ensemble:
         handed_over = torch.zeros((), dtype=torch.float32, device=self.device)
         self._views: list[tuple[Tensor, str, Tensor]] = []
         always = {p for group in self.groups if group.get("scale_invariant") for p in group["params"]}
-        first = 0
+        first, seen = 0, False
         for p, count in counts.items():
             views = {key: packed[i, first : first + count] for i, key in enumerate(ROW_STATE_KEYS)}
             held = state.get(p, {}) if self.has_rule else {}
+            seen = seen or "tracked" in held
             for key, view in views.items():
                 if key in held and held[key].numel() == count:
                     view.copy_(held[key].view(count), non_blocking=True)
@@ -128,11 +142,22 @@ class Ensemble:
                 self._leave(state, p, {"handed_over": handed_over})
         self._remember_rounding(state)
         c, radius, tracked = packed
+        self._untested = self._tests_left(tracked if seen else None, always)
         return RuleState(c, radius, tracked, handed_over), packed
 
     def _leave(self, state: State, p: Tensor, views: Mapping[str, Tensor]) -> None:
         state[p].update(views)
         self._views += [(p, key, view) for key, view in views.items()]
+
+    def _tests_left(self, tracked: Tensor | None, always: set[Tensor]) -> dict[Tensor, int]:
+        """How many more steps test the rows of a parameter, of those that any tests are left of. Reads `tracked`, given
+        where a state has been taken over."""
+        counts = {p: n for p, n in self.row_counts.items() if n}
+        if tracked is None or not is_readable(tracked):
+            return {p: RADIAL_TESTS for p in counts if p not in always}
+        passed = tracked.cpu().numpy()
+        done = np.split((passed < 0) | (passed == RADIAL_TESTS), np.cumsum(list(counts.values()))[:-1])
+        return {p: RADIAL_TESTS for p, rows in zip(counts, done, strict=True) if not rows.all()}
 
     def _remember_rounding(self, state: State) -> None:
         """One counter of steps for all parameters that are rounded stochastically."""
@@ -261,7 +286,7 @@ class Ensemble:
             self._forget_frozen(self._present)
         if isinstance(prepared, FusedEnsemble):
             active = self.has_rule and not self._is_over()
-            if record and not active:
+            if not active and (record or self._has_untested()):
                 groups = self.prepare_groups(state)
                 self._last = self.measure_now(groups, remember=True, grad_scale=grad_scale)
             prepared.step(active=active, read_all=record, grad_scale=grad_scale, found_inf=found_inf)
@@ -269,6 +294,7 @@ class Ensemble:
             self._grad_scale = None if active or grad_scale is None else grad_scale.clone()
             self._decided = active
             if active:
+                self._count_tests()
                 self._watch.look()
             new = prepared.new_buffers(state)
         else:
@@ -323,7 +349,7 @@ class Ensemble:
             self._keep(rows, after)
             self._last = self._record(groups, stats, controls, after.tracked)
             return
-        if record:
+        if record or self._has_untested():
             self._last = self.measure_now(groups, remember=True)
         apply(groups, self._controls_without_rule(groups), per_filter=self.per_filter)
 
@@ -355,7 +381,11 @@ class Ensemble:
                 grad_sq=stats.grad_sq / scale**2, weight_dot_grad=stats.weight_dot_grad / scale
             )
         if self.has_rule and self._is_over():
-            return self._record(groups, stats, LayerControls(), state.tracked)
+            tracked = radial_test(stats, state.tracked, self._hyper(groups).numel)
+            if remember:
+                self.memory.tracked[rows] = tracked
+                self._count_tests()
+            return self._record(groups, stats, LayerControls(), tracked)
         controls, after = decide(
             stats=stats, state=state, hyper=self._hyper(groups), absent=absent, **self._decision
         )
@@ -377,6 +407,10 @@ class Ensemble:
     def _is_over(self) -> bool:
         """Whether this rule has nothing left to do."""
         return self.rule == "warmup" and not self.project and self._watch.warmup_is_over()
+
+    def _has_untested(self) -> bool:
+        """Layers that come after the end of the warm-up are tested too: reports want to know which are invariant."""
+        return self.has_rule and any(p.grad is not None for p in self._untested)
 
     def _controls_without_rule(self, groups: list[Group]) -> LayerControls:
         """Plain SGD. On a GPU the step at which the host learns of the hand-over depends on timing, so there the
@@ -406,7 +440,14 @@ class Ensemble:
         for kept, new in zip(self.memory[:-1], after[:-1], strict=True):
             kept[rows] = new
         self.memory.handed_over.copy_(after.handed_over)
+        self._count_tests()
         self._watch.look()
+
+    def _count_tests(self) -> None:
+        for p in [p for p in self._untested if p.grad is not None]:
+            self._untested[p] -= 1
+            if self._untested[p] == 0:
+                del self._untested[p]
 
     def _hyper(self, groups: list[Group]) -> Hyper:
         """The groups' hyper-parameters by row; uploaded only when one of them changed."""
@@ -590,21 +631,23 @@ class HandOverWatch:
     On the CPU the flag is read in memory. On a GPU each look enqueues a copy into pinned memory; the host learns of
     it at the first step after the copy has arrived, and until then measures without effect. With `in_step`, for ranks
     that must all stop measuring at the same step since they measure together, it learns of it at the next look,
-    `STEPS_PER_LOOK` steps later; should the copy not have arrived even then, it is waited for.
+    `STEPS_PER_LOOK` steps later; should the copy not have arrived even then, it is waited for. Where there is no data
+    (`is_readable`), the warm-up never ends.
     """
 
     def __init__(self, flag: Tensor, *, in_step: bool = False) -> None:
         self.flag = flag
+        self.is_readable = is_readable(flag)
         self.in_step = in_step and flag.is_cuda
         self.over_in_step = False
         self.copy = torch.zeros((), dtype=torch.float32, pin_memory=True) if flag.is_cuda else flag
-        self.value = self.copy.numpy()
+        self.value = self.copy.numpy() if self.is_readable else np.zeros(())
         self.arrival: torch.cuda.Event | None = None
         self.steps = itertools.count(1)
 
     def look(self) -> None:
         """Ask for the flag, now and then; at most one question is under way."""
-        if not self.flag.is_cuda or next(self.steps) % STEPS_PER_LOOK != 0:
+        if not self.is_readable or not self.flag.is_cuda or next(self.steps) % STEPS_PER_LOOK != 0:
             return
         if torch.cuda.is_current_stream_capturing():
             return
@@ -627,6 +670,11 @@ class HandOverWatch:
         if self.arrival.query():
             self.arrival = None
         return self.arrival is None and bool(self.value > 0)
+
+
+def is_readable(t: Tensor) -> bool:
+    """Whether it has data: meta and fake tensors, as estimators of memory use them, have none."""
+    return type(t) is Tensor and not t.is_meta
 
 
 def momentum_coefficients(

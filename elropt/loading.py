@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +14,19 @@ from .distributed import is_dtensor
 from .ensemble import STATE_DTYPES
 from .rules import RADIAL_TESTS
 
-__all__ = ["check_groups", "check_state"]
+__all__ = ["check_groups", "check_state", "matched_by_name", "warn_of_other_rules"]
 
 KNOWN_STATE = {"momentum_buffer", *STATE_DTYPES}
+FOREIGN_STATE = {  # of Adam and its kind, RMSprop, Adadelta, SGDP; what hooks and wrappers keep is their own concern
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "square_avg",
+    "acc_delta",
+    "momentum",
+}
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # in names of parameters
 REQUIRED = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov")  # in every group of SGD
 FOREIGN = ("betas", "eps")  # of optimizers that have all of these and more
 REMEDY = "load what SGD or ELRSGD has saved, or start ELRSGD without loading"
@@ -52,6 +64,58 @@ def check_groups(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
             )
 
 
+def matched_by_name(theirs: Mapping[str, Any], mine: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A param group of a state dict with its parameters in the order that they have here, if both know their names.
+
+    What DistributedDataParallel, torch.compile and the like put into names does not count.
+
+    Raises:
+        ValueError: the names differ.
+    """
+    if not (theirs.get("param_names") and mine.get("param_names")):
+        return dict(theirs)
+    saved, here = ([_bare(name) for name in group["param_names"]] for group in (theirs, mine))
+    if saved != here:
+        index_of = dict(zip(saved, theirs["params"], strict=True))
+        differ = Counter(saved) != Counter(here)
+        if differ or len(index_of) < len(saved):
+            only = [
+                f"the {where} has {_names((a - b) or a)}"
+                for where, a, b in (
+                    ("state dict", Counter(saved), Counter(here)),
+                    ("optimizer", Counter(here), Counter(saved)),
+                )
+            ]
+            raise ValueError(
+                f"the parameters of param group {number} have other names in the state dict than here"
+                f"{'' if differ else ', or another order of names that occur twice'}: {', '.join(only)}; load it into "
+                "the same model, or delete 'param_names' from its param groups to have parameters matched by position"
+            )
+        theirs = {**theirs, "params": [index_of[name] for name in here]}
+    return {**theirs, "param_names": list(mine["param_names"])}
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def warn_of_other_rules(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """As every option of a state dict, its rule takes the place of the one that the optimizer was made with."""
+    changes = {
+        f"{key}={theirs[key]!r} in place of {key}={mine[key]!r}": None
+        for theirs, mine in zip(saved, groups, strict=True)
+        for key in ("rule", "granularity", "project")
+        if theirs.get(key, mine[key]) != mine[key]
+    }
+    if changes:
+        warnings.warn(
+            f"loading a state dict brought {', '.join(changes)}, which ELRSGD was made with: what is loaded holds. To "
+            "keep the other, set it in optimizer.param_groups after loading",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def check_state(state: Mapping[Any, Mapping[str, Any]], owners: Iterable[tuple[Any, Tensor]]) -> None:
     """Check what is kept of every parameter against the parameters here. Reads tensors on their device.
 
@@ -60,25 +124,29 @@ def check_state(state: Mapping[Any, Mapping[str, Any]], owners: Iterable[tuple[A
         owners: (index in it, parameter here).
 
     Raises:
-        ValueError: something is foreign, of another shape, dtype, layout or placement, or out of its range; names it
-            and the remedy.
+        ValueError: something is of another optimizer, of another shape, dtype, layout or placement, or out of its
+            range; names it and the remedy. What hooks and wrappers have put there, also under keys that are no
+            parameters, is not looked at.
     """
     params = dict(owners)
     for index, held in state.items():
+        if index not in params and not isinstance(index, int):
+            continue
         if index not in params:
             raise ValueError(
                 f"the state dict has a state of parameter {index!r}, which none of its param groups names: it is "
                 f"damaged; {REMEDY}"
             )
-        unknown = set(held) - KNOWN_STATE
-        if unknown:
+        if not isinstance(held, Mapping):
+            raise ValueError(f"the state of parameter {index} is {held!r}, not a dict: it is damaged; {REMEDY}")
+        foreign = set(held) & FOREIGN_STATE
+        if foreign:
             raise ValueError(
-                f"the state dict has {_names(sorted(unknown))} of parameter {index}: it is of another optimizer or of "
-                f"a newer elropt; {REMEDY}, or bring elropt up to date"
+                f"the state dict has {_names(sorted(foreign))} of parameter {index}: it is of another optimizer; {REMEDY}"
             )
         p = params[index]
         for key, value in held.items():
-            if value is not None:
+            if key in KNOWN_STATE and value is not None:
                 _check_tensor(f"the loaded {key} of parameter {index}", value)
                 if key == "momentum_buffer":
                     _check_buffer(value, p, index)

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
 from . import kernels
 from .distributed import check_placement, is_dtensor, is_inside_zero, local
 from .ensemble import STATE_DTYPES, Ensemble, FusedEnsemble, StepRecord, rule_key
-from .loading import check_groups, check_state
+from .loading import check_groups, check_state, matched_by_name, warn_of_other_rules
 from .rules import GRANULARITIES
 
 __all__ = ["ELRSGD"]
@@ -161,21 +162,32 @@ class ELRSGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that the rule's state stays float32 whatever the dtype of the parameters, that what
         `torch.optim.SGD` does not know (rule, granularity, scale_invariant …) stays as it is here if not in the dict,
-        and that `foreach` and `fused` always do: they say how to compute here, not what.
+        that `foreach` and `fused` always do: they say how to compute here, not what, and that parameters with names on
+        both sides are matched by name.
+
+        Warns:
+            UserWarning: rule, granularity or project of the dict are not those of the optimizer; the dict's hold.
 
         Raises:
-            ValueError: a state dict of another optimizer than SGD and ELRSGD, or groups, shapes, dtypes, values or
-                hyper-parameters that do not fit; nothing has been changed then.
+            ValueError: a state dict of another optimizer than SGD and ELRSGD, or groups, names, shapes, dtypes, values
+                or hyper-parameters that do not fit; nothing has been changed then.
         """
         loaded: dict[str, Any] = {}
 
         def complete(_: Optimizer, final: dict[str, Any]) -> None:
             check_groups(final, self.param_groups)
+            named = [
+                matched_by_name(theirs, mine, number)
+                for number, (mine, theirs) in enumerate(
+                    zip(self.param_groups, final["param_groups"], strict=True)
+                )
+            ]
             final["param_groups"] = [
                 {**{k: v for k, v in mine.items() if k not in _SGD_KEYS}, **theirs, **_backend_of(mine)}
-                for mine, theirs in zip(self.param_groups, final["param_groups"], strict=True)
+                for mine, theirs in zip(self.param_groups, named, strict=True)
             ]
             self._check_loaded(final)
+            warn_of_other_rules(final["param_groups"], self.param_groups)
             loaded.update(final)
 
         def restore(_: Optimizer) -> None:
@@ -335,6 +347,8 @@ class ELRSGD(Optimizer):
                     Ensemble(groups, self.state, number) for number, groups in enumerate(together.values())
                 ]
             self._layout = [(*rest, list(params)) for *rest, params in layout]
+            if any(is_lazy(p) for group in self.param_groups for p in group["params"]):
+                self._layout = []  # anew at the next step: it may have a shape then
             held = self._state_objects()
         self._held = held
         return self._ensembles
@@ -345,7 +359,7 @@ class ELRSGD(Optimizer):
         for p in params if isinstance(params, list | tuple) else [params]:
             p = p[1] if isinstance(p, tuple) else p
             check_placement(p, rule, inside_zero=self._inside_zero)
-            if isinstance(p, Tensor) and p.is_inference():
+            if isinstance(p, Tensor) and not is_lazy(p) and p.is_inference():
                 raise ValueError(
                     f"a parameter of shape {tuple(p.shape)} is an inference tensor, which only torch.inference_mode "
                     "can change: make the model outside of it"
@@ -367,7 +381,7 @@ class ELRSGD(Optimizer):
 
     def _state_objects(self) -> tuple[list[object], list[object]]:
         """The dicts of the state and what they hold, to notice when somebody has put in something else."""
-        dicts = list(self.state.values())
+        dicts = [held for key, held in self.state.items() if isinstance(key, Tensor)]  # hooks keep what they like
         return dicts, list(itertools.chain.from_iterable(map(dict.values, dicts)))
 
 
