@@ -78,6 +78,25 @@ def count_rows(p: Tensor, group: Mapping[str, Any]) -> int:
     return p.shape[0] if group["granularity"] == "filter" and p.dim() > 0 else 1
 
 
+def refuse_one_of_many(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Of the groups of an ensemble: inside of a backward pass, refuse rules that compare layers but are given one: each parameter has an optimizer.
+
+    Raises:
+        ValueError: names the rule and the remedy.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return
+    rule, granularity, _ = rule_key(groups[0])
+    compares = rule in ("warmup", "uniform") or granularity == "network"
+    if compares and sum(count_rows(p, group) > 0 for group in groups for p in group["params"]) == 1:
+        raise ValueError(
+            f"rule={rule!r}, granularity={granularity!r} compares layers, but this optimizer has one, and is stepped "
+            "inside of the backward pass, as if each parameter had an optimizer of its own: give all parameters to "
+            "one optimizer that is stepped afterwards, or use rule='angle' or 'sphere' with granularity='layer' or "
+            "'filter', or rule=None"
+        )
+
+
 class Ensemble:
     """Several param groups, decided jointly: one row per tracked tensor (or filter), numbered through the groups.
 

@@ -140,10 +140,7 @@ def _update_alike(
         ms = _advance_momentum(gs, bufs, dtypes, momentum, dampening)
         us = ms
         if nesterov:  # rounded as in place
-            us = [
-                u.to(g.dtype)
-                for u, g in zip(torch._foreach_add(gs, ms, alpha=momentum), gs, strict=True)
-            ]
+            us = [u.to(g.dtype) for u, g in zip(torch._foreach_add(gs, ms, alpha=momentum), gs, strict=True)]
     if p is not None:
         us = torch._foreach_sub(us, torch._foreach_mul(ŵs, p))
     if isinstance(lr, Tensor):
@@ -161,8 +158,10 @@ def _advance_momentum(
     momentum: float,
     dampening: float,
 ) -> list[Tensor]:
-    """m ← μ·m + (1−d)·g̃, m ← g̃ where there is no buffer; stored into `bufs`. Computed in place, and new buffers have the
-    dtype of g̃, where `dtypes` has None, as in `torch.optim.SGD`; else in the dtype of g̃, and new buffers get theirs."""
+    """m ← μ·m + (1−d)·g̃, m ← g̃ where there is no buffer; stored into `bufs`.
+
+    As in `torch.optim.SGD` where `dtypes` has None: in place, and new buffers have the dtype of g̃. Else in the dtype
+    of g̃, and `dtypes` has those of new buffers."""
     old = [
         m if m is None or dtype is None or m.dtype == g.dtype else m.to(g.dtype)
         for m, g, dtype in zip(bufs, gs, dtypes, strict=True)

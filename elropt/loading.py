@@ -26,7 +26,12 @@ FOREIGN_STATE = {  # of Adam and its kind, RMSprop, Adadelta, SGDP; what hooks a
     "acc_delta",
     "momentum",
 }
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # in names of parameters
+WRAPPERS = {
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}  # in names of parameters
 REQUIRED = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov")  # in every group of SGD
 FOREIGN = ("betas", "eps")  # of optimizers that have all of these and more
 REMEDY = "load what SGD or ELRSGD has saved, or start ELRSGD without loading"
@@ -138,11 +143,14 @@ def check_state(state: Mapping[Any, Mapping[str, Any]], owners: Iterable[tuple[A
                 f"damaged; {REMEDY}"
             )
         if not isinstance(held, Mapping):
-            raise ValueError(f"the state of parameter {index} is {held!r}, not a dict: it is damaged; {REMEDY}")
+            raise ValueError(
+                f"the state of parameter {index} is {held!r}, not a dict: it is damaged; {REMEDY}"
+            )
         foreign = set(held) & FOREIGN_STATE
         if foreign:
             raise ValueError(
-                f"the state dict has {_names(sorted(foreign))} of parameter {index}: it is of another optimizer; {REMEDY}"
+                f"the state dict has {_names(sorted(foreign))} of parameter {index}: it is of another optimizer; "
+                f"{REMEDY}"
             )
         p = params[index]
         for key, value in held.items():

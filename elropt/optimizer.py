@@ -7,6 +7,7 @@ import math
 import numbers
 import operator
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,15 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 
 from . import kernels
 from .distributed import check_placement, is_dtensor, is_inside_zero, local
-from .ensemble import STATE_DTYPES, Ensemble, FusedEnsemble, StepRecord, rule_key
+from .ensemble import (
+    STATE_DTYPES,
+    Ensemble,
+    FusedEnsemble,
+    StepRecord,
+    count_rows,
+    refuse_one_of_many,
+    rule_key,
+)
 from .loading import check_groups, check_state, matched_by_name, warn_of_other_rules
 from .rules import GRANULARITIES
 
@@ -134,6 +143,9 @@ class ELRSGD(Optimizer):
         self._layout: list[tuple[Any, ...]] = []
         self._held: tuple[list[object], list[object]] = [], []
         self._captured: dict[int, FusedEnsemble] = {}
+        self._checked: list[Any] = []
+        self._given: dict[int, bool] = {}
+        self._warned_of_angle = False
         self._recording = False
         self._stepping = threading.RLock()
         super().__init__(params, defaults)
@@ -146,6 +158,9 @@ class ELRSGD(Optimizer):
             self._check_tensors({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._ensembles = None
+        group = self.param_groups[-1]
+        self._given.update({id(p): is_lazy(p) or p.dim() != 1 for p in group["params"]})
+        self._warn_of_large_angle(group, stacklevel=4)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -157,7 +172,9 @@ class ELRSGD(Optimizer):
         self.__dict__.setdefault("_captured", {})  # graphs outlive load_state_dict
         self._recording = False
         self._stepping = threading.RLock()
-        self.__dict__.setdefault("_inside_zero", False)
+        for name, value in {"_inside_zero": False, "_given": {}, "_warned_of_angle": False}.items():
+            self.__dict__.setdefault(name, value)
+        self._checked = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that the rule's state stays float32 whatever the dtype of the parameters, that what
@@ -341,7 +358,10 @@ class ELRSGD(Optimizer):
                 validate_choices(group)
                 _refuse_duplicates(group)
                 self._check_tensors(group)
+                self._refuse_flattened(group)
                 together.setdefault(rule_key(group), []).append(group)
+            for groups in together.values():
+                refuse_one_of_many(groups)
             with torch.inference_mode(False):
                 self._ensembles = [
                     Ensemble(groups, self.state, number) for number, groups in enumerate(together.values())
@@ -351,7 +371,38 @@ class ELRSGD(Optimizer):
                 self._layout = []  # anew at the next step: it may have a shape then
             held = self._state_objects()
         self._held = held
+        self._check_values()
         return self._ensembles
+
+    def _check_values(self) -> None:
+        """Of groups with a rule, what a scheduler or the user has changed since the last step. Reads no tensor."""
+        checked = list(itertools.chain.from_iterable(map(_STEP_VALUES, self.param_groups)))
+        if _same_objects(checked, self._checked):
+            return
+        for group in self.param_groups:
+            if group["rule"] is not None or group["project"]:
+                validate_numbers(group, read_tensors=False)
+                validate_choices(group)
+                self._warn_of_large_angle(group, stacklevel=6)
+        self._checked = checked
+
+    def _warn_of_large_angle(self, group: Mapping[str, Any], stacklevel: int) -> None:
+        """Once; "sphere" cannot be judged so: its angle, lr·‖g‖·‖w‖, is only known on the device."""
+        lr = group["lr"]
+        if (
+            not self._warned_of_angle
+            and group["rule"] == "angle"
+            and any(count_rows(p, group) for p in group["params"])
+            and not isinstance(lr, Tensor)
+            and lr > LARGE_ANGLE
+        ):
+            self._warned_of_angle = True
+            warnings.warn(
+                f"rule='angle': lr={lr:g} turns every tracked layer by {lr:g} radians per plain SGD step. More than "
+                f"{LARGE_ANGLE} is hardly ever wanted, and SGD's lr has another unit: start at 0.01",
+                UserWarning,
+                stacklevel=stacklevel,
+            )
 
     def _check_tensors(self, group: Mapping[str, Any]) -> None:
         params = group["params"]
@@ -364,6 +415,19 @@ class ELRSGD(Optimizer):
                     f"a parameter of shape {tuple(p.shape)} is an inference tensor, which only torch.inference_mode "
                     "can change: make the model outside of it"
                 )
+
+    def _refuse_flattened(self, group: Mapping[str, Any]) -> None:
+        """DeepSpeed ZeRO puts one-dimensional pieces of many parameters in the place of those of a group."""
+        rule = group["rule"] or ("project" if group["project"] else None)
+        if rule is None or not any(self._given.values()):
+            return
+        params = group["params"]
+        if all(p.dim() == 1 for p in params) and any(id(p) not in self._given for p in params):
+            raise ValueError(
+                f"rule={rule!r} needs the norm of every layer, but the parameters that this optimizer was made with "
+                "have been replaced by flattened ones, as DeepSpeed ZeRO and its fp16 and bf16 optimizers do: use stage "
+                "0, or torch.distributed.fsdp.fully_shard instead, or rule=None, project=False"
+            )
 
     def _refuse_capture(self) -> None:
         """What a rule remembers cannot be made while a CUDA graph is captured: each replay would make it anew."""
@@ -381,7 +445,9 @@ class ELRSGD(Optimizer):
 
     def _state_objects(self) -> tuple[list[object], list[object]]:
         """The dicts of the state and what they hold, to notice when somebody has put in something else."""
-        dicts = [held for key, held in self.state.items() if isinstance(key, Tensor)]  # hooks keep what they like
+        dicts = [
+            held for key, held in self.state.items() if isinstance(key, Tensor)
+        ]  # hooks keep what they like
         return dicts, list(itertools.chain.from_iterable(map(dict.values, dicts)))
 
 
@@ -389,6 +455,10 @@ def _backend_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in ("foreach", "fused")}
 
 
+_STEP_VALUES = operator.itemgetter(
+    "lr", "momentum", "dampening", "weight_decay", "nesterov", "rule", "project"
+)
+LARGE_ANGLE = 0.1  # in radians per step
 _SGD_KEYS = (
     "params",
     "lr",
@@ -421,6 +491,12 @@ def validate(group: Mapping[str, Any]) -> None:
         ValueError: names the value, what is allowed and the remedy.
         RuntimeError: a combination of foreach, fused and differentiable that torch refuses too.
     """
+    validate_numbers(group, read_tensors=True)
+    validate_choices(group)
+
+
+def validate_numbers(group: Mapping[str, Any], *, read_tensors: bool) -> None:
+    """The part of `validate` that asks for numbers in their ranges. Same errors."""
     for name in ("lr", "momentum", "dampening", "weight_decay"):
         if not isinstance(group[name], numbers.Real | Tensor):
             raise ValueError(f"{name}={group[name]!r} is not valid: it must be a number")
@@ -430,12 +506,15 @@ def validate(group: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name} is a tensor of shape {tuple(value.shape)}; it must be a float or have one element"
             )
-    for name in ("lr", "momentum", "weight_decay"):
-        if not 0 <= float(group[name]) < math.inf:
-            raise ValueError(f"{name}={group[name]} is not valid: it must be finite and at least 0")
-    if not math.isfinite(group["dampening"]):
-        raise ValueError(f"dampening={group['dampening']} is not valid: it must be finite")
-    validate_choices(group)
+    for name in ("lr", "momentum", "dampening", "weight_decay"):
+        value = group[name]
+        lowest = -math.inf if name == "dampening" else 0
+        if (read_tensors or not isinstance(value, Tensor)) and not (
+            math.isfinite(value) and lowest <= float(value)
+        ):
+            raise ValueError(
+                f"{name}={value} is not valid: it must be finite{' and at least 0' if lowest == 0 else ''}"
+            )
 
 
 def _same_layout(now: list[tuple[Any, ...]], before: list[tuple[Any, ...]]) -> bool:
