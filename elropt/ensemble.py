@@ -79,7 +79,7 @@ def count_rows(p: Tensor, group: Mapping[str, Any]) -> int:
 
 
 def refuse_one_of_many(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Of the groups of an ensemble: inside of a backward pass, refuse rules that compare layers but are given one: each parameter has an optimizer.
+    """Inside of a backward pass, refuse the groups of an ensemble whose rule compares layers but is given one.
 
     Raises:
         ValueError: names the rule and the remedy.
@@ -716,7 +716,7 @@ def _hyper_vectors(columns: list[tuple[float, ...]], device: torch.device) -> Hy
 
 def _upload(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> float | Tensor:

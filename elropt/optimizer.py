@@ -422,11 +422,13 @@ class ELRSGD(Optimizer):
         if rule is None or not any(self._given.values()):
             return
         params = group["params"]
-        if all(p.dim() == 1 for p in params) and any(id(p) not in self._given for p in params):
+        if all(not is_lazy(p) and p.dim() == 1 for p in params) and any(
+            id(p) not in self._given for p in params
+        ):
             raise ValueError(
                 f"rule={rule!r} needs the norm of every layer, but the parameters that this optimizer was made with "
-                "have been replaced by flattened ones, as DeepSpeed ZeRO and its fp16 and bf16 optimizers do: use stage "
-                "0, or torch.distributed.fsdp.fully_shard instead, or rule=None, project=False"
+                "have been replaced by flattened ones, as DeepSpeed ZeRO and its fp16 and bf16 optimizers do: use "
+                "stage 0, or torch.distributed.fsdp.fully_shard instead, or rule=None, project=False"
             )
 
     def _refuse_capture(self) -> None:

@@ -68,7 +68,8 @@ DAMAGES: dict[str, tuple[Callable[[State], Any], str]] = {
     "lr is a NaN tensor": (set_option("lr", torch.tensor(math.nan)), "lr=nan"),
     "a future rule": (set_option("rule", "spiral"), "rule='spiral' is not known.*'warmup'"),
     "a future granularity": (set_option("granularity", "block"), "granularity='block'"),
-    "a future state": (set_state("curvature", torch.ones(1)), "curvature of parameter 0.*newer elropt"),
+    "Adam's state": (set_state("exp_avg", torch.ones(16, 8)), "exp_avg of parameter 0.*of another optimizer"),
+    "a state that is no dict": (lambda saved: saved["state"].update({0: True}), "parameter 0 is True, not a dict"),
     "no lr": (lambda saved: saved["param_groups"][0].pop("lr"), "no lr.*SGD or ELRSGD"),
     "no groups": (lambda saved: saved.pop("param_groups"), "has state, not 'state' and 'param_groups'"),
     "a group too many": (lambda saved: saved["param_groups"].append(saved["param_groups"][0]), "groups, 2,.*1:"),
@@ -186,3 +187,76 @@ def test_a_granularity_that_was_changed_since_the_last_step_loads() -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.step()
     assert optimizer.state[w]["tracked"].numel() == 4
+
+
+def named(names: str, **options: Any) -> tuple[dict[str, nn.Parameter], ELRSGD]:
+    """Weights of equal shapes, called by letters, in that order."""
+    params = {name: nn.Parameter(torch.full((4, 4), float(ord(name[-1])))) for name in names.split()}
+    group = {"params": list(params.items()), "scale_invariant": True}
+    return params, ELRSGD([group], lr=0.1, momentum=0.9, rule="angle", **options)
+
+
+def stepped(names: str) -> tuple[dict[str, nn.Parameter], ELRSGD]:
+    params, optimizer = named(names)
+    for name, p in params.items():
+        p.grad = torch.full((4, 4), float(ord(name[-1])))
+    optimizer.step()
+    return params, optimizer
+
+
+@pytest.mark.parametrize(
+    "order", ["c a b", "module.c module.a module.b", "_orig_mod.b _orig_mod.c _orig_mod.a"]
+)
+def test_parameters_are_matched_by_name(order: str) -> None:
+    params, optimizer = stepped("a b c")
+    others, other = named(order)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.param_groups[0]["param_names"] == order.split()
+    for name, q in others.items():
+        held = optimizer.state[params[name[-1]]]
+        assert other.state[q].keys() == held.keys()
+        for key, value in held.items():
+            assert torch.equal(other.state[q][key], value), key
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "message"),
+    [
+        ("a b", "a c", "the state dict has b, the optimizer has c.*delete 'param_names'"),
+        ("a a b", "b a a", "another order of names that occur twice.*delete 'param_names'"),
+    ],
+)
+def test_names_that_do_not_match_are_refused(saved: str, here: str, message: str) -> None:
+    def make(names: str) -> ELRSGD:
+        params = [(name, nn.Parameter(torch.ones(2, 2))) for name in names.split()]
+        for _, p in params:
+            p.grad = torch.ones(2, 2)
+        optimizer = ELRSGD(params, lr=0.1, momentum=0.9)
+        optimizer.step()
+        return optimizer
+
+    state, optimizer = make(saved).state_dict(), make(here)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    del state["param_groups"][0]["param_names"]
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["param_names"] == here.split()
+
+
+def test_equal_names_in_the_same_order_load() -> None:
+    _, optimizer = stepped("a b")
+    optimizer.param_groups[0]["param_names"] = ["w", "w"]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.param_groups[0]["param_names"] == ["w", "w"]
+
+
+def test_another_rule_than_the_one_asked_for_warns_and_holds() -> None:
+    saved = make("warmup")[1].state_dict()
+    optimizer = ELRSGD(bn_mlp(depth=2).parameters(), lr=0.01, rule="angle", granularity="filter")
+    message = "rule='warmup' in place of rule='angle', granularity='layer' in place of granularity='filter'"
+    with pytest.warns(UserWarning, match=message):
+        optimizer.load_state_dict(saved)
+    (group,) = optimizer.param_groups
+    assert (group["rule"], group["granularity"], group["lr"]) == ("warmup", "layer", 0.05)

@@ -64,6 +64,30 @@ def test_same_bits(hyper: dict[str, Any], dtype: torch.dtype, foreach: bool) -> 
 
 
 @pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("hyper", HYPER, ids=str)
+def test_same_bits_where_gradients_have_another_dtype(hyper: dict[str, Any], foreach: bool) -> None:
+    """`Tensor.grad_dtype`: bfloat16 gradients of float32 weights; SGD's buffers are float32 only with weight decay."""
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    a = ELRSGD(ours, lr=0.1, rule=None, foreach=foreach, **hyper)
+    b = torch.optim.SGD(theirs, lr=0.1, foreach=foreach, **hyper)
+    for p in (*ours, *theirs):
+        p.grad_dtype = None
+    for step in range(4):
+        set_gradients(step, ours, theirs)
+        for p in (*ours, *theirs):
+            p.grad = None if p.grad is None else p.grad.bfloat16()
+        a.step()
+        b.step()
+        assert_equal(ours, theirs, hyper)
+        for p, q in zip(ours, theirs, strict=True):
+            held, expected = (o.state.get(t, {}).get("momentum_buffer") for o, t in ((a, p), (b, q)))
+            assert (held is None) == (expected is None)
+            if held is not None:
+                assert held.dtype == expected.dtype
+                assert torch.equal(held, expected)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
 def test_gradients_are_left_alone(foreach: bool) -> None:
     ours = parameters(torch.float32)
     set_gradients(0, ours)
