@@ -204,7 +204,7 @@ class Ensemble:
         Raises:
             RuntimeError: a gradient that the rule or the backend cannot take.
         """
-        grads = [g for p in self.params if (g := p.grad) is not None]
+        grads = [g for g in [p.grad for p in self.params] if g is not None]
         present = None
         if len(grads) < len(self.params):
             present = tuple(p.grad is not None for p in self.params)
@@ -247,7 +247,7 @@ class Ensemble:
             for p, m in zip(params, held, strict=True):
                 _check_gradient(p, group, has_rows=self.row_counts[p] > 0)
                 _check_device(p, m)
-            parts, grads, buffers = params, [g for p in params if (g := p.grad) is not None], held
+            parts, grads, buffers = params, [g for g in [p.grad for p in params] if g is not None], held
             row_counts = [
                 self.row_counts[p] if g.layout == torch.strided else 0
                 for p, g in zip(params, grads, strict=True)

@@ -149,6 +149,7 @@ class ELRSGD(Optimizer):
         self._recording = False
         self._stepping = threading.RLock()
         super().__init__(params, defaults)
+        self._prepare_tracing()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group's own hyper-parameters are checked before it is added."""
@@ -223,6 +224,7 @@ class ELRSGD(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+        self._prepare_tracing()
 
     def _params_by_index(self, state_dict: Mapping[str, Any]) -> list[tuple[int, Tensor]]:
         """(index in a state dict, parameter here), by position."""
@@ -267,6 +269,7 @@ class ELRSGD(Optimizer):
     def _step_alone(self) -> None:
         """One thread at a time, and what it makes of state is made of normal tensors."""
         with self._stepping:
+            self._check_values()
             if torch.is_inference_mode_enabled():
                 with torch.inference_mode(False), torch.no_grad():
                     self._step()
@@ -297,6 +300,11 @@ class ELRSGD(Optimizer):
     def _step_eagerly(self) -> None:
         """Rules look at addresses and version counters, which a trace would take for constants."""
         self._step_alone()
+
+    def _prepare_tracing(self) -> None:
+        """What the first step would make, where torch.compile could not trace the making of it."""
+        if self._is_traceable():
+            self._current_ensembles()
 
     def _is_traceable(self) -> bool:
         """Whether torch.compile can trace a step: SGD by `torch._foreach_*` or a for-loop."""
@@ -371,7 +379,6 @@ class ELRSGD(Optimizer):
                 self._layout = []  # anew at the next step: it may have a shape then
             held = self._state_objects()
         self._held = held
-        self._check_values()
         return self._ensembles
 
     def _check_values(self) -> None:
@@ -383,7 +390,7 @@ class ELRSGD(Optimizer):
             if group["rule"] is not None or group["project"]:
                 validate_numbers(group, read_tensors=False)
                 validate_choices(group)
-                self._warn_of_large_angle(group, stacklevel=6)
+                self._warn_of_large_angle(group, stacklevel=7)
         self._checked = checked
 
     def _warn_of_large_angle(self, group: Mapping[str, Any], stacklevel: int) -> None:
