@@ -23,8 +23,6 @@ from elropt.monitor import LayerRow, LayerTable
 from elropt.report import read_run
 from elropt.rules import GRANULARITIES
 
-from .nets import backward, bn_mlp
-
 RULES = [(rule, granularity) for rule, allowed in GRANULARITIES.items() for granularity in allowed]
 SHAPES = ((7, 3), (5, 2, 3, 3), (4, 7))
 GRAD_SCALES = (30.0, 1.0, 0.1)
@@ -157,18 +155,6 @@ def test_named_parameters_give_the_names() -> None:
     assert [row.name for row in named] == ["0.weight", "1.weight"]
     assert [row.name for row in plain] == ["0.0", "0.2"]
     assert [row.name for row in grouped] == ["0.0", "1.1"]
-
-
-def test_equal_names_do_not_drop_layers() -> None:
-    nets = [bn_mlp(depth=1), bn_mlp(depth=1, seed=1)]
-    optimizer = ELRSGD([pair for net in nets for pair in net.named_parameters()], lr=0.01)
-    for net in nets:
-        backward(net, 0)
-    optimizer.step()
-    assert {row.name for row in layer_stats(optimizer)} == {
-        "0.weight@0.0", "3.weight@0.3", "0.weight@0.5", "3.weight@0.8",
-    }  # fmt: skip
-    assert effective_lrs(optimizer).keys() == {"0.weight@0.0", "0.weight@0.5"}
 
 
 def test_filters_are_named_by_their_index() -> None:
