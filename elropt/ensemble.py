@@ -33,6 +33,7 @@ from .rules import (
     RuleState,
     decide,
     growth_gain,
+    lr_factor,
     radial_test,
 )
 
@@ -97,6 +98,23 @@ def refuse_one_of_many(groups: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
+def lr_ratio(group: Mapping[str, Any]) -> float:
+    """Of the learning rate of the tracked layers to `lr`."""
+    return 1.0 if group["tracked_lr"] is None else group["tracked_lr"] / group["reference_lr"]
+
+
+def lr_of(group: Mapping[str, Any]) -> float | Tensor:
+    """λ of a group: that of the tracked layers, if it says that it is made of them."""
+    if group["tracked_lr"] is None or not group.get("scale_invariant"):
+        return group["lr"]
+    return group["lr"] * lr_ratio(group)
+
+
+def has_lr_by_row(group: Mapping[str, Any]) -> bool:
+    """Whether only the device knows which of a group's layers have a learning rate of their own."""
+    return group["tracked_lr"] is not None and group.get("scale_invariant") is None
+
+
 class Ensemble:
     """Several param groups, decided jointly: one row per tracked tensor (or filter), numbered through the groups.
 
@@ -110,6 +128,7 @@ class Ensemble:
         self.key = rule_key(self.groups[0])
         self.rule, self.granularity, self.project = self.key
         self.per_filter = self.granularity == "filter"
+        self.has_lr_by_row = any(map(has_lr_by_row, self.groups))
         self._decision = {"rule": self.rule, "granularity": self.granularity, "project": self.project}
         self.row_counts = {p: count_rows(p, group) for group in self.groups for p in group["params"]}
         self.params = list(self.row_counts)
@@ -264,7 +283,8 @@ class Ensemble:
                     [self.shards.get(p) for p in params],
                     buffers,
                     row_counts,
-                    lr=_scalar(group["lr"], params[0].device),
+                    lr=_scalar(lr_of(group), params[0].device),
+                    lr_ratio=lr_ratio(group) if has_lr_by_row(group) else 1.0,
                     momentum=group["momentum"],
                     dampening=group["dampening"],
                     weight_decay=_scalar(group["weight_decay"], params[0].device),
@@ -279,6 +299,7 @@ class Ensemble:
                         differentiable=group["differentiable"],
                         per_filter=self.per_filter,
                         tensor_decay=isinstance(group["weight_decay"], Tensor),
+                        lr_by_row=self.has_lr_by_row,
                     ),
                 )
             )
@@ -400,11 +421,13 @@ class Ensemble:
                 grad_sq=stats.grad_sq / scale**2, weight_dot_grad=stats.weight_dot_grad / scale
             )
         if self.has_rule and self._is_over():
-            tracked = radial_test(stats, state.tracked, self._hyper(groups).numel)
+            hyper = self._hyper(groups)
+            tracked = radial_test(stats, state.tracked, hyper.numel)
             if remember:
                 self.memory.tracked[rows] = tracked
                 self._count_tests()
-            return self._record(groups, stats, LayerControls(), tracked)
+            controls = LayerControls(lr_factor=lr_factor(tracked, hyper))
+            return self._record(groups, stats, controls, tracked)
         controls, after = decide(
             stats=stats, state=state, hyper=self._hyper(groups), absent=absent, **self._decision
         )
@@ -436,10 +459,14 @@ class Ensemble:
         arithmetic of the steps before it is kept, with factors of one, where it rounds in another way: in half
         precision."""
         exact = not any(is_low_precision(t) for group in groups for t in (*group.params, *group.grads))
+        controls = LayerControls()
+        if self.has_lr_by_row:
+            _, memory, _ = self._active_memory(groups)
+            controls = LayerControls(lr_factor=lr_factor(memory.tracked, self._hyper(groups)))
         if not self.has_rule or self.device.type == "cpu" or exact:
-            return LayerControls()
+            return controls
         rows = sum(count for group in groups for count in group.row_counts)
-        return LayerControls(grad_factor=torch.ones(rows, dtype=torch.float32, device=self.device))
+        return controls._replace(grad_factor=torch.ones(rows, dtype=torch.float32, device=self.device))
 
     def _active_memory(self, groups: list[Group]) -> tuple[slice | Tensor, RuleState, Tensor | None]:
         """Where the rows of the tensors that have a gradient lie in the memory, what it holds there, and whether
@@ -478,6 +505,7 @@ class Ensemble:
                     group.momentum, group.dampening, group.nesterov, has_buffer=m is not None
                 ),
                 p.numel() / count,
+                group.lr_ratio,
                 count,
             )
             for group in groups
@@ -485,6 +513,8 @@ class Ensemble:
             if count
         ]
         hyper = self._cached("hyper", tuple(columns), lambda: _hyper_vectors(columns, self.device))
+        if not self.has_lr_by_row:
+            hyper = hyper._replace(lr_ratio=None)
         if any(isinstance(value, Tensor) for group in groups for value in (group.lr, group.weight_decay)):
             hyper = hyper._replace(lr=hyper.lr.clone(), weight_decay=hyper.weight_decay.clone())
         first = 0
@@ -576,7 +606,7 @@ class FusedEnsemble:
         if found_inf is not None:
             found_inf = found_inf.to(device, non_blocking=True)
         groups = self.ensemble.groups
-        lrs = [_kernel_lr(group["lr"], device) for group in groups]
+        lrs = [_kernel_lr(lr_of(group), device) for group in groups]
         values = list(map(_HYPERS, groups))
         if values != self._values:
             self._hypers = tuple(_kernel_hyper(*of_group) for of_group in values)

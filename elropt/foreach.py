@@ -65,6 +65,7 @@ def update(
     grad_factor: Tensor | None = None,
     weight_factor: Tensor | None = None,
     radial: Tensor | None = None,
+    lr_factor: Tensor | None = None,
     rows: Rows | None = None,
 ) -> None:
     """As `elropt.reference.update`; without factors it is `torch.optim.SGD`'s foreach path, operation for operation."""
@@ -80,7 +81,7 @@ def update(
                 [factor_for(params[i], rows[i], vector) for i in chosen]
                 if wanted and rows is not None and vector is not None
                 else None
-                for vector in (grad_factor, weight_factor, radial)
+                for vector in (grad_factor, weight_factor, radial, lr_factor)
             ]
             bufs = [momentum_buffers[i] for i in chosen]
             _update_alike(
@@ -107,6 +108,7 @@ def _update_alike(
     s: list[Tensor] | None,
     a: list[Tensor] | None,
     p: list[Tensor] | None,
+    f: list[Tensor] | None,
     *,
     momentum: float,
     dampening: float,
@@ -115,8 +117,8 @@ def _update_alike(
     maximize: bool,
 ) -> None:
     """The update of tensors that share a device, a dtype and the kinds of factors. Fills in `bufs`."""
-    plain = (
-        s is None and a is None and p is None and (not isinstance(lr, Tensor) or not is_low_precision(ws[0]))
+    plain = all(factor is None for factor in (s, a, p, f)) and (
+        not isinstance(lr, Tensor) or not is_low_precision(ws[0])
     )
     dtypes = [
         None if plain else buffer_dtype(w, g, weight_decay) for w, g in zip(ws, gs, strict=True)
@@ -143,6 +145,8 @@ def _update_alike(
             us = [u.to(g.dtype) for u, g in zip(torch._foreach_add(gs, ms, alpha=momentum), gs, strict=True)]
     if p is not None:
         us = torch._foreach_sub(us, torch._foreach_mul(ŵs, p))
+    if f is not None:
+        us = torch._foreach_mul(us, f)
     if isinstance(lr, Tensor):
         torch._foreach_sub_(ŵs, torch._foreach_mul(us, lr.to(ws[0].device, non_blocking=True)))
     else:

@@ -30,6 +30,7 @@ class Group:
         row_counts: for each parameter the number of rows it has in the rule's vectors: 0 if the rule leaves it
             alone, 1, or with granularity "filter" the size of its dimension 0, of the whole tensor.
         backend: a module with `measure` and `update`, see `choose_backend`.
+        lr_ratio: of the learning rate of the rows that are found to be tracked to `lr`.
     """
 
     owners: list[Tensor]
@@ -45,6 +46,7 @@ class Group:
     nesterov: bool
     maximize: bool
     backend: ModuleType
+    lr_ratio: float = 1.0
 
     def rows_here(self, *, per_filter: bool) -> list[tuple[int, int]]:
         """Of the rows of each tensor, the (first, count) that something of lies here."""
@@ -154,6 +156,9 @@ def apply(groups: Sequence[Group], controls: LayerControls, *, per_filter: bool 
         ):
             rows.append((first + begin, here) if here else None)
             first += count
+        factors = controls._asdict()
+        if controls.lr_factor is None:  # the kernels do not have it
+            del factors["lr_factor"]
         group.backend.update(
             group.params,
             group.grads,
@@ -165,7 +170,7 @@ def apply(groups: Sequence[Group], controls: LayerControls, *, per_filter: bool 
             nesterov=group.nesterov,
             maximize=group.maximize,
             rows=rows if by_row else None,
-            **controls._asdict(),
+            **factors,
         )
 
 
@@ -179,6 +184,7 @@ def choose_backend(
     differentiable: bool = False,
     per_filter: bool = False,
     tensor_decay: bool = False,
+    lr_by_row: bool = False,
 ) -> ModuleType:
     """The module that updates these tensors, as torch chooses: what is asked for; else on CUDA fused where every
     tensor qualifies and foreach otherwise; else one tensor after the other.
@@ -196,7 +202,12 @@ def choose_backend(
             "Use fused=None to let ELRSGD choose."
         )
     on_cuda = foreach is None and fused is None and not differentiable and all(p.is_cuda for p in params)
-    if fused or (on_cuda and not tensor_decay and triton_backend.can_use(*tensors, per_filter=per_filter)):
+    if fused or (
+        on_cuda
+        and not tensor_decay
+        and not lr_by_row
+        and triton_backend.can_use(*tensors, per_filter=per_filter)
+    ):
         return triton_backend
     if (foreach or on_cuda) and foreach_backend.can_use(*tensors, per_filter=per_filter):
         return foreach_backend

@@ -59,7 +59,7 @@ class LayerRow:
         radial_cosine: cos(w, g); zero for a scale-invariant weight.
         relative_grad: E = ‖g‖/‖w‖, in 1/lr.
         elr: applied effective learning rate λ·s·‖g‖/(a·‖w‖), in radians while small.
-        lr: λ of the layer's param group.
+        lr: λ of the layer.
         grad_factor, weight_factor, radial: the s, a and p that the rule applied.
     """
 
@@ -373,7 +373,9 @@ def _as_matrix(record: StepRecord) -> torch.Tensor:
             for value, count in zip(record.lrs, record.row_counts, strict=True)
         ]
     )
-    s, a, p = record.controls
+    s, a, p, own_lr = record.controls
+    if own_lr is not None:
+        lr = lr * own_lr
     factors = [like if value is None else value for value in (s, a)]
     radial = torch.zeros_like(like) if p is None else p
     return torch.stack([weight_sq, grad_sq, weight_dot_grad, lr, *factors, radial, record.tracked])

@@ -24,6 +24,7 @@ from .ensemble import (
     FusedEnsemble,
     StepRecord,
     count_rows,
+    lr_ratio,
     refuse_one_of_many,
     rule_key,
 )
@@ -114,6 +115,7 @@ class ELRSGD(Optimizer):
         nesterov: bool = False,
         *,
         rule: str | None = "warmup",
+        tracked_lr: float | None = None,
         project: bool = False,
         granularity: str = "layer",
         stochastic_rounding: int | None = None,
@@ -129,6 +131,7 @@ class ELRSGD(Optimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "rule": rule,
+            "tracked_lr": tracked_lr,
             "project": project,
             "granularity": granularity,
             "stochastic_rounding": stochastic_rounding,
@@ -154,9 +157,14 @@ class ELRSGD(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group's own hyper-parameters are checked before it is added."""
         if isinstance(param_group, dict):
-            validate({**self.defaults, **param_group})
-            _refuse_duplicates({**self.defaults, **param_group})
-            self._check_tensors({**self.defaults, **param_group})
+            complete = {**self.defaults, **param_group}
+            reference = self.defaults if "tracked_lr" not in param_group else complete
+            set_reference_lr(complete, reference["lr"])
+            validate(complete)
+            _refuse_duplicates(complete)
+            self._check_tensors(complete)
+            if complete["tracked_lr"] is not None:
+                param_group["reference_lr"] = complete["reference_lr"]
         super().add_param_group(param_group)
         self._ensembles = None
         group = self.param_groups[-1]
@@ -205,6 +213,9 @@ class ELRSGD(Optimizer):
                 for mine, theirs in zip(self.param_groups, named, strict=True)
             ]
             self._check_loaded(final)
+            for theirs, group in zip(named, final["param_groups"], strict=True):
+                if "rule" in theirs and "tracked_lr" not in theirs:  # of an ELRSGD that did not have it
+                    group["tracked_lr"] = None
             warn_of_other_rules(final["param_groups"], self.param_groups)
             loaded.update(final)
 
@@ -347,6 +358,7 @@ class ELRSGD(Optimizer):
                 rule_key(group),
                 group.get("scale_invariant"),
                 group["stochastic_rounding"],
+                group["tracked_lr"] is None,
                 group["params"],
             )
             for group in self.param_groups
@@ -363,6 +375,7 @@ class ELRSGD(Optimizer):
             self._refuse_capture()
             together: dict[Any, list[dict[str, Any]]] = {}
             for group in self.param_groups:
+                set_reference_lr(group, group["lr"])
                 validate_choices(group)
                 _refuse_duplicates(group)
                 self._check_tensors(group)
@@ -401,12 +414,13 @@ class ELRSGD(Optimizer):
             and group["rule"] == "angle"
             and any(count_rows(p, group) for p in group["params"])
             and not isinstance(lr, Tensor)
-            and lr > LARGE_ANGLE
+            and (angle := lr * lr_ratio(group)) > LARGE_ANGLE
         ):
             self._warned_of_angle = True
             warnings.warn(
-                f"rule='angle': lr={lr:g} turns every tracked layer by {lr:g} radians per plain SGD step. More than "
-                f"{LARGE_ANGLE} is hardly ever wanted, and SGD's lr has another unit: start at 0.01",
+                f"rule='angle': lr={lr:g}, tracked_lr={group['tracked_lr']} turn every tracked layer by {angle:g} "
+                f"radians per plain SGD step. More than {LARGE_ANGLE} is hardly ever wanted, and SGD's lr has another "
+                "unit: keep SGD's lr for all other parameters and give tracked_lr=0.01 to begin with",
                 UserWarning,
                 stacklevel=stacklevel,
             )
@@ -414,6 +428,11 @@ class ELRSGD(Optimizer):
     def _check_tensors(self, group: Mapping[str, Any]) -> None:
         params = group["params"]
         rule = group["rule"] or ("project" if group["project"] else None)
+        if group["tracked_lr"] is not None and group.get("scale_invariant") is None and rule is None:
+            raise ValueError(
+                f"tracked_lr={group['tracked_lr']} with rule=None needs groups that say which layers are tracked "
+                "(scale_invariant, see elropt.param_groups): without a rule nothing finds out"
+            )
         for p in params if isinstance(params, list | tuple) else [params]:
             p = p[1] if isinstance(p, tuple) else p
             check_placement(p, rule, inside_zero=self._inside_zero)
@@ -465,7 +484,7 @@ def _backend_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _STEP_VALUES = operator.itemgetter(
-    "lr", "momentum", "dampening", "weight_decay", "nesterov", "rule", "project"
+    "lr", "momentum", "dampening", "weight_decay", "nesterov", "rule", "project", "tracked_lr"
 )
 LARGE_ANGLE = 0.1  # in radians per step
 _SGD_KEYS = (
@@ -487,6 +506,7 @@ _SGD_DEFAULTS = {
     "differentiable": False,
     "fused": None,
     "rule": None,
+    "tracked_lr": None,
     "project": False,
     "granularity": "layer",
     "stochastic_rounding": None,
@@ -502,6 +522,22 @@ def validate(group: Mapping[str, Any]) -> None:
     """
     validate_numbers(group, read_tensors=True)
     validate_choices(group)
+
+
+def set_reference_lr(group: dict[str, Any], lr: float | Tensor) -> None:
+    """The `lr` at which `tracked_lr` holds; read here if it is a tensor. What is there stays.
+
+    Raises:
+        ValueError: there is no proportion to an lr of 0.
+    """
+    if group["tracked_lr"] is None or "reference_lr" in group:
+        return
+    if not 0 < float(lr) < math.inf:
+        raise ValueError(
+            f"tracked_lr={group['tracked_lr']} is kept in proportion to lr, so lr={lr} is not valid: it must be above "
+            "0 when the optimizer is made; a schedule may bring it to 0 later"
+        )
+    group["reference_lr"] = float(lr)
 
 
 def validate_numbers(group: Mapping[str, Any], *, read_tensors: bool) -> None:
@@ -529,7 +565,7 @@ def validate_numbers(group: Mapping[str, Any], *, read_tensors: bool) -> None:
 def _same_layout(now: list[tuple[Any, ...]], before: list[tuple[Any, ...]]) -> bool:
     """Whether the groups are the same objects with the same options and the same parameters."""
     return len(now) == len(before) and all(
-        a[0] is b[0] and a[1:4] == b[1:4] and _same_objects(a[4], b[4])
+        a[0] is b[0] and a[1:-1] == b[1:-1] and _same_objects(a[-1], b[-1])
         for a, b in zip(now, before, strict=True)
     )
 
@@ -589,6 +625,18 @@ def validate_choices(group: Mapping[str, Any]) -> None:
     if rule is not None and momentum >= 1:
         raise ValueError(
             f"momentum={momentum} is not valid with rule={rule!r}: it must be below 1, or use rule=None"
+        )
+    tracked_lr = group["tracked_lr"]
+    if tracked_lr is not None and not (
+        isinstance(tracked_lr, numbers.Real) and 0 <= float(tracked_lr) < math.inf
+    ):
+        raise ValueError(
+            f"tracked_lr={tracked_lr!r} is not valid: a finite number, at least 0, in the unit of the rule, or None"
+        )
+    if tracked_lr is not None and flag is None and group["fused"]:
+        raise ValueError(
+            f"tracked_lr={tracked_lr} with fused=True needs groups that say which layers are tracked "
+            "(scale_invariant, see elropt.param_groups): bare parameters take foreach=True or fused=None"
         )
     seed = group["stochastic_rounding"]
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):

@@ -69,12 +69,13 @@ def update(
     grad_factor: Tensor | None = None,
     weight_factor: Tensor | None = None,
     radial: Tensor | None = None,
+    lr_factor: Tensor | None = None,
     rows: Rows | None = None,
 ) -> None:
     r"""One step, in place:
 
         ŵ = a·w ;  g̃ = s·g + ω·ŵ ;  m ← μ·m + (1−d)·g̃ ;  u = nesterov ? g̃ + μ·m : m
-        u ← u − p·ŵ ;  w ← ŵ − lr·u
+        u ← u − p·ŵ ;  w ← ŵ − lr·f·u
 
     At its first step (buffer None) m = g̃. Without factors this is `torch.optim.SGD`'s for-loop, operation for
     operation. With factors it is computed in float32 (float64 for float64 tensors) and rounded once.
@@ -82,15 +83,17 @@ def update(
     Args:
         params, grads: tensors of equal shapes, any strides.
         momentum_buffers: a list whose None entries are filled in when ``momentum != 0``.
-        grad_factor, weight_factor, radial: s, a and p, [R] float32; None stands for 1, 1 and 0.
+        grad_factor, weight_factor, radial, lr_factor: s, a, p and f, [R] float32; None stands for 1, 1, 0 and 1.
         rows: for each tensor the (first, count) of its entries in these vectors: count 1 for the tensor as a
             whole, or one for every index of its dimension 0. None: the vectors do not concern this tensor.
     """
     for i, (w, g) in enumerate(zip(params, grads, strict=True)):
         row = None if rows is None else rows[i]
-        s, a, p = (factor_for(w, row, vector) for vector in (grad_factor, weight_factor, radial))
-        plain = (
-            s is None and a is None and p is None and (not isinstance(lr, Tensor) or not is_low_precision(w))
+        s, a, p, f = (
+            factor_for(w, row, vector) for vector in (grad_factor, weight_factor, radial, lr_factor)
+        )
+        plain = all(factor is None for factor in (s, a, p, f)) and (
+            not isinstance(lr, Tensor) or not is_low_precision(w)
         )
         buf = momentum_buffers[i]
         ŵ, g = (w, g) if plain else (upcast(w), upcast(g))
@@ -117,6 +120,8 @@ def update(
             u = g
         if p is not None:
             u = u - p * ŵ
+        if f is not None:
+            u = f * u
         if isinstance(lr, Tensor):
             ŵ.addcmul_(u, lr, value=-1)
         else:

@@ -44,6 +44,7 @@ class LayerControls(NamedTuple):
     grad_factor: Tensor | None = None  # s
     weight_factor: Tensor | None = None  # a
     radial: Tensor | None = None  # p
+    lr_factor: Tensor | None = None  # of λ, where layers that are found to be tracked have one of their own
 
 
 class RuleState(NamedTuple):
@@ -67,6 +68,7 @@ class Hyper(NamedTuple):
     update_per_grad: Tensor  # ∂u/∂g̃
     update_per_momentum: Tensor  # ∂u/∂m, m the buffer before the step
     numel: Tensor
+    lr_ratio: Tensor | None = None  # of the λ of rows that are tracked to `lr`; None: 1
 
 
 def decide(
@@ -91,6 +93,9 @@ def decide(
     directed = (tracked > 0) & torch.isfinite(stats.weight_sq) & (stats.weight_sq >= TINY)
     moving = directed & torch.isfinite(stats.grad_sq) & (stats.grad_sq >= TINY)
     state = state._replace(tracked=tracked)
+    own_lr = lr_factor(tracked, hyper)
+    if own_lr is not None:
+        hyper = hyper._replace(lr=hyper.lr * own_lr)
     controls = LayerControls()
     if rule == "warmup":
         controls, state = warmup(stats, state, hyper, moving, absent=absent)
@@ -109,7 +114,12 @@ def decide(
     if project:
         p = radial_coefficient(stats, hyper, controls.grad_factor, controls.weight_factor)
         controls = controls._replace(radial=torch.where(directed & torch.isfinite(p), p, 0.0))
-    return controls, state
+    return controls._replace(lr_factor=own_lr), state
+
+
+def lr_factor(tracked: Tensor, hyper: Hyper) -> Tensor | None:
+    """What the update multiplies λ by: the ratio of rows that are tracked, 1 elsewhere; None if there are no ratios."""
+    return None if hyper.lr_ratio is None else torch.where(tracked > 0, hyper.lr_ratio, 1.0)
 
 
 def warmup(

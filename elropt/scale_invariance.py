@@ -116,8 +116,9 @@ def param_groups(
     Args:
         model, inputs: as for `find_scale_invariant`.
         weight_decay: weight decay of the first two groups, per step and unit of lr; not negative.
-        tracked_lr: becomes `lr` of the "scale_invariant" group, in the unit of the optimizer's rule (rad for
-            "angle", `sphere_lr` for "sphere"); None: no group has the key, the optimizer's own `lr` holds.
+        tracked_lr: becomes `tracked_lr` of the "scale_invariant" group, in the unit of the optimizer's rule (rad for
+            "angle", `sphere_lr` for "sphere"): see `ELRSGD`, the only optimizer that reads it. None: no group has the
+            key, the optimizer's own holds.
         exclude: names or `fnmatch` patterns ("head.*") of parameters that are never tracked.
 
     Warns:
@@ -180,7 +181,7 @@ def param_groups(
             "weight_decay": 0.0 if group_name == "no_decay" else weight_decay,
         }
         if tracked and tracked_lr is not None:
-            group["lr"] = tracked_lr
+            group["tracked_lr"] = tracked_lr
         groups.append(group)
     return groups
 
