@@ -205,8 +205,9 @@ def make_optimizer(
     """The optimizer, and the scale-invariant weights by name, as measured on `images` float [n, 3, side, side]."""
     recipe, name = recipe_of(settings.model), settings.optimizer
     decay = recipe.adamw_weight_decay if name == "adamw" else recipe.weight_decay
-    separate = settings.lr if name in ("angle", "sphere") else None
-    groups = elropt.param_groups(model, images, weight_decay=decay, tracked_lr=separate)
+    groups = elropt.param_groups(model, images, weight_decay=decay)
+    if name in ("angle", "sphere"):  # as lr, which the log has
+        groups = [{**group, "lr": settings.lr} if group["scale_invariant"] else group for group in groups]
     tracked = {
         name: p
         for group in groups

@@ -202,9 +202,9 @@ def make_optimizer(model: nn.Module, run: Run, dataset: data.Dataset) -> tuple[O
     """The optimizer of a run, and its tracked weights by name."""
     task, method = run.task, run.method
     images, _ = next(iter(dataset.batches("train", min(task.batch_size, 32))))
-    groups = elropt.param_groups(
-        model, images, weight_decay=task.weight_decay, tracked_lr=run.lr if method.separate_lr else None
-    )
+    groups = elropt.param_groups(model, images, weight_decay=task.weight_decay)
+    if method.separate_lr:  # as lr, which peers have too
+        groups = [{**group, "lr": run.lr} if group["scale_invariant"] else group for group in groups]
     tracked = {
         name: p
         for group in groups

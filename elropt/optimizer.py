@@ -24,6 +24,7 @@ from .ensemble import (
     FusedEnsemble,
     StepRecord,
     count_rows,
+    has_lr_by_row,
     lr_ratio,
     refuse_one_of_many,
     rule_key,
@@ -55,8 +56,7 @@ class ELRSGD(Optimizer):
         params: parameters, named parameters or param groups, as in `torch.optim.SGD`.
         lr: learning rate λ ≥ 0, a float or a one-element tensor. Its unit for the tracked layers depends on the rule:
             ``None``, "warmup" and "uniform": SGD's; "angle": radians per plain SGD step; "sphere": learning rate on the
-            unit sphere. (Set ``tracked_lr`` of `elropt.param_groups` to give it to the tracked layers alone.)
-            A scheduler owns ``group["lr"]``; no rule writes it.
+            unit sphere. A scheduler owns ``group["lr"]``; no rule writes it.
         momentum: μ, 0 ≤ μ < 1 (any μ ≥ 0 with ``rule=None``).
         dampening: d.
         weight_decay: ω ≥ 0, L2 decay inside the gradient. It is radial, so with ``project``, "angle" and
@@ -75,6 +75,11 @@ class ELRSGD(Optimizer):
             None: plain SGD.
             In "angle" and "sphere" the stored weight is one step ahead of its sphere: each step first brings it back
             (a = radius/‖w‖), then moves it; its direction is exactly that of training on the sphere.
+        tracked_lr: the tracked layers' own learning rate, in the unit of the rule; a number. They train as if the lr of
+            their group were ``tracked_lr · group["lr"] / reference_lr``, where ``group["reference_lr"]`` is, and stays,
+            the `lr` that it was given with: the constructor's for the constructor's `tracked_lr`, so that groups with
+            another `lr` differ by as much, and its own for a group's. None: `lr`. Under ``rule=None``, and on the Triton
+            kernels, only groups with the key ``scale_invariant`` can have it.
         project: remove the radial part of the update of tracked layers, to the rounding of float32.
         granularity: what one norm is taken over: "layer" (a tensor), "filter" (each index of its dimension 0; for
             "uniform", "angle" and "sphere") or "network" (all tracked tensors together; "angle" and "sphere").
@@ -87,7 +92,12 @@ class ELRSGD(Optimizer):
         differentiable: let autograd run through the step; needs ``rule=None`` and ``project=False``.
 
     Raises:
-        ValueError: an argument, here or in a param group, outside the ranges above.
+        ValueError: an argument, here or in a param group, outside the ranges above. With a rule, `step` raises it too,
+            before anything changes, if a scheduler or anybody else has brought such a value (tensors are not read).
+
+    Warns:
+        UserWarning: once, if "angle" is to turn layers by more than 0.1 rad per step. (The angle of "sphere" is known
+            on the device alone: look at `elropt.effective_lrs`.)
 
     What else can happen, by name:
         - a tracked layer whose ‖w‖² or ‖g‖² is zero or not finite in float32 is left out of the rule at that step: its
@@ -95,7 +105,9 @@ class ELRSGD(Optimizer):
           others (a NaN stays in its own layer); more: docs/faults.md;
         - sparse gradients and complex parameters are never tracked; sparse ones need ``rule=None``, no decay;
         - nothing to track: the rule does nothing, and "warmup" stays armed;
-        - layers that join after the hand-over of the warm-up see plain SGD.
+        - layers that join after the hand-over of the warm-up see plain SGD, and are tested for reports;
+        - parameters flattened by FSDP1 or DeepSpeed ZeRO, and with rules that compare layers one optimizer for each
+          parameter, stepped in backward: ValueError, docs/distributed.md.
     State of a parameter: `momentum_buffer`, and with a rule or `project` the float32 tensors `sphere_grad_norm` (c,
     smoothed), `radius`, `tracked` (radial tests passed, or -1) and `handed_over`.
 
@@ -403,6 +415,7 @@ class ELRSGD(Optimizer):
             if group["rule"] is not None or group["project"]:
                 validate_numbers(group, read_tensors=False)
                 validate_choices(group)
+                set_reference_lr(group, group["lr"])
                 self._warn_of_large_angle(group, stacklevel=7)
         self._checked = checked
 
@@ -428,11 +441,15 @@ class ELRSGD(Optimizer):
     def _check_tensors(self, group: Mapping[str, Any]) -> None:
         params = group["params"]
         rule = group["rule"] or ("project" if group["project"] else None)
-        if group["tracked_lr"] is not None and group.get("scale_invariant") is None and rule is None:
-            raise ValueError(
-                f"tracked_lr={group['tracked_lr']} with rule=None needs groups that say which layers are tracked "
-                "(scale_invariant, see elropt.param_groups): without a rule nothing finds out"
+        if has_lr_by_row(group) and (rule is None or group["fused"]):
+            reason = (
+                "rule=None needs groups that say which layers are tracked (scale_invariant, see "
+                "elropt.param_groups): without a rule nothing finds out"
+                if rule is None
+                else "fused=True needs groups that say which layers are tracked (scale_invariant, see "
+                "elropt.param_groups); bare parameters take foreach=True or fused=None"
             )
+            raise ValueError(f"tracked_lr={group['tracked_lr']} with {reason}")
         for p in params if isinstance(params, list | tuple) else [params]:
             p = p[1] if isinstance(p, tuple) else p
             check_placement(p, rule, inside_zero=self._inside_zero)
@@ -632,11 +649,6 @@ def validate_choices(group: Mapping[str, Any]) -> None:
     ):
         raise ValueError(
             f"tracked_lr={tracked_lr!r} is not valid: a finite number, at least 0, in the unit of the rule, or None"
-        )
-    if tracked_lr is not None and flag is None and group["fused"]:
-        raise ValueError(
-            f"tracked_lr={tracked_lr} with fused=True needs groups that say which layers are tracked "
-            "(scale_invariant, see elropt.param_groups): bare parameters take foreach=True or fused=None"
         )
     seed = group["stochastic_rounding"]
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):

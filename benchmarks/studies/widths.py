@@ -220,9 +220,11 @@ def make_optimizer(model: nn.Module, run: Run, images: Tensor) -> Optimizer:
     setting, base = run.setting, run.task.base_width
     lr = run.lr * (run.width / base) ** -(run.alpha or 0.0)
     if setting.optimizer in ("warmup", "angle"):
-        tracked_lr = lr if setting.optimizer == "angle" else None
-        groups = elropt.param_groups(model, images, tracked_lr=tracked_lr)
-        return elropt.ELRSGD(groups, lr if tracked_lr is None else OTHER_LR, rule=setting.optimizer)
+        groups = elropt.param_groups(model, images)
+        if setting.optimizer == "warmup":
+            return elropt.ELRSGD(groups, lr, rule="warmup")
+        groups = [{**group, "lr": lr} if group["scale_invariant"] else group for group in groups]
+        return elropt.ELRSGD(groups, OTHER_LR, rule="angle")
     params: Any = model.parameters()
     if setting.scaled:
         params = elropt.width_scaled_groups(

@@ -1,0 +1,256 @@
+"""`tracked_lr`: tracked layers train as if the lr of their group were tracked_lr·lr/(lr at first), whoever sets lr."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import SWALR
+
+from elropt import ELRSGD, effective_lrs, layer_stats, param_groups
+from elropt.rules import GRANULARITIES
+
+from .nets import bn_mlp, invariant_weights, train
+
+BACKENDS: dict[str, dict[str, Any]] = {
+    "reference": {"foreach": False},
+    "foreach": {"foreach": True},
+    "triton": {"fused": True},
+}
+SCHEDULES: dict[str, Callable[[ELRSGD], LRScheduler]] = {
+    "OneCycleLR": lambda o: OneCycleLR(o, 0.1, total_steps=9),
+    "SWALR": lambda o: SWALR(o, 0.05, anneal_epochs=3),
+    "CyclicLR": lambda o: CyclicLR(o, 0.01, 0.1, step_size_up=4),
+    "LambdaLR": lambda o: LambdaLR(o, lambda step: 0.7**step),
+}
+RATIO = 0.1
+
+
+def groups_of(net: nn.Sequential, **options: Any) -> list[dict[str, Any]]:
+    weights = invariant_weights(net)
+    rest = [p for p in net.parameters() if all(p is not w for w in weights)]
+    return [
+        {"params": weights, "scale_invariant": True, **options},
+        {"params": rest, "scale_invariant": False},
+    ]
+
+
+def assert_same(net: nn.Module, other: nn.Module) -> None:
+    for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_whatever_sets_one_lr_for_all_groups_keeps_the_proportion(schedule: str) -> None:
+    net = bn_mlp(depth=2)
+    groups = param_groups(net, torch.randn(16, 8), tracked_lr=0.01)
+    optimizer = ELRSGD(groups, lr=0.1, momentum=0.9, rule="angle")
+    scheduler = SCHEDULES[schedule](optimizer)
+
+    def check() -> None:
+        lr = optimizer.param_groups[0]["lr"]
+        assert all(group["lr"] == lr for group in optimizer.param_groups)
+        for row in layer_stats(optimizer):
+            expected = RATIO * lr if row.tracked else lr
+            assert row.lr == pytest.approx(expected, rel=1e-6)
+        assert list(effective_lrs(optimizer).values()) == pytest.approx([RATIO * lr] * 2, rel=1e-5)
+        scheduler.step()
+
+    train(net, optimizer, range(8), check)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", GRANULARITIES)
+def test_a_group_that_says_it_is_tracked_has_a_learning_rate_of_its_own(
+    rule: str | None, backend: str
+) -> None:
+    """Bit for bit what it would be with two groups and two values of lr, whether lr changes or is a tensor."""
+    results = []
+    for own in (False, True):
+        net = bn_mlp(depth=2, width=4)
+        options = {"momentum": 0.9, "weight_decay": 1e-3, "rule": rule, **BACKENDS[backend]}
+        if own:
+            optimizer = ELRSGD(groups_of(net), lr=0.25, tracked_lr=0.0625, **options)
+        else:
+            optimizer = ELRSGD(groups_of(net, lr=0.0625), lr=0.25, **options)
+        schedule = LambdaLR(optimizer, lambda step: 0.5 ** (step > 1))
+        train(net, optimizer, range(4), schedule.step)
+        results.append(net)
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("rule", [rule for rule in GRANULARITIES if rule])
+def test_bare_parameters_train_as_groups_do(rule: str, project: bool, foreach: bool) -> None:
+    """Also with momentum and weight decay, and on both sides of the hand-over of the warm-up."""
+    nets, optimizers = [], []
+    for bare in (False, True):
+        net = bn_mlp(depth=2)
+        params: Any = net.parameters() if bare else groups_of(net)
+        optimizer = ELRSGD(
+            params, lr=0.2, tracked_lr=0.02, momentum=0.9, weight_decay=1e-2, rule=rule, project=project,
+            foreach=foreach,
+        )  # fmt: skip
+        optimizer.step()  # without gradients: what follows knows from the first step on what is tracked
+        for p in net.parameters():
+            if "tracked" in optimizer.state.get(p, {}):
+                optimizer.state[p]["tracked"].fill_(8 if any(p is w for w in invariant_weights(net)) else -1)
+        train(net, optimizer, range(10))
+        for held in optimizer.state.values():
+            if rule == "warmup" and "handed_over" in held:
+                held["handed_over"].fill_(1)
+        train(net, optimizer, range(10, 14))
+        nets.append(net)
+        optimizers.append(optimizer)
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=1e-6)
+    lrs = [{row.name: row.lr for row in layer_stats(o) if row.tracked}.values() for o in optimizers]
+    assert list(lrs[0]) == pytest.approx([0.02] * 2, rel=1e-6)
+    assert list(lrs[1]) == pytest.approx([0.02] * 2, rel=1e-6)
+
+
+def test_every_filter_has_it() -> None:
+    net, other = bn_mlp(depth=2), bn_mlp(depth=2)
+    options = {"lr": 0.2, "tracked_lr": 0.02, "momentum": 0.9, "rule": "uniform", "granularity": "filter"}
+    train(net, ELRSGD(groups_of(net), **options), range(3))
+    train(other, ELRSGD(other.parameters(), **options), range(3))
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=1e-6)
+
+
+def test_the_cap_of_the_warmup_is_that_of_the_tracked_learning_rate() -> None:
+    """What is capped is λE of tracked layers; the lr of the rest, here infinite in comparison, does not count."""
+    angles = []
+    for lr in (0.05, 5e5):
+        net = bn_mlp(depth=2)
+        for p in net.parameters():
+            p.requires_grad_(p.dim() == 2)
+        optimizer = ELRSGD(invariant_weights(net), lr=lr, tracked_lr=0.05, momentum=0.9)
+        train(net, optimizer, range(1))
+        angles.append(effective_lrs(optimizer))
+    assert angles[0] == pytest.approx(angles[1], rel=1e-5)
+
+
+def test_lr_as_a_tensor() -> None:
+    results = []
+    for lr in (0.25, torch.tensor(0.25)):
+        net = bn_mlp(depth=2)
+        optimizer = ELRSGD(groups_of(net), lr=lr, tracked_lr=0.0625, momentum=0.9, rule="uniform")
+
+        def halve(optimizer: ELRSGD = optimizer) -> None:
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].mul_(0.5 if group is optimizer.param_groups[0] else 1)  # one tensor for both
+                else:
+                    group["lr"] *= 0.5
+
+        train(net, optimizer, range(4), halve)
+        results.append(net)
+    for p, q in zip(*(net.parameters() for net in results), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("way", ["state_dict", "pickle"])
+def test_the_proportion_survives_a_stop_in_the_middle_of_a_schedule(way: str) -> None:
+    net = bn_mlp(depth=2)
+    optimizer = ELRSGD(net.parameters(), lr=0.1, tracked_lr=0.01, momentum=0.9, rule="angle")
+    schedule = LambdaLR(optimizer, lambda step: 0.5**step)
+    train(net, optimizer, range(3), schedule.step)
+    if way == "pickle":
+        resumed, other = pickle.loads(pickle.dumps((net, optimizer)))
+    else:
+        resumed = copy.deepcopy(net)
+        # made as at the start, and with another value: what is loaded holds
+        other = ELRSGD(resumed.parameters(), lr=0.3, tracked_lr=0.07, momentum=0.9, rule="angle")
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(net, optimizer, range(3, 5))
+    train(resumed, other, range(3, 5))
+    assert_same(net, resumed)
+    assert list(effective_lrs(other).values()) == pytest.approx([0.01 / 8] * 2, rel=1e-5)
+
+
+def test_states_from_before_it_existed() -> None:
+    """There the lr of the tracked group was that of its layers; SGD's says nothing about them."""
+    net = bn_mlp(depth=2)
+    groups = param_groups(net, torch.randn(16, 8), tracked_lr=0.01)
+    optimizer = ELRSGD(groups, lr=0.1, momentum=0.9, rule="angle")
+    old = copy.deepcopy(optimizer.state_dict())
+    for group in old["param_groups"]:
+        del group["tracked_lr"]
+        group.pop("reference_lr", None)
+    old["param_groups"][0]["lr"] = 0.02
+    optimizer.load_state_dict(copy.deepcopy(old))
+    train(net, optimizer, range(1))
+    assert list(effective_lrs(optimizer).values()) == pytest.approx([0.02] * 2, rel=1e-5)
+
+    optimizer = ELRSGD(param_groups(net, torch.randn(16, 8), tracked_lr=0.01), lr=0.1, rule="angle")
+    for group in old["param_groups"]:
+        del group["rule"]
+        group["lr"] = 0.05
+    optimizer.load_state_dict(old)
+    train(net, optimizer, range(1))
+    assert list(effective_lrs(optimizer).values()) == pytest.approx([0.005] * 2, rel=1e-5)
+
+
+def test_groups_with_other_learning_rates_keep_them_apart() -> None:
+    """What the constructor gives holds at its lr: a group at half of that has half of it, one that joins late too."""
+    net, late = bn_mlp(depth=2), bn_mlp(depth=1)
+    first, second = invariant_weights(net)
+    flag = {"scale_invariant": True}
+    optimizer = ELRSGD(
+        [{"params": [first], "lr": 0.05, **flag}, {"params": [second], "tracked_lr": 0.03, "lr": 0.2, **flag}],
+        lr=0.1, tracked_lr=0.01, rule="angle",
+    )  # fmt: skip
+    optimizer.add_param_group({"params": invariant_weights(late), "lr": 0.01, **flag})
+    for n in (net, late):
+        for p in n.parameters():
+            p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert list(effective_lrs(optimizer).values()) == pytest.approx([0.005, 0.03, 0.001], rel=1e-5)
+
+
+def test_it_may_be_set_in_mid_run() -> None:
+    net = bn_mlp(depth=2)
+    optimizer = ELRSGD(net.parameters(), lr=0.1, rule="angle")
+    train(net, optimizer, range(1))
+    optimizer.param_groups[0]["tracked_lr"] = 0.01
+    train(net, optimizer, range(1, 2))
+    assert list(effective_lrs(optimizer).values()) == pytest.approx([0.01] * 2, rel=1e-5)
+    optimizer.param_groups[0]["tracked_lr"] = -1.0
+    with pytest.raises(ValueError, match=r"tracked_lr=-1\.0 is not valid"):
+        train(net, optimizer, range(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tracked_lr": -0.1}, r"tracked_lr=-0\.1 is not valid"),
+        ({"tracked_lr": float("nan")}, "tracked_lr=nan is not valid"),
+        ({"tracked_lr": "0.1"}, "tracked_lr='0.1' is not valid"),
+        ({"tracked_lr": 0.1, "lr": 0}, r"tracked_lr=0\.1 is kept in proportion to lr, so lr=0"),
+        ({"tracked_lr": 0.1, "rule": None}, r"tracked_lr=0\.1 with rule=None needs groups that say"),
+        ({"tracked_lr": 0.1, "fused": True}, r"tracked_lr=0\.1 with fused=True needs groups that say"),
+    ],
+    ids=str,
+)
+def test_what_has_no_meaning_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ELRSGD(bn_mlp(depth=1).parameters(), **{"lr": 0.1, **options})
+    optimizer = ELRSGD(bn_mlp(depth=1).parameters(), lr=0.1, rule="uniform")
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": list(bn_mlp(depth=1).parameters()), "lr": 0.1, **options})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_an_angle_is_judged_by_it() -> None:
+    with pytest.warns(
+        UserWarning, match=r"rule='angle': lr=0.1, tracked_lr=0.3 turn every .* by 0.3 radians"
+    ):
+        ELRSGD(bn_mlp(depth=1).parameters(), lr=0.1, tracked_lr=0.3, rule="angle")
