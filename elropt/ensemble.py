@@ -299,7 +299,7 @@ class Ensemble:
                         differentiable=group["differentiable"],
                         per_filter=self.per_filter,
                         tensor_decay=isinstance(group["weight_decay"], Tensor),
-                        lr_by_row=self.has_lr_by_row,
+                        lr_by_row=has_lr_by_row(group),
                     ),
                 )
             )

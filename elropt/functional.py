@@ -157,7 +157,7 @@ def apply(groups: Sequence[Group], controls: LayerControls, *, per_filter: bool 
             rows.append((first + begin, here) if here else None)
             first += count
         factors = controls._asdict()
-        if controls.lr_factor is None:  # the kernels do not have it
+        if group.backend is triton_backend:  # which has no rows with a learning rate of their own
             del factors["lr_factor"]
         group.backend.update(
             group.params,

@@ -78,7 +78,7 @@ class ELRSGD(Optimizer):
         tracked_lr: the tracked layers' own learning rate, in the unit of the rule; a number. They train as if the lr of
             their group were ``tracked_lr · group["lr"] / reference_lr``, where ``group["reference_lr"]`` is, and stays,
             the `lr` that it was given with: the constructor's for the constructor's `tracked_lr`, so that groups with
-            another `lr` differ by as much, and its own for a group's. None: `lr`. Under ``rule=None``, and on the Triton
+            another `lr` differ by as much, its own for a group's. None: `lr`. Under ``rule=None``, and on the Triton
             kernels, only groups with the key ``scale_invariant`` can have it.
         project: remove the radial part of the update of tracked layers, to the rounding of float32.
         granularity: what one norm is taken over: "layer" (a tensor), "filter" (each index of its dimension 0; for
@@ -431,9 +431,9 @@ class ELRSGD(Optimizer):
         ):
             self._warned_of_angle = True
             warnings.warn(
-                f"rule='angle': lr={lr:g}, tracked_lr={group['tracked_lr']} turn every tracked layer by {angle:g} "
-                f"radians per plain SGD step. More than {LARGE_ANGLE} is hardly ever wanted, and SGD's lr has another "
-                "unit: keep SGD's lr for all other parameters and give tracked_lr=0.01 to begin with",
+                f"rule='angle' is to turn every tracked layer by {angle:g} radians per plain SGD step (lr={lr:g}, "
+                f"tracked_lr={group['tracked_lr']}). More than {LARGE_ANGLE} is hardly ever wanted, and SGD's lr has "
+                "another unit: keep it for all other parameters and give tracked_lr=0.01 to begin with",
                 UserWarning,
                 stacklevel=stacklevel,
             )

@@ -210,7 +210,7 @@ def test_sgd_takes_what_sgd_takes_in_mid_run() -> None:
         assert torch.equal(a, b)
 
 
-ANGLE = r"rule='angle': lr=0\.5 turns every tracked layer by 0\.5 radians"
+ANGLE = r"rule='angle' is to turn every tracked layer by 0\.5 radians.*lr=0\.5, .*give tracked_lr=0\.01"
 
 
 def test_an_angle_that_was_the_lr_of_sgd_warns_once() -> None:
