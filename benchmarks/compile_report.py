@@ -58,6 +58,9 @@ CASES = {
         12,
         0,
     ),
+    "measure fp32, warmup, projected": Case(
+        "measure", FP32, {"RULE": "warmup", "PROJECT": True, "HAS_BUFFERS": True}, 12, 0
+    ),
     "measure bf16, angle": Case("measure", BF16, {"RULE": "angle"}, 4, 0),
     "measure bf16, projected": Case("measure", BF16, {"PROJECT": True, "HAS_BUFFERS": True}, 6, 0),
     "measure bf16, fp32 gradients": Case("measure", MIXED, {"HAS_BUFFERS": True}, 10, 0),
@@ -86,6 +89,14 @@ CASES = {
         {"RULE": "sphere", "PROJECT": True, "HAS_BUFFERS": True},
         12,
         8,
+    ),
+    "cooperative bf16, fp32 gradients, warmup, projected, damped, AMP, rounded": Case(
+        "cooperative",
+        MIXED,
+        {"RULE": "warmup", "PROJECT": True, "DAMPED": True, "HAS_BUFFERS": True, "NESTEROV": False}
+        | {"AMP": True, "damped": True, "rounded": True},
+        10,
+        6,
     ),
     "cooperative bf16, warmup": Case("cooperative", BF16, {"RULE": "warmup", "radial": None}, 6, 4),
 }

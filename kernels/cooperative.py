@@ -109,11 +109,11 @@ def cooperative_kernel(
         found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
         lrs, decays, gains, per_grads, per_momenta, RULE, WHOLE, PROJECT, DAMPED, HAS_BUFFERS, M,
     )  # fmt: skip
-    # Registers are what this kernel has least of: where its tensors are is read again, not kept through the decision.
-    w_first, _, m_first, left, full, row, group, _, _, _ = load_chunk(
-        addresses, segments, chunk_segment, W, G, M, CHUNK
-    )
-    has_row = row >= 0
+    if DAMPED:  # short of registers: where its tensors are is read again, not kept through the decision
+        w_first, _, m_first, left, full, row, group, _, _, _ = load_chunk(
+            addresses, segments, chunk_segment, W, G, M, CHUNK
+        )
+        has_row = row >= 0
     if momenta is None:
         m = tl.zeros_like(w)
     elif not PROJECT:  # not needed before; on its way while the program waits

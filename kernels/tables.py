@@ -133,10 +133,10 @@ def load_chunk(
 def only_if(flag, mask):
     """The mask if the scalar flag is set, else nothing of it.
 
-    `mask & flag` would compile to the same. But the interpreter gives a flag that it broadcasts the type of what was
+    `mask & flag` compiles to the same. But the interpreter gives a flag that it broadcasts the type of what was
     compared, and takes (since triton 3.9) nothing but bools for a mask.
     """
-    return tl.where(flag, mask, False)
+    return mask & tl.where(flag, True, False)
 
 
 @triton.jit

@@ -1,0 +1,71 @@
+"""Every version that elropt supports, one session each: docs/compatibility.md holds the outcome.
+
+    pipx run nox                              # all of it; torch downloads gigabytes of CUDA libraries
+    pipx run nox -s triton -- -k pairs        # the versions of triton, only some of the tests
+    pipx run nox -s "torch(version='2.15')"   # one entry
+
+A Python that is not there is skipped. Each environment is removed when its tests have passed.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import nox
+
+nox.options.reuse_existing_virtualenvs = False
+nox.options.error_on_missing_interpreters = False
+
+PYTHONS = ["3.11", "3.12", "3.13"]
+TRITONS = ["3.6.0", "3.7.1", "3.8.0", "3.9.0"]
+TORCHES = ["2.11", "2.12", "2.13", "2.14", "2.15"]
+# The interpreter of triton 3.6 breaks with NumPy 2.4: "only 0-dimensional arrays can be converted to Python scalars".
+NUMPY = {"3.6.0": "numpy<2.4"}
+
+# The contract of the backends, parity with torch.optim.SGD, and the kernels.
+TESTS = [
+    "tests/test_contract.py",
+    "tests/test_sgd_parity.py",
+    "tests/kernels/test_kernels.py",
+    "tests/kernels/test_availability.py",
+    "tests/kernels/test_specializations.py",
+]
+TOOLS = ["pytest>=8.3", "hypothesis>=6.110", "typer>=0.15", "rich>=13.7", "matplotlib>=3.9"]
+
+
+VERSIONS = """
+import sys, torch, triton, numpy
+print("python", sys.version.split()[0], *(f"{m.__name__} {m.__version__}" for m in (torch, triton, numpy)))
+"""
+
+
+def run(session: nox.Session, torch: str, numpy: str = "numpy", triton: str | None = None) -> None:
+    """Installs these versions and runs the tests. A torch for CUDA wants a triton of its own: another replaces it."""
+    session.install("-e", ".[triton]", *TOOLS, torch, numpy)
+    if triton is not None:
+        session.install("--no-deps", triton)
+    session.run("python", "-c", VERSIONS)
+    options = session.posargs or ["-m", "not slow"]
+    command = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, *options]
+    session.run(*command, env={"OMP_NUM_THREADS": "1"})
+    shutil.rmtree(session.virtualenv.location)
+
+
+@nox.session(python="3.11")
+@nox.parametrize("version", TRITONS)
+def triton(session: nox.Session, version: str) -> None:
+    """A triton, with the torch that the tests run with otherwise."""
+    run(session, "torch==2.13.0", NUMPY.get(version, "numpy"), f"triton=={version}")
+
+
+@nox.session(python="3.11")
+@nox.parametrize("version", TORCHES)
+def torch(session: nox.Session, version: str) -> None:
+    """A torch, with the triton that it brings along."""
+    run(session, f"torch=={version}.*", "numpy<2.4" if version == "2.11" else "numpy")
+
+
+@nox.session(python=PYTHONS)
+def python(session: nox.Session) -> None:
+    """A Python, with the newest of everything."""
+    run(session, "torch>=2.11")
