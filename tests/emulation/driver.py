@@ -84,6 +84,7 @@ class Emulator:
         self.cooperative: set[str] = set()
         self.compiled: dict[str, str] = {}
         self.error: BaseException | None = None
+        self.callbacks: tuple[Any, ...] = ()  # what the stub calls; it holds no reference to them
         self._modules: list[str] = []
         self._programs: dict[str, Program] = {}
 
@@ -154,7 +155,7 @@ def install() -> Emulator:
         )(emulator.launch),
     )
     library.stub_set_callbacks(*callbacks)
-    emulator.callbacks = callbacks  # type: ignore[attr-defined]  # the library holds no reference to them
+    emulator.callbacks = callbacks
 
     class Launcher(driver.CudaLauncher):
         """Tells the emulator which tensors a launch may touch, and raises what it found."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -164,6 +164,7 @@ class _Translator:
         self.program = program
         self.slots: dict[object, int] = {}
         self.register_dtypes: dict[str, np.dtype] = {}
+        self.common: dict[str, Any] = {}  # of the instruction at hand: the fields of `Instruction`
 
     def translate(self, body: str) -> None:
         source = ""

@@ -16,21 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from elropt import kernels
 
 from .driver import environment, why_not
 
-if (reason := why_not()) is not None or not kernels.available():
-    pytest.skip(str(reason), allow_module_level=True)
+if (reason := why_not()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+if not kernels.available():
+    pytest.skip("triton does not load", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("there is a GPU, on which tests/kernels runs the kernels", allow_module_level=True)
+
+from .mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("two-launches", "cooperative")
 NUMBERS = range(10)  # each rule once
 RANGES = [f"{kind}/{first}-{first + 19}" for kind in KINDS for first in range(0, 100, 20)]
-MUTANTS: dict[str, Any] = {}
-if kernels.available():
-    from .mutants import MUTANTS
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +57,7 @@ def in_group(kind: str, *jobs: str) -> list[Any]:
     return [pytest.param(kind, job, marks=mark, id=job) for job in jobs]
 
 
-def kind_of(mutant: Any) -> str:
+def kind_of(mutant: Mutant) -> str:
     return "cooperative" if mutant.is_cooperative else "two-launches"
 
 
