@@ -68,19 +68,22 @@ class Strand:
     group: Group
     position: int = 0
     mask: Array | None = None
-    polled: tuple[Array, int] | None = None
+    polled: tuple[int, int] | None = None
     polls: int = 0
 
-    def would_poll_in_vain(self) -> bool:
+    def would_poll_in_vain(self, values: dict[int, int]) -> bool:
+        """values: what is known of memory already, by address."""
         if self.polled is None:
             return False
         address, value = self.polled
-        return int(GlobalMemory.read(address, 4)[0]) == value
+        if address not in values:
+            values[address] = int(GlobalMemory.read(np.array([address]), 4)[0])
+        return values[address] == value
 
-    def saw(self, address: Array, old: int, new: int) -> None:
+    def saw(self, address: int, old: int, new: int) -> None:
         """An atomic, which may have been a poll."""
-        is_same = self.polled is not None and self.polled[0][0] == address[0] and self.polled[1] == new
-        self.polled, self.polls = (address, new) if new == old else None, self.polls + 1 if is_same else 1
+        self.polls = self.polls + 1 if self.polled == (address, new) else 1
+        self.polled = (address, new) if new == old else None
 
 
 class Cta:
@@ -235,7 +238,7 @@ class Cta:
             launch.history.synchronize(
                 instruction.order, self.number, self.phase, thread, self.accesses, int(address[0])
             )
-            strand.saw(address, old, new)
+            strand.saw(int(address[0]), old, new)
         return True
 
     def set(self, strand: Strand, slot: int, lanes: Array, values: Array) -> None:
@@ -441,13 +444,14 @@ class Machine:
             Fault: all of them have polled it again and again.
         """
         is_restless = random_.random() < RESTLESSNESS
+        values: dict[int, int] = {}
         for _ in range(4):  # mostly one of the first draws will do
             cta = random_.choice(ctas)
             strand = random_.choice(cta.running)
-            if is_restless or not strand.would_poll_in_vain():
+            if is_restless or not strand.would_poll_in_vain(values):
                 return cta, strand
         all_ = [(cta, strand) for cta in ctas for strand in cta.running]
-        awake = [pair for pair in all_ if not pair[1].would_poll_in_vain()]
+        awake = [pair for pair in all_ if not pair[1].would_poll_in_vain(values)]
         if not awake and all(strand.polls >= PATIENCE for _, strand in all_):
             raise Fault(
                 f"deadlock in {launch.program.name}: all {len(ctas)} CTAs that fit the GPU poll memory that nobody "

@@ -106,6 +106,19 @@ class Race(NamedTuple):
     address: int
 
 
+def _read_then_written(columns: Array, starts: Array) -> Array:
+    """The places, most of those of parameters, that one CTA reads and, in a later phase, one of its threads writes."""
+    _, cta, phase, kind, thread = columns[:5]
+    is_read, beyond = kind == READ, np.iinfo(np.int64).max
+    least, most = np.minimum.reduceat, np.maximum.reduceat
+    by_one_cta = least(cta, starts) == most(cta, starts)
+    by_one_thread = least(np.where(is_read, beyond, thread), starts) == most(
+        np.where(is_read, -1, thread), starts
+    )
+    later = most(np.where(is_read, phase, -1), starts) < least(np.where(is_read, beyond, phase), starts)
+    return by_one_cta & by_one_thread & later
+
+
 class History:
     """The accesses of a launch, and what everybody knew when they were made."""
 
@@ -150,7 +163,7 @@ class History:
         ends = np.r_[starts[1:], len(places)]
         several = np.minimum.reduceat(who, starts) != np.maximum.reduceat(who, starts)
         has = [np.maximum.reduceat((columns[3] == kind).astype(np.int8), starts) > 0 for kind in range(3)]
-        suspicious = several & (has[WRITE] | (has[ATOMIC] & has[READ]))
+        suspicious = several & (has[WRITE] | (has[ATOMIC] & has[READ])) & ~_read_then_written(columns, starts)
         seen: set[bytes] = set()
         for start, end in zip(starts[suspicious], ends[suspicious], strict=True):
             events = np.unique(columns[1:, start:end], axis=1)

@@ -170,6 +170,15 @@ def test_threads_of_a_cta_race_without_a_barrier() -> None:
     assert "array 0" in report
 
 
+def test_what_a_thread_overwrites_after_a_barrier_others_may_have_read_before() -> None:
+    body = "xor.b32 %r2, %r0, 1;\nmad.wide.u32 %rd1, %r0, 4, %rd90;\nmad.wide.u32 %rd2, %r2, 4, %rd90;\n"
+    body += "ld.global.b32 %r3, [%rd2];\nWAIT\nst.global.b32 [%rd1], %r0;"
+    data = np.zeros(32, np.uint32)
+    assert launch(kernel(body.replace("WAIT", "bar.sync 0;")), data) == []
+    (report,) = launch(kernel(body.replace("WAIT", "")), data)
+    assert "race within a CTA" in report
+
+
 def test_bytes_of_their_own_do_not_race() -> None:
     """Two CTAs write the halves of a word."""
     body = "cvt.u16.u32 %rs1, %r1;\nmad.wide.u32 %rd1, %r1, 2, %rd90;\nsetp.eq.b32 %p1, %r0, 0;\n"
