@@ -38,6 +38,7 @@ from elropt.optimizer import validate_choices
 Options = dict[str, Any]
 
 CAPABILITIES = (80, 90, 100)
+DEFAULTS = ELRSGD([nn.Parameter(torch.ones(1))], fused=True).defaults
 W_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # Of an optimizer: those that change the code of a kernel …
@@ -188,7 +189,7 @@ def _arguments(options: Options) -> Options:
 def allowed(options: Options) -> bool:
     """Whether the optimizer takes them: asked of itself."""
     try:
-        validate_choices({"foreach": None, "fused": True, "differentiable": False, **_arguments(options)})
+        validate_choices({**DEFAULTS, **_arguments(options)})
     except ValueError:
         return False
     return True
