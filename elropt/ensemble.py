@@ -213,8 +213,11 @@ class Ensemble:
                 self._views.append((p, "rounding_step", self.rounding_step))
 
     def is_detached(self, state: State) -> bool:
-        """Asked when anything in `state` has changed: whether it is what this left there. Forgets the fused steps."""
-        self._all_fused.clear()  # they may hold another momentum buffer
+        """Asked when anything in `state` has changed: whether it is what this left there. Forgets the fused steps that
+        hold another momentum buffer."""
+        self._all_fused = {
+            key: fused for key, fused in self._all_fused.items() if fused.has_buffers_of(state)
+        }
         return any(state.get(p, {}).get(key) is not view for p, key, view in self._views)
 
     def prepare(self, state: State) -> FusedEnsemble | list[Group]:
@@ -619,6 +622,13 @@ class FusedEnsemble:
         )
         if step is not None:
             step.add_(1 if found_inf is None else (found_inf == 0).squeeze())
+
+    def has_buffers_of(self, state: State) -> bool:
+        """Whether its momentum buffers are those of the optimizer."""
+        return all(
+            m is None or state.get(p, {}).get("momentum_buffer") is m
+            for p, m in zip(self.params, self.buffers, strict=True)
+        )
 
     def new_buffers(self, state: State) -> dict[Tensor, Tensor]:
         """The momentum buffers that are not in the optimizer's state yet."""

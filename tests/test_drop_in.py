@@ -64,6 +64,26 @@ def test_what_hooks_keep_in_the_state_passes_through(rule: str | None) -> None:
         assert torch.equal(a, b)
 
 
+def test_what_hooks_keep_costs_the_kernels_no_new_tables() -> None:
+    net = bn_mlp(depth=1, width=4)
+    optimizer = ELRSGD(net.parameters(), lr=0.05, momentum=0.9, fused=True)
+
+    def keep(*_: object) -> None:
+        optimizer.state[net[0].weight]["slow_weights"] = net[0].weight.detach().clone()
+
+    optimizer.register_step_post_hook(keep)
+    train(net, optimizer, range(1))
+    (ensemble,) = optimizer._ensembles or []
+    fused = ensemble._fused
+    train(net, optimizer, range(1, 3))
+    assert fused is not None
+    assert ensemble._fused is fused
+    optimizer.state[net[0].weight]["momentum_buffer"] = torch.zeros(4, 8)  # but another buffer is used
+    train(net, optimizer, range(3, 4))
+    assert ensemble._fused is not fused
+    assert optimizer.state[net[0].weight]["momentum_buffer"].any()
+
+
 def two_steps(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for _ in range(2):
         optimizer.zero_grad()

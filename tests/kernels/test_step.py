@@ -107,7 +107,7 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     if absent.all():
         absent[0] = False
 
-    chosen = [vector[~absent].double() for vector in (*stats, *state[:-1], *hyper)]
+    chosen = [vector[~absent].double() for vector in (*stats, *state[:-1], *hyper[:-1])]
     controls, after = specified(
         rule,
         LayerStats(*chosen[:4]),
