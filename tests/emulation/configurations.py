@@ -242,7 +242,8 @@ class Pair:
             ours, theirs = self.actual.state.get(p, {}), self.expected.state.get(q, {})
             pairs = {"weight": (p.detach(), q.detach())}
             m, n = ours.get("momentum_buffer"), theirs.get("momentum_buffer")
-            if (m is None) != (n is None) and not skipped:
+            is_marked = m is not None and n is None and (m == 0).all()  # new at a step that was skipped
+            if (m is None) != (n is None) and not skipped and not is_marked:
                 yield f"momentum buffer {index} exists {'only here' if n is None else 'only in the reference'}"
             if m is not None and n is not None:
                 pairs["momentum buffer"] = (m, n)
