@@ -49,9 +49,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -228,24 +227,11 @@ CALLS = {
 SANITIZERS = ("memcheck", "racecheck")
 
 
-@contextlib.contextmanager
-def import_folder() -> Iterator[Path]:
-    """A folder with the package `elropt` as it is installed: in a checkout `elropt.kernels` lies beside elropt/."""
-    with tempfile.TemporaryDirectory(prefix="elropt-") as folder:
-        package = Path(folder) / "elropt"
-        package.mkdir()
-        for entry in (ROOT / "elropt").iterdir():
-            if entry.name not in ("kernels", "__pycache__"):
-                (package / entry.name).symlink_to(entry)
-        (package / "kernels").symlink_to(ROOT / "kernels")
-        yield Path(folder)
-
-
-def environment(imports: Path) -> dict[str, str]:
-    """That of the parts: `.vendor`, the folder to import elropt from and this checkout are all that comes before
-    what is installed; kernels are compiled, not interpreted."""
+def environment() -> dict[str, str]:
+    """That of the parts: `.vendor` and this checkout come before what is installed; kernels are compiled, not
+    interpreted."""
     paths = [str(ROOT / ".vendor")] if (ROOT / ".vendor").is_dir() else []
-    paths += [str(imports), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONSAFEPATH": "1",  # `python -m` leaves the working directory out
@@ -359,36 +345,33 @@ def run_suite(names: list[str], context: Context, seconds: float, console: Conso
     parts: dict[str, dict[str, Any]] = {}
     if summary_file.exists():
         parts = json.loads(summary_file.read_text(encoding="utf-8"))["parts"]
-    with import_folder() as imports:
-        variables = environment(imports)
-        env = describe(variables)
-        if context.device.startswith("cuda") and not env["gpus"]:
-            raise typer.BadParameter(
-                "there is no CUDA device; --device cpu --tiny tries the suite without one"
-            )
-        summary = {"kind": "suite", "env": env, "device": context.device, "parts": parts}
-        scheduled = begin + START_SECONDS
-        for name in names:
-            scheduled += PARTS[name].seconds
-            left = min(scheduled, begin + seconds) - time.monotonic()
-            skipped = reason_to_skip(name, context)
-            if skipped is None and left < LEAST_SECONDS:
-                skipped = f"{max(left, 0):.0f} s were left"
-            if skipped is not None:
-                parts[name] = {"skipped": skipped}
-                console.print(f"{name}: skipped, {skipped}")
-            else:
-                console.print(f"{name}: at most {left:.0f} s …")
-                commands = PARTS[name].commands(context._replace(seconds=left))
-                part = parts[name] = run_part(commands, left, log, variables)
-                for line in [*part["failed"], *part["tail"][-SHOWN_LINES:]]:
-                    console.print(f"    {line}", markup=False, highlight=False)
-                console.print(f"{name}: {outcome(part)}, {part['seconds']} s")
-            for unfinished in context.out.glob("*.part"):
-                unfinished.unlink()
-            whole = summary_file.with_name("summary.json.part")
-            whole.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-            whole.replace(summary_file)
+    variables = environment()
+    env = describe(variables)
+    if context.device.startswith("cuda") and not env["gpus"]:
+        raise typer.BadParameter("there is no CUDA device; --device cpu --tiny tries the suite without one")
+    summary = {"kind": "suite", "env": env, "device": context.device, "parts": parts}
+    scheduled = begin + START_SECONDS
+    for name in names:
+        scheduled += PARTS[name].seconds
+        left = min(scheduled, begin + seconds) - time.monotonic()
+        skipped = reason_to_skip(name, context)
+        if skipped is None and left < LEAST_SECONDS:
+            skipped = f"{max(left, 0):.0f} s were left"
+        if skipped is not None:
+            parts[name] = {"skipped": skipped}
+            console.print(f"{name}: skipped, {skipped}")
+        else:
+            console.print(f"{name}: at most {left:.0f} s …")
+            commands = PARTS[name].commands(context._replace(seconds=left))
+            part = parts[name] = run_part(commands, left, log, variables)
+            for line in [*part["failed"], *part["tail"][-SHOWN_LINES:]]:
+                console.print(f"    {line}", markup=False, highlight=False)
+            console.print(f"{name}: {outcome(part)}, {part['seconds']} s")
+        for unfinished in context.out.glob("*.part"):
+            unfinished.unlink()
+        whole = summary_file.with_name("summary.json.part")
+        whole.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        whole.replace(summary_file)
     return summary
 
 

@@ -27,11 +27,15 @@ RULES: list[tuple[str | None, bool]] = [
 ]
 
 
-def make(rule: str | None, project: bool, lr: Tensor, **options: Any) -> tuple[nn.Sequential, ELRSGD]:
+def make(
+    rule: str | None, project: bool, lr: Tensor, *, many_groups: bool = False, **options: Any
+) -> tuple[nn.Sequential, ELRSGD]:
     net = bn_mlp(depth=5, width=64).cuda()
     tracked = invariant_weights(net)
     rest = [p for p in net.parameters() if all(p is not w for w in tracked)]
     groups = [{"params": tracked, "scale_invariant": True}, {"params": rest, "scale_invariant": False}]
+    if many_groups:  # their hyper-parameters lie in a table
+        groups = [{**group, "params": [p]} for group in groups for p in group["params"]]
     return net, ELRSGD(
         groups, lr=lr, momentum=0.9, weight_decay=1e-3, rule=rule, project=project, fused=True, **options
     )
@@ -43,16 +47,18 @@ def gradient(p: Tensor, step: int) -> Tensor:
 
 
 @pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize(("rule", "project"), RULES)
+@pytest.mark.parametrize(
+    ("rule", "project", "many_groups"), [*((*rule, False) for rule in RULES), ("uniform", False, True)]
+)
 def test_replays_with_a_changing_lr_equal_eager_steps(
-    rule: str | None, project: bool, together: bool, monkeypatch: pytest.MonkeyPatch
+    rule: str | None, project: bool, many_groups: bool, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not together:
         monkeypatch.setattr("elropt.kernels.step.max_programs", lambda device: 0)
     results = []
     for graphed in (False, True):
         lr = torch.tensor(0.01, device="cuda")
-        net, optimizer = make(rule, project, lr)
+        net, optimizer = make(rule, project, lr, many_groups=many_groups)
         params = list(net.parameters())
         for p in params:
             p.grad = torch.empty_like(p)
