@@ -10,9 +10,9 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from . import __version__, dynamics, env_report
-from .report import ModelReport, inspect_model, random_label_loss, read_run
+from .report import ModelReport, WeightReport, inspect_model, random_label_loss, read_run
 
 try:
     import typer
@@ -41,8 +41,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 TABLE_ROWS = 25
-PLAIN = {"‖": "|", "–": "-", "×": "x", "…": "..."}  # where the terminal, or a file, has no such characters
+WIDE = 120  # columns from which on the table of `inspect` has norms and reasons in full
+PLAIN = {
+    "‖": "|",
+    "–": "-",
+    "−": "-",
+    "×": "x",
+    "·": "*",
+    "…": "...",
+}  # where the terminal, or a file, has no such characters
 Number = TypeVar("Number", int, float)
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # of a model: by position and by name
 
 
 def _print_version(wanted: bool) -> None:
@@ -73,7 +82,8 @@ def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
 
 
 @app.command(
-    epilog="Example: elropt inspect mypackage.models:build --input-shape 64,3,32,32 --lr 0.1 --momentum 0.9"
+    epilog="Example: elropt inspect mypackage.models:build --input-shape 64,3,32,32 --lr 0.1 --momentum 0.9; "
+    "for a token model: elropt inspect mypackage.models:lm --input input_ids=int64:8,128:50257"
 )
 def inspect(
     target: Annotated[
@@ -81,8 +91,8 @@ def inspect(
         typer.Argument(
             metavar="TARGET",
             help="PKG.MODULE:FACTORY or path/to/file.py:FACTORY. FACTORY is a model, or is called without "
-            "arguments and returns a model, (model, inputs) or (model, inputs, loss): inputs a tensor or a "
-            "tuple of the model's positional arguments, loss a function of the model's outputs.",
+            "arguments and returns a model, (model, inputs) or (model, inputs, loss): inputs a tensor, a tuple of the "
+            "model's positional arguments or a dict of its keyword arguments; loss a function of its outputs.",
         ),
     ],
     input_shape: Annotated[
@@ -93,8 +103,24 @@ def inspect(
             "Repeat it for further inputs. Real data tell more.",
         ),
     ] = None,
+    random_input: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="[NAME=]DTYPE:N,…[:HIGH]",
+            help="The same for inputs of any dtype, given by NAME or by position: int64:8,128:50257 is of token ids "
+            "from 0 to 50256, float32:8,3,32,32 normal, bool:8,128 all true. Repeat it for further inputs.",
+        ),
+    ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate to judge.")] = 0.1,
     momentum: Annotated[float, typer.Option(help="Momentum to judge it with.")] = 0.9,
+    perturb: Annotated[
+        float,
+        typer.Option(
+            help="Standard deviation of noise in place of parameters that are all zero: behind a last gain or layer "
+            "that starts at zero, gradients vanish and nothing can be measured."
+        ),
+    ] = 0.0,
     seed: Annotated[
         int, typer.Option(min=0, help="Seeds initialization, random inputs and random labels.")
     ] = 0,
@@ -105,8 +131,8 @@ def inspect(
 ) -> None:
     """Show which weights of a model are scale-invariant, how far a step turns them, and what that means.
 
-    If FACTORY returns no loss, it is cross-entropy against random labels, for models that return a logit for
-    each sample and class.
+    If FACTORY returns no loss, it is the one that the model returns, or cross-entropy against random labels, for models
+    that return a logit for each sample (or position) and class.
     """
     with _messages().status(Text(f"measuring {target} …")):
         torch.manual_seed(seed)
@@ -115,22 +141,31 @@ def inspect(
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
             _fail(f"--device {device}: {error}")
-        if input_shape and inputs is not None:
-            _fail(f"{target} returns inputs itself: leave out --input-shape")
+        if (input_shape or random_input) and inputs is not None:
+            _fail(
+                f"{target} returns inputs itself: leave out {'--input-shape' if input_shape else '--input'}"
+            )
         if inputs is None:
-            inputs = _random_inputs(input_shape or [], model, target)
-        inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
+            inputs = _random_inputs(input_shape or [], random_input or [], model, target)
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
         try:
-            report = inspect_model(model, *inputs, loss=loss or random_label_loss, lr=lr, momentum=momentum)
+            report = inspect_model(
+                model,
+                *args,
+                loss=loss or random_label_loss,
+                lr=lr,
+                momentum=momentum,
+                perturb=perturb,
+                **kwargs,
+            )
         except Exception as error:
             _fail(f"cannot measure {target}: {_in_words(error)}")
     if json_file is not None:
         _write(json_file, json.dumps(report.to_dict(), allow_nan=False, indent=2) + "\n")
     console = _console()
-    console.print(_weight_table(report))
-    if not report.tracked:
-        _fail(report.summary())
-    console.print(_summary_table(report))
+    console.print(_weight_table(report, wide=console.width >= WIDE))
+    if len(report.tracked) > 1:
+        console.print(_summary_table(report))
     console.print(Text(report.summary()))
 
 
@@ -242,7 +277,7 @@ def _in_words(error: BaseException) -> str:
     return "\n".join([f"{where}{error}", *getattr(error, "__notes__", [])])
 
 
-def _build(target: str) -> tuple[nn.Module, tuple[Any, ...] | None, Callable[[Any], Any] | None]:
+def _build(target: str) -> tuple[nn.Module, Arguments | None, Callable[[Any], Any] | None]:
     """Import TARGET's factory and call it: model, inputs and loss."""
     module_name, _, name = target.rpartition(":")
     if not module_name or not name:
@@ -272,9 +307,11 @@ def _build(target: str) -> tuple[nn.Module, tuple[Any, ...] | None, Callable[[An
         _fail(
             f"{target}() returned a loss of type {type(loss).__name__}; it must be a function of the outputs"
         )
-    if inputs is not None:
-        inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-    return model, inputs, loss
+    if inputs is None:
+        return model, None, loss
+    if isinstance(inputs, Mapping):
+        return model, ((), {str(name): value for name, value in inputs.items()}), loss
+    return model, (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}), loss
 
 
 def _import(name: str) -> Any:
@@ -294,19 +331,53 @@ def _import(name: str) -> Any:
     return module
 
 
-def _random_inputs(shapes: list[str], model: nn.Module, target: str) -> tuple[Tensor, ...]:
-    if not shapes:
+def _random_inputs(shapes: list[str], specs: list[str], model: nn.Module, target: str) -> Arguments:
+    """Inputs for --input-shape, then those for --input."""
+    if not shapes and not specs:
         _fail(
-            f"{target} returns no inputs: give --input-shape, such as 64,3,32,32, or return (model, inputs)"
+            f"{target} returns no inputs: give --input-shape, such as 64,3,32,32, or --input, such as "
+            "int64:8,128:50257 for a token model, or return (model, inputs)"
         )
     like = next((param for param in model.parameters() if param.is_floating_point()), torch.empty(0))
-    inputs = []
-    for shape in shapes:
-        sizes = _numbers("--input-shape", shape, int)
-        if min(sizes) < 1:
-            _fail(f"--input-shape {shape}: every size must be at least 1")
-        inputs.append(torch.randn(sizes, dtype=like.dtype))
-    return tuple(inputs)
+    args: list[Tensor] = [torch.randn(_sizes("--input-shape", shape), dtype=like.dtype) for shape in shapes]
+    kwargs = {}
+    for spec in specs:
+        name, given, rest = spec.rpartition("=")
+        value = _random_input(spec, rest)
+        if given:
+            kwargs[name] = value
+        else:
+            args.append(value)
+    return tuple(args), kwargs
+
+
+def _random_input(spec: str, rest: str) -> Tensor:
+    dtype_name, *parts = rest.split(":")
+    dtype = getattr(torch, dtype_name, None)
+    if not isinstance(dtype, torch.dtype) or len(parts) not in (1, 2):
+        _fail(
+            f"--input {spec}: not [NAME=]DTYPE:SHAPE[:HIGH], such as int64:8,128:50257 or float32:64,3,32,32"
+        )
+    sizes = _sizes(f"--input {spec}:", parts[0])
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        if len(parts) == 2:
+            _fail(f"--input {spec}: HIGH is for integers only")
+        return torch.ones(sizes, dtype=dtype) if dtype == torch.bool else torch.randn(sizes, dtype=dtype)
+    if len(parts) == 1:
+        _fail(f"--input {spec}: integers need a HIGH, above the largest, such as int64:8,128:50257")
+    (high,) = _numbers(f"--input {spec}:", parts[1], int)[:1]
+    if not 0 < high <= torch.iinfo(dtype).max:
+        _fail(
+            f"--input {spec}: HIGH must be between 1 and {torch.iinfo(dtype).max}, the largest {dtype_name}"
+        )
+    return torch.randint(high, sizes, dtype=dtype)
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    sizes = _numbers(option, text, int)
+    if min(sizes) < 1:
+        _fail(f"{option} {text}: every size must be at least 1")
+    return sizes
 
 
 def _initial_relative_grads(e0: str | None, depth: int | None, factor: float | None) -> list[float]:
@@ -372,29 +443,43 @@ def _write(path: Path, text: str) -> None:
         _fail(f"cannot write {path}: {error}")
 
 
-def _weight_table(report: ModelReport) -> Table:
+def _weight_table(report: ModelReport, *, wide: bool) -> Table:
+    """All that was measured, or what fits into 80 columns."""
     fastest, slowest = (report.tracked[0], report.tracked[-1]) if len(report.tracked) > 1 else (None, None)
-    table = Table("weight", "shape", "scale-invariant", title="Weights of two or more dimensions")
-    for header in ("‖w‖", "‖g‖", "cos(w, g)", "E = ‖g‖/‖w‖", f"ELR at lr {report.lr:g}"):
-        table.add_column(header, justify="right")
+    title = f"Weights of two or more dimensions: E = ‖g‖/‖w‖, ELR = lr·E at lr {report.lr:g}"
+    table = Table("weight", title=title)
+    if wide:
+        table.add_column("shape")
+    table.add_column("scale-invariant" if wide else "invariant")
+    for header in (*(("‖w‖", "‖g‖") if wide else ()), "cos(w, g)", "E", "ELR"):
+        table.add_column(header, justify="right", no_wrap=True)
     for column in table.columns:
         column.overflow = "fold"
     for weight in report.weights:
         style = "bold red" if weight is fastest else "bold cyan" if weight is slowest else None
-        verdict = f"yes: {weight.reason}" if weight.invariance else weight.reason
-        numbers = (
-            weight.weight_norm,
-            weight.grad_norm,
-            weight.radial_cosine,
-            weight.relative_grad,
-            weight.elr,
-        )
-        cells = (weight.name, "×".join(map(str, weight.shape)), verdict, *map(_short, numbers))
-        table.add_row(*(Text(cell) for cell in cells), style=style)
+        numbers = [weight.radial_cosine, weight.relative_grad, weight.elr]
+        cells = [weight.name, _verdict(weight, wide=wide)]
+        if wide:
+            cells.insert(1, "×".join(map(str, weight.shape)))
+            numbers = [weight.weight_norm, weight.grad_norm, *numbers]
+        table.add_row(*(Text(cell) for cell in (*cells, *map(_short, numbers))), style=style)
     return table
 
 
+def _verdict(weight: WeightReport, *, wide: bool) -> str:
+    """The measured cosine of a weight that is not invariant is left out: the row has that of the loss."""
+    if weight.reason.startswith("not:"):
+        return "no"
+    if wide:
+        return f"yes: {weight.reason}" if weight.invariance else f"no: {weight.reason}"
+    if weight.invariance:
+        return "by channel" if weight.invariance == "channel" else "as a whole"
+    _, jointly, partner = weight.reason.partition("only jointly with ")
+    return f"no: with {partner.strip(chr(39)).rpartition('.')[2]}" if jointly else f"no: {weight.reason}"
+
+
 def _summary_table(report: ModelReport) -> Table:
+    """What two or more tracked weights have in common."""
     table = Table(show_header=False)
     for label, value in (
         ("ELR spread (max / min)", report.elr_spread),

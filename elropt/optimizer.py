@@ -48,7 +48,8 @@ class ELRSGD(Optimizer):
 
     With ``rule=None`` and float hyper-parameters this is `torch.optim.SGD`, bit for bit. A layer is *tracked* if its
     group has ``scale_invariant=True`` (see `elropt.param_groups`), or, in groups without that key, if it has two or
-    more dimensions and its gradient has been orthogonal to it in each of its first 8 steps.
+    more dimensions and its gradient has been orthogonal to it in each of its first 8 steps (or more, as long as the
+    steps hardly turn it: a bias that is still at 0 hides a dependence).
     All other parameters see plain SGD. Groups that name the same rule, granularity and project are decided
     together, others apart.
 

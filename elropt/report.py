@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from ._model_copy import Inputs, backward_from_loss, check_model, copied, tensors_in, untouched
 from .dynamics import balance_lr, elr_spread, monotone_lr
 from .monitor import _finite
 from .rules import RADIAL_TESTS, Hyper, LayerStats, RuleState, decide, growth_gain
-from .scale_invariance import (
-    Kind,
-    _deepcopy,
-    _random_state_kept,
-    _run,
-    _tensors_in,
-    explain_scale_invariance,
-)
+from .scale_invariance import Kind, explain_for_loss, outputs_change
 
 __all__ = ["ModelReport", "RunHistory", "WeightReport", "inspect_model", "random_label_loss", "read_run"]
 
@@ -46,6 +39,7 @@ class WeightReport:
         relative_grad: E = ‖g‖/‖w‖, in 1/lr.
         elr: λE, the effective learning rate of plain SGD, the tangent of the angle that its first step turns
             w by.
+        trainable: whether it requires a gradient.
     """
 
     name: str
@@ -58,6 +52,7 @@ class WeightReport:
     radial_cosine: float
     relative_grad: float
     elr: float
+    trainable: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +70,8 @@ class ModelReport:
         warmup_elr: the effective learning rate, the same for all tracked weights, at the first step of
             ``ELRSGD(lr=λ, momentum=μ)``.
         warmup_ends: whether its warm-up finds nothing to do and ends at that step.
+        dtype: what the invariance was measured in: float64, if the model runs in it.
+        eps: where the eps of normalizations makes the invariance approximate, how much in words; else None.
     """
 
     weights: list[WeightReport]
@@ -87,6 +84,8 @@ class ModelReport:
     monotone_lr: float
     warmup_elr: float
     warmup_ends: bool
+    dtype: str = "float64"
+    eps: str | None = None
 
     @property
     def tracked(self) -> list[WeightReport]:
@@ -105,12 +104,14 @@ class ModelReport:
 
     def _sentences(self) -> Iterator[str]:
         tracked = self.tracked
-        if not tracked:
+        invariant = [weight for weight in self.weights if weight.invariance]
+        if not tracked and not invariant:
             yield (
-                "No trainable weight with a gradient is scale-invariant, so there is no effective "
-                "learning rate to control: ELRSGD is plain SGD here. Put a normalization behind the weights "
-                "to be tracked."
+                "No weight is scale-invariant, so there is no effective learning rate to control: ELRSGD is plain SGD "
+                "here. Put a normalization behind the weights to be tracked."
             )
+        elif not tracked:
+            yield "No scale-invariant weight has a usable gradient, so there is no effective learning rate to report."
         elif len(tracked) == 1:
             yield (
                 f"At lr = {self.lr:.3g} the first step of SGD turns {tracked[0].name}, the only tracked "
@@ -153,52 +154,81 @@ class ModelReport:
                 f"ELRSGD's warm-up would start by turning every tracked layer by "
                 f"{math.atan(self.warmup_elr):.2g} rad."
             )
-        left_out = [weight.name for weight in self.weights if weight.invariance and not weight.tracked]
-        if left_out:
+        if self.eps:
+            yield f"Halving the tracked weights {self.eps}."
+        if self.dtype != "float64":
             yield (
-                "Left out, since they are frozen or their weight or gradient is zero or not finite: "
-                f"{', '.join(left_out)}."
+                f"The model does not run in float64; which weights are invariant was measured in {self.dtype}, where "
+                "weak dependences cannot be seen."
             )
+        if frozen := [weight.name for weight in invariant if not weight.trainable]:
+            yield f"Left out, since frozen: {', '.join(frozen)}."
+        left_out = [weight for weight in invariant if weight.trainable and not weight.tracked]
+        if cut_off := [weight.name for weight in left_out if weight.grad_norm == 0]:
+            yield (
+                f"Left out, since their gradient is zero: {', '.join(cut_off)}. So it is behind a gain, scale or last "
+                "layer that is initialized to zero, until that has moved. To measure beyond it, inspect the model "
+                "after a few steps of training, or with such parameters replaced by noise (--perturb 0.1)."
+            )
+        if rest := [weight.name for weight in left_out if weight.grad_norm != 0]:
+            yield f"Left out, since their weight or gradient is zero, missing or not finite: {', '.join(rest)}."
 
 
 def random_label_loss(outputs: Any) -> Tensor:
-    """Cross-entropy of the first tensor in `outputs` against labels drawn from torch's global random state.
+    """The loss that is part of `outputs`, or cross-entropy against labels drawn from torch's global random state.
+
+    The former is an entry `loss`, as Hugging Face's models return it if their inputs have labels; the latter is of the
+    entry `logits`, else of the first tensor: [batch, classes] or, as of token models, [batch, positions, classes].
 
     Raises:
-        ValueError: that tensor is not [batch, classes] with at least 2 classes.
+        ValueError: there is no such tensor, or it has less than 2 classes.
     """
-    logits = next(_tensors_in(outputs), None)
-    if logits is None or logits.ndim != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+    entries = outputs if isinstance(outputs, Mapping) else {}
+    given = entries.get("loss")
+    if isinstance(given, Tensor) and given.numel() == 1:
+        return given
+    logits = next(tensors_in(entries.get("logits")), None)
+    if logits is None:
+        logits = next(tensors_in(outputs), None)
+    if logits is None or logits.ndim not in (2, 3) or logits.shape[-1] < 2 or not logits.is_floating_point():
         found = "no tensor" if logits is None else f"a {logits.dtype} tensor of shape {list(logits.shape)}"
         raise ValueError(
-            "the default loss, cross-entropy against random labels, needs logits of shape [batch, classes], "
-            f"classes at least 2, but the model returns {found}: give a loss of your own"
+            "the default loss, cross-entropy against random labels, needs logits of shape [batch, classes] or [batch, "
+            f"positions, classes], classes at least 2, but the model returns {found}: give a loss of your own"
         )
-    return F.cross_entropy(logits, torch.randint(logits.shape[1], (len(logits),)).to(logits.device))
+    labels = torch.randint(logits.shape[-1], logits.shape[:-1]).to(logits.device)
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 def inspect_model(
     model: nn.Module,
+    /,
     *inputs: Any,
     loss: Callable[[Any], Tensor] = random_label_loss,
     lr: float,
     momentum: float = 0.0,
+    perturb: float = 0.0,
+    **kwargs: Any,
 ) -> ModelReport:
     """Measure every weight of two or more dimensions on one batch, and what that means for a learning rate.
 
-    Which weights are scale-invariant is the answer of `elropt.explain_scale_invariance`; norms and gradients
-    come from one forward and backward pass of ``loss(model(*inputs))`` in training mode. Both run on copies:
-    parameters, buffers, gradients, modes and the random state of `model` stay as they are.
+    Which weights are scale-invariant is the answer of `elropt.explain_scale_invariance`, for those outputs that the
+    loss depends on; norms and gradients come from one forward and backward pass of ``loss(model(*inputs, **kwargs))``
+    in training mode. Both run on copies: parameters, buffers, gradients, modes and the random state of `model` stay
+    as they are.
 
     Args:
         model: any module.
-        inputs: the positional arguments of `model`: a batch of at least 8 different samples, best real data.
+        inputs, kwargs: the arguments of `model`: a batch of at least 8 different samples, best real data. One that is
+            called like an argument of this function is passed by position.
         loss: maps the outputs of `model` to a scalar.
         lr: learning rate λ > 0 to judge.
         momentum: μ, 0 ≤ μ < 1.
+        perturb: standard deviation of normal noise in place of parameters that are all zero, like the last gain of a
+            residual branch, through which no gradient flows until it has moved; 0: none.
 
     Raises:
-        ValueError: lr, momentum or what `loss` returns is not as above.
+        ValueError: lr, momentum, perturb or what `loss` returns is not as above.
         Exception: what `elropt.find_scale_invariant` raises.
 
     Source: derived, docs/theory.md §1 (invariance), §4 (critical learning rates) and §6 (momentum).
@@ -207,23 +237,21 @@ def inspect_model(
         raise ValueError(f"lr={lr} is not valid: it must be finite and above 0")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum={momentum} is not valid: it must be at least 0 and below 1")
-    explained = explain_scale_invariance(model, *inputs)
-    twin = _deepcopy(model).train()
-    with _random_state_kept(twin), torch.enable_grad():
-        value = loss(_run(twin, tree_map_only(Tensor, torch.clone, inputs)))
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-            found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(
-                f"loss returned {found}; it must be a scalar tensor that depends on the parameters"
-            )
-        named = {name: param for name, param in twin.named_parameters() if param.ndim >= 2}
-        trainable = {name: param for name, param in named.items() if param.requires_grad}
-        grads = torch.autograd.grad(value.sum(), list(trainable.values()), allow_unused=True)
-    grad_of = dict(zip(trainable, grads, strict=True))
+    if not 0 <= perturb < math.inf:
+        raise ValueError(f"perturb={perturb} is not valid: it must be finite and at least 0")
+    check_model(model)
+    call = Inputs(inputs, kwargs)
+    twin = copied(model, training=True)
+    with untouched(model), torch.enable_grad():
+        if perturb:
+            _perturb(twin, perturb)
+        value = backward_from_loss(twin, call.cloned(), loss)
+    named = {name: param for name, param in twin.named_parameters() if param.ndim >= 2}
+    explained = explain_for_loss(model, call, loss, training=True)
 
     weights = []
     for name, param in named.items():
-        weight_norm, grad_norm, radial_cosine = _norms_and_cosine(param.detach(), grad_of.get(name))
+        weight_norm, grad_norm, radial_cosine = _norms_and_cosine(param.detach(), param.grad)
         relative_grad = grad_norm / weight_norm if weight_norm > 0 else math.nan
         invariance = explained[name].kind
         tracked = invariance is not None and 0 < relative_grad < math.inf
@@ -239,8 +267,11 @@ def inspect_model(
                 radial_cosine,
                 relative_grad,
                 lr * relative_grad,
+                param.requires_grad,
             )
         )
+    halved = {weight.name: 0.5 for weight in weights if weight.tracked}
+    change = outputs_change(twin, call, halved, training=True) if halved else None
     E = np.array([weight.relative_grad for weight in weights if weight.tracked])
     return ModelReport(
         weights,
@@ -252,7 +283,17 @@ def inspect_model(
         balance_lr=float((1 - momentum) * balance_lr(E)) if len(E) else math.nan,
         monotone_lr=float((1 - momentum) * monotone_lr(E)) if len(E) > 1 else math.nan,
         **_first_warmup_step([weight for weight in weights if weight.tracked], lr, momentum),
+        dtype=str(next((found.dtype for found in explained.values()), torch.float64)).removeprefix("torch."),
+        eps=change.in_words("changes") if change and change.matters else None,
     )
+
+
+def _perturb(model: nn.Module, std: float) -> None:
+    """Normal noise in place of every floating-point parameter that is all zero."""
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.is_floating_point() and not param.any():
+                param.normal_(0, std)
 
 
 def _norms_and_cosine(weight: Tensor, grad: Tensor | None) -> tuple[float, float, float]:

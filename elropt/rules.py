@@ -21,7 +21,10 @@ GRANULARITIES: dict[str | None, tuple[str, ...]] = {
     "sphere": ("layer", "network", "filter"),
 }
 
-RADIAL_TESTS = 8  # steps after which a layer counts as scale-invariant for good
+RADIAL_TESTS = 8  # after which a layer counts as scale-invariant for good
+TEST_TURN = 0.05  # λΓE, the share of the critical angle, at which the test of a step counts in full
+LEAST_TEST = 0.01  # what the test of any other step counts
+NEAR_ZERO = (0.02, 1e-4, 0.1)  # of |cos(w,g)|: below min(first/√n + second, third/√n) a test is passed
 SMOOTHING = 0.9  # of c over the steps of the warm-up
 EQUALIZATION_RATE = 0.1  # share of log(E/E★) that the warm-up rescales away per step
 SHARE_CHANGE = 0.01  # of a layer's share of the radius of the whole network, below which it is left as it is
@@ -52,7 +55,7 @@ class RuleState(NamedTuple):
 
     sphere_grad_norm: Tensor  # [R] c = ‖g‖·‖w‖, smoothed over the steps of the warm-up
     radius: Tensor  # [R] ‖w‖ that "angle" and "sphere" keep
-    tracked: Tensor  # [R] radial-cosine tests passed so far, up to RADIAL_TESTS; -1 once one has failed
+    tracked: Tensor  # [R] radial tests passed so far, 0 … RADIAL_TESTS, fractions too; -1 once one has failed
     handed_over: Tensor  # 0-dim: 1 once the warm-up has ended
 
 
@@ -89,7 +92,7 @@ def decide(
     the factors of plain SGD, except that a gradient too large for its norm (‖g‖² overflows) is left out, s = 0: that is
     the limit of s as E grows, and a step of such a length could never be made good.
     """
-    tracked = radial_test(stats, state.tracked, hyper.numel)
+    before, tracked = state.tracked, radial_test(stats, state.tracked, hyper.numel)
     directed = (tracked > 0) & torch.isfinite(stats.weight_sq) & (stats.weight_sq >= TINY)
     moving = directed & torch.isfinite(stats.grad_sq) & (stats.grad_sq >= TINY)
     state = state._replace(tracked=tracked)
@@ -111,6 +114,10 @@ def decide(
             too_large = too_large & (state.handed_over == 0)
         controls = controls._replace(grad_factor=torch.where(too_large, 0.0, controls.grad_factor))
         stats = stats._replace(weight_dot_grad=torch.where(too_large, 0.0, stats.weight_dot_grad))
+    lr = hyper.lr * hyper.growth_gain
+    if rule == "warmup":  # one for all rows, as in its cap
+        lr = torch.where(moving, lr, 0.0).amax()
+    state = state._replace(tracked=count_test(stats, before, tracked, lr, controls))
     if project:
         p = radial_coefficient(stats, hyper, controls.grad_factor, controls.weight_factor)
         controls = controls._replace(radial=torch.where(directed & torch.isfinite(p), p, 0.0))
@@ -195,22 +202,40 @@ def log_relative_grad(stats: LayerStats, moving: Tensor) -> Tensor:
 
 
 def radial_test(stats: LayerStats, passed: Tensor, numel: Tensor) -> Tensor:
-    """Count the steps at which ⟨w,g⟩ was zero to rounding, as it is for a scale-invariant weight (Euler).
+    """The tests passed, once this step's ⟨w,g⟩ has been tested: it is zero for a scale-invariant weight (Euler).
 
-    The cosine of two unrelated vectors of n entries is of order 1/√n; rounding, also of half precision, averages
-    out over the entries and stays far below that. So a row passes with |cos| < 0.02/√n + 1e-4 (the constant allows
-    for the ε of the normalization), which an unrelated gradient does with a probability of about 2 %. It is tracked
-    while it has passed every one of its first RADIAL_TESTS steps: by chance this happens practically never if the
-    batches differ, but with that 2 % if all these steps see the same batch at a tiny learning rate (then say
-    which layers are invariant: `elropt.param_groups`).
+    The cosine of two unrelated vectors of n entries is of order 1/√n. Rounding, also of half precision, averages out
+    over the entries and stays far below that; the ε of the normalization leaves about ε/σ² of it, or more if the
+    samples of a batch agree. So a row passes with |cos| < min(0.02/√n + 1e-4, 0.1/√n), which an unrelated gradient
+    does with a probability of at most 8 %, and 8 times in a row with one of 2e-9, however large n is. A row is tracked
+    while it has passed every test, until these have added up to RADIAL_TESTS; see `count_test`. Derived,
+    docs/theory.md §9.
     """
     cosine = stats.weight_dot_grad / (stats.weight_sq.sqrt() * stats.grad_sq.sqrt())
-    zero = cosine.abs() < 0.02 / numel.sqrt() + 1e-4
+    by_size, constant, at_most = NEAR_ZERO
+    chance = 1 / numel.sqrt()
+    zero = cosine.abs() < torch.minimum(by_size * chance + constant, at_most * chance)
     judged = torch.isfinite(cosine)
     for square in (stats.weight_sq, stats.grad_sq):
         judged = judged & torch.isfinite(square) & (square >= TINY)
     testing = judged & (passed >= 0) & (passed < RADIAL_TESTS)
-    return torch.where(testing, torch.where(zero, passed + 1, -1.0), passed)
+    return torch.where(testing, torch.where(zero, passed + LEAST_TEST, -1.0), passed)
+
+
+def count_test(
+    stats: LayerStats, before: Tensor, passed: Tensor, lr: Tensor, controls: LayerControls
+) -> Tensor:
+    """What a test that was passed adds to those of `before`: up to 1, in proportion to the angle of the step, `lr`·E
+    with the rule's factors (`lr`: λΓ, of each row or of all).
+
+    A weight that is invariant only jointly with a bias has ⟨w,g⟩ = -⟨b,∂b⟩, which is 0 as long as the bias is 0, as at
+    many initializations. It shows only once the step sizes have let the bias move: about as far as the weight turns.
+    """
+    s, a = (1.0 if factor is None else factor for factor in controls[:2])
+    relative_grad = stats.grad_sq.sqrt() / stats.weight_sq.sqrt()
+    share = lr * s * relative_grad / a / TEST_TURN
+    counted = before + torch.where(share < 1, share.clamp(min=LEAST_TEST), 1.0)
+    return torch.where((passed > 0) & (passed != before), counted.clamp(max=RADIAL_TESTS), passed)
 
 
 def smooth(average: Tensor, value: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from .scale_invariance import _owner
+from .scale_invariance import owner_of
 
 __all__ = ["width_scaled_groups"]
 
@@ -121,7 +121,7 @@ def width_scaled_groups(
                 "matrices whose fan-in does not grow in input=, those whose fan-out does not in output="
             )
     roles |= {params[name]: "output" for name in outputs}
-    output_layers = {_owner(name) for name in outputs} - {""}
+    output_layers = {owner_of(name) for name in outputs} - {""}
     if width is None:
         widths = [found for name in inputs if (found := _layer_width(model, name)) is not None]
         if not widths:
@@ -139,7 +139,7 @@ def width_scaled_groups(
             if role is None and param.ndim >= 2:
                 role = "hidden"
             elif role is None:
-                role = "fixed" if param.numel() == 1 or _owner(name) in output_layers else "vector"
+                role = "fixed" if param.numel() == 1 or owner_of(name) in output_layers else "vector"
             members[role][name] = param
     if not any(members.values()):
         raise ValueError("model has no parameter with requires_grad=True, so there is nothing to optimize")
@@ -174,6 +174,6 @@ def _matching(argument: str, patterns: Iterable[str], matrices: list[str]) -> li
 
 def _layer_width(model: nn.Module, name: str) -> int | None:
     """The outputs of the layer that a weight belongs to; None if it is of no layer that says."""
-    layer = model.get_submodule(_owner(name).removeprefix("."))
+    layer = model.get_submodule(owner_of(name).removeprefix("."))
     found = (getattr(layer, attribute, None) for attribute in WIDTH_ATTRIBUTES)
     return next((width for width in found if isinstance(width, int)), None)

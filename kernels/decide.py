@@ -15,6 +15,9 @@ ROWS_PER_PASS = tl.constexpr(256)
 
 # As in elropt.rules, where they are explained.
 RADIAL_TESTS = tl.constexpr(8)
+TEST_TURN = tl.constexpr(0.05)
+LEAST_TEST = tl.constexpr(0.01)
+NEAR_ZERO_BY_SIZE, NEAR_ZERO, NEAR_ZERO_AT_MOST = tl.constexpr(0.02), tl.constexpr(1e-4), tl.constexpr(0.1)
 SMOOTHING = tl.constexpr(0.9)
 EQUALIZATION_RATE = tl.constexpr(0.1)
 EQUALIZED_VARIANCE = tl.constexpr(0.1**2)
@@ -100,7 +103,7 @@ def decide(
     renewed = tl.max(changed)
 
     over, ends = 0, 0
-    log_smooth_target = 0.0
+    log_smooth_target, critical = 0.0, 0.0
     if RULE == "warmup":
         over = (tl.load(handed_over) != 0).to(tl.int32)
         critical = -tl.max(top)
@@ -116,6 +119,9 @@ def decide(
     for start in range(0, n_rows, ROWS_PER_PASS):
         at = start + lanes
         ww, gg, wg, c, radius, passed, directed, moving, exists = _rows(sums, memory, numel, at, n_rows)
+        if RULE == "warmup":  # turns all that move by λE★
+            turn = tl.exp(log_target - critical)
+            _count_test(memory + 2 * n_rows + at, passed, turn, only_if(skipped == 0, exists))
         s = tl.full([ROWS_PER_PASS], 1.0, tl.float32)
         a = s
         if RULE == "warmup":
@@ -163,7 +169,9 @@ def decide(
             tl.store(controls + 2 * n_rows + at, tl.where(ok, radial, 0.0), mask=exists)
         lr = of_group(tl.load(group_of_row + at, mask=exists, other=0), lrs)
         tl.store(controls + 3 * n_rows + at, tl.zeros_like(s) + lr, mask=exists)
-        tl.store(memory + 2 * n_rows + at, passed, mask=only_if(skipped == 0, exists))
+        if RULE != "warmup":
+            turn = _turn(ww, gg, s, a, moving) * tl.exp(_log_lr(group_of_row, lrs, gains, at, exists))
+            _count_test(memory + 2 * n_rows + at, passed, turn, only_if(skipped == 0, exists))
 
 
 @triton.jit
@@ -181,10 +189,27 @@ def _rows(sums, memory, numel, at, n_rows):
     finite = (ww >= TINY) & (ww < INFINITY) & (gg >= TINY) & (gg < INFINITY)
     cosine = tl.abs(wg) / (tl.sqrt(tl.where(finite, ww, 1.0)) * tl.sqrt(tl.where(finite, gg, 1.0)))
     testing = finite & (cosine < INFINITY) & (passed >= 0) & (passed < RADIAL_TESTS)
-    zero = cosine < 0.02 / tl.sqrt(entries) + 1e-4
-    passed = tl.where(testing, tl.where(zero, passed + 1, -1.0), passed)
+    chance = tl.rsqrt(entries)
+    zero = cosine < tl.minimum(chance * NEAR_ZERO_BY_SIZE + NEAR_ZERO, chance * NEAR_ZERO_AT_MOST)
+    passed = tl.where(testing, tl.where(zero, passed + LEAST_TEST, -1.0), passed)
     directed = (passed > 0) & (ww >= TINY) & (ww < INFINITY) & (gg != -1.0)
     return ww, gg, wg, c, radius, passed, directed, directed & finite, exists
+
+
+@triton.jit
+def _count_test(held, passed, turn, mask):
+    """Keep the tests passed, with the one of this step counted by its angle."""
+    before = tl.load(held, mask=mask, other=-1.0)
+    share = turn / TEST_TURN
+    counted = before + tl.where(share < 1, tl.maximum(share, LEAST_TEST), 1.0)
+    counted = tl.where((passed > 0) & (passed != before), tl.minimum(counted, RADIAL_TESTS), passed)
+    tl.store(held, counted, mask=mask)
+
+
+@triton.jit
+def _turn(ww, gg, s, a, moving):
+    """Tangent of the angle that the gradient turns w by, in 1/lr."""
+    return s / a * tl.sqrt(tl.where(moving, gg, 1.0) / tl.where(moving, ww, 1.0))
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -233,7 +234,7 @@ def test_summary_says_on_which_side_of_the_critical_learning_rates_lr_is() -> No
     [
         (torch.randn(4, 1), r"\[4, 1\]"),
         (torch.randn(4), r"\[4\]"),
-        (torch.randn(4, 3, 5), r"\[4, 3, 5\]"),
+        (torch.randn(4, 3, 5, 5), r"\[4, 3, 5, 5\]"),
         (torch.ones(4, 3, dtype=torch.int64), "int64"),
         ({"loss": 3}, "no tensor"),
     ],
@@ -258,7 +259,8 @@ def test_default_loss_is_cross_entropy_of_the_first_tensor() -> None:
         ({"lr": 0.0}, "lr=0.0"),
         ({"lr": math.nan}, "lr=nan"),
         ({"lr": 0.1, "momentum": 1.0}, "momentum=1.0"),
-        ({"lr": 0.1, "loss": lambda y: y}, r"loss returned a tensor of shape \[16, 5\]"),
+        ({"lr": 0.1, "perturb": -1.0}, "perturb=-1.0"),
+        ({"lr": 0.1, "loss": lambda y: y}, r"loss returned a tensor of shape \(16, 5\)"),
         ({"lr": 0.1, "loss": lambda y: 3.0}, "loss returned 3.0"),
     ],
 )
@@ -279,7 +281,7 @@ def test_inspect_prints_the_report_and_writes_it(target: str, tmp_path: Path) ->
     assert (report["lr"], report["momentum"]) == (0.5, 0)
     for name, weight in report["weights"].items():
         assert name in output
-        assert weight["reason"] in output
+        assert ("no" if weight["reason"].startswith("not:") else weight["reason"]) in output
         for key in ("weight_norm", "grad_norm", "relative_grad", "elr"):
             assert f"{weight[key]:.3g}" in output
     for key in ("elr_spread", "log_elr_std", "balance_lr", "monotone_lr"):
@@ -331,6 +333,12 @@ def test_inspect_is_seeded(target: str) -> None:
         (["my_models.py:net", "--input-shape", "16x12"], "--input-shape 16x12: not comma-separated numbers"),
         (["my_models.py:net", "--input-shape", "16,0"], "every size must be at least 1"),
         (["my_models.py:net", "--input-shape", "16,13"], "shapes cannot be multiplied"),
+        (["my_models.py:net", "--input", "int64:16,12"], "integers need a HIGH"),
+        (["my_models.py:net", "--input", "float32:16,12:3"], "HIGH is for integers only"),
+        (["my_models.py:net", "--input", "uint8:16,12:300"], "HIGH must be between 1 and 255"),
+        (["my_models.py:net", "--input", "text:16,12"], "text:16,12: not [NAME=]DTYPE:SHAPE[:HIGH]"),
+        (["my_models.py:net", "--input", "x=float32:16,12"], "unexpected keyword argument 'x'"),
+        (["my_models.py:with_inputs", "--input", "float32:16,12"], "leave out --input"),
         (["my_models.py:images", "--input-shape", "8,3,6,6"], "give a loss of your own"),
         (["my_models.py:with_inputs", "--lr", "-1"], "lr=-1.0 is not valid"),
         (["my_models.py:with_inputs", "--momentum", "1"], "momentum=1.0 is not valid"),
@@ -342,10 +350,88 @@ def test_inspect_says_what_is_wrong(target: str, args: list[str], message: str) 
     assert message in run("inspect", *args, code=2)
 
 
-def test_inspect_shows_the_reasons_if_nothing_is_scale_invariant(target: str) -> None:
-    output = run("inspect", f"{target}:plain", "--input-shape", "16,12", code=2)
-    assert "not: radial cosine" in output
-    assert "error: No trainable weight with a gradient is scale-invariant" in output
+def test_that_nothing_is_scale_invariant_is_an_answer(target: str) -> None:
+    output = run("inspect", f"{target}:plain", "--input-shape", "16,12", code=0)
+    assert "No weight is scale-invariant" in output
+    assert "error" not in output
+    assert "spread" not in output
+
+
+LANGUAGE_MODEL = """
+class LanguageModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(50, 16), nn.LayerNorm(16)
+        self.a_projection_with_a_long_name = nn.Linear(16, 16, bias=False)
+        self.head = nn.Linear(16, 50)
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        x = self.norm(self.embedding(input_ids))
+        if attention_mask is not None:
+            x = x * attention_mask[..., None]
+        logits = self.head(self.norm(self.a_projection_with_a_long_name(x)))
+        if labels is None:
+            return {"hidden": x, "logits": logits}
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+def with_batch():
+    ids = torch.randint(50, (4, 8))
+    return LanguageModel(), {"input_ids": ids, "labels": ids}
+
+def zero_gain():
+    model = net(4)
+    nn.init.zeros_(model[8].weight)
+    return model
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "inputs"),
+    [
+        ("LanguageModel", ["int64:4,8:50"]),
+        ("LanguageModel", ["input_ids=int32:4,8:50", "attention_mask=bool:4,8"]),
+        ("with_batch", []),
+    ],
+)
+def test_inspect_takes_token_models(target: str, factory: str, inputs: list[str]) -> None:
+    path = Path(target)
+    path.write_text(path.read_text() + LANGUAGE_MODEL)
+    options = [option for spec in inputs for option in ("--input", spec)]
+    output = run("inspect", f"{target}:{factory}", *options, "--json", "report.json")
+    assert "ELR spread" in output
+    weights = json.loads(Path("report.json").read_text())["weights"]
+    assert {name: weight["invariance"] for name, weight in weights.items()} == {
+        "embedding.weight": "channel",
+        "a_projection_with_a_long_name.weight": "tensor",
+        "head.weight": None,
+    }
+
+
+def test_weights_behind_a_zero_gain_are_named_and_measured_with_noise(target: str) -> None:
+    path = Path(target)
+    path.write_text(path.read_text() + LANGUAGE_MODEL)
+    options = ["inspect", f"{target}:zero_gain", "--input-shape", "16,12"]
+    output = run(*options)
+    assert re.search(r"their gradient is zero: [^:]*7\.weight.*initialized to zero.*--perturb", output)
+    assert "gradient is zero" not in run(*options, "--perturb", "0.1")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_inspect_is_readable_at_80_columns(
+    target: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(target)
+    path.write_text(path.read_text() + LANGUAGE_MODEL)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr("elropt.cli._console", lambda: Console(width=80, highlight=False))
+    with pytest.raises(SystemExit) as exit_:
+        app(["inspect", f"{target}:with_batch"])
+    assert exit_.value.code == 0
+    stream.flush()
+    lines = stream.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    assert any("a_projection_with_a_long_name" in line and "as a whole" in line for line in lines)
+    assert not any("?" in line for line in lines)
 
 
 # elropt simulate

@@ -14,7 +14,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from elropt import ELRSGD, dynamics, effective_lrs, layer_stats
-from elropt.rules import GRANULARITIES, RADIAL_TESTS, Hyper, LayerStats, RuleState, decide
+from elropt.rules import (
+    GRANULARITIES,
+    RADIAL_TESTS,
+    TEST_TURN,
+    Hyper,
+    LayerControls,
+    LayerStats,
+    RuleState,
+    count_test,
+    decide,
+    radial_test,
+)
 
 from .nets import backward, bn_mlp, invariant_weights, train
 from .test_warmup import plane_weights, relative_grads, turning
@@ -134,6 +145,54 @@ def test_which_layers_are_tracked_is_measured(dtype: torch.dtype, autocast: bool
             name for name, p in net.named_parameters() if p.dim() > 1 and optimizer.state[p]["tracked"] > 0
         }
         assert passed == {"0.weight", "3.weight", "6.weight"}
+
+
+@pytest.mark.parametrize("n", [10**k for k in range(1, 11)])
+def test_the_radial_test_tells_chance_from_zero_at_every_size(n: int) -> None:
+    """Cosines of unrelated vectors are normal with deviation 1/√n; ε/σ² = 0.003 leaves that share of it."""
+    rows = 100_000
+    generator = torch.Generator().manual_seed(n)
+    ones, numel = torch.ones(rows), torch.full((rows,), float(n))
+    unrelated = invariant = torch.zeros(rows)
+    for _ in range(RADIAL_TESTS):
+        cosine = torch.randn(rows, generator=generator) / math.sqrt(n)
+        unrelated = radial_test(LayerStats(ones, ones, cosine, ones), unrelated, numel)
+        invariant = radial_test(LayerStats(ones, ones, 0.003 * cosine, ones), invariant, numel)
+    assert (unrelated == -1).all()
+    assert (invariant > 0).double().mean() > 1 - 1e-3
+
+
+def test_a_test_counts_by_the_angle_of_the_step() -> None:
+    stats = LayerStats(torch.full((5,), 4.0), torch.full((5,), 36.0), torch.zeros(5), torch.zeros(5))  # E = 3
+    lr = torch.tensor([TEST_TURN / 6, TEST_TURN / 6, TEST_TURN, 0.0, TEST_TURN / 6])
+    s = torch.tensor([1.0, 0.5, 1.0, 1.0, 1.0])
+    before = torch.tensor([0.0, 2.0, 7.5, 1.0, 8.0])
+    passed = torch.tensor([0.01, 2.01, 7.51, 1.01, 8.0])
+    after = count_test(stats, before, passed, lr, LayerControls(s, torch.tensor([1.0, 1.0, 1.0, 2.0, 1.0])))
+    torch.testing.assert_close(after, torch.tensor([0.5, 2.25, 8.0, 1.01, 8.0]))
+
+
+@pytest.mark.parametrize(("lr", "ramp"), [(0.01, 1), (0.1, 1), (0.1, 100)])
+def test_a_weight_that_is_invariant_only_with_its_zero_bias_is_not_tracked(lr: float, ramp: int) -> None:
+    """Before its bias has moved, ⟨w,g⟩ is 0. It must not be rescaled; without the bias it is invariant."""
+    for bias in (True, False):
+        torch.manual_seed(0)
+        first = nn.Conv2d(3, 16, 3, bias=bias)
+        net = nn.Sequential(first, nn.GroupNorm(4, 16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 5))
+        if first.bias is not None:
+            nn.init.zeros_(first.bias)
+        optimizer = ELRSGD(net.named_parameters(), lr=lr, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / ramp))
+        for step in range(60):
+            x = torch.randn(32, 3, 6, 6)
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), x.mean((2, 3)).argmax(1)).backward()
+            optimizer.step()
+            schedule.step()
+            if bias:
+                assert next(iter(layer_stats(optimizer))).weight_factor == 1, step
+        tracked = optimizer.state[first.weight]["tracked"].item()
+        assert tracked == -1 if bias else tracked > 0
 
 
 @pytest.mark.filterwarnings(

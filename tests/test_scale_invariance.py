@@ -5,6 +5,7 @@ import math
 import random
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.optim import SGD, lr_scheduler
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from elropt import ELRSGD
 from elropt.scale_invariance import (
     equalize_,
     explain_scale_invariance,
@@ -233,6 +235,7 @@ NORMS = {
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None, max_examples=40)
+@pytest.mark.filterwarnings("ignore:rule='warmup' and equalize_:UserWarning")  # eps may matter here
 def test_neither_depth_nor_scales_nor_eps_decide(
     kind: str | None,
     depth: int,
@@ -302,19 +305,25 @@ def test_the_answer_does_not_depend_on_the_random_state() -> None:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing(use_reentrant: bool) -> None:
     class Checkpointed(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, scale: float) -> None:
             super().__init__()
             self.stem = nn.Linear(6, 6)
             linear = nn.Linear(6, 6)
             with torch.no_grad():
-                linear.weight.mul_(0.01)
+                linear.weight.mul_(scale)
             self.block = nn.Sequential(linear, nn.BatchNorm1d(6), nn.Tanh())
 
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(self.block, self.stem(x), use_reentrant=use_reentrant)
 
-    found = find_scale_invariant(Checkpointed(), *ARCHITECTURES["plain"].inputs())
+    inputs = ARCHITECTURES["plain"].inputs()
+    with pytest.warns(UserWarning, match="halving all of them changes the outputs"):  # eps is larger than σ²
+        found = find_scale_invariant(Checkpointed(0.01), *inputs)
     assert found["block.0.weight"] == "channel"
+    assert equalize_(Checkpointed(1.0), *inputs, loss=lambda y: y.square().mean()).keys() == {
+        "stem.weight",
+        "block.0.weight",
+    }
 
 
 class Float32Inside(nn.Module):
@@ -714,7 +723,11 @@ def test_eps_moves_the_outputs_of_equalize_as_documented(eps: float) -> None:
     variance = model.soft(x).var(1, correction=0, keepdim=True).detach()
     target = torch.randn(2, 16, 32, dtype=torch.float64)
     before = model(x)[1].detach()
-    factors = equalize_(model, x, loss=lambda y: (y[0] * target[0]).sum() + (y[1] * target[1]).sum() / 1e4)
+    matters = pytest.warns(UserWarning, match=r"changed the outputs by 1\.\d%.*soft\.weight 1\.\d%")
+    with matters if eps == 1e-4 else nullcontext():
+        factors = equalize_(
+            model, x, loss=lambda y: (y[0] * target[0]).sum() + (y[1] * target[1]).sum() / 1e4
+        )
     assert factors["soft.weight"] < 0.2
     relative = model(x)[1].detach() / before - 1
     predicted = (0.5 * eps / variance * (1 - 1 / factors["soft.weight"] ** 2)).expand_as(relative)
@@ -789,3 +802,201 @@ def test_the_magnitude_of_weight_norm_is_a_gain() -> None:
     assert "0.parametrizations.weight.original0" in groups["no_decay"]["param_names"]
     assert groups["other"]["param_names"] == ["4.weight"]
     assert groups["no_decay"]["weight_decay"] == 0
+
+
+class Skew(nn.Module):
+    """x·(A − Aᵀ), A the strict triangle of a weight that starts as the identity: the triangle is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        triangle = self.weight.triu(1)
+        return (x @ (triangle - triangle.mT)).tanh() + x
+
+
+def test_entries_that_are_still_zero_hide_no_dependence() -> None:
+    x = torch.randn(16, 8)
+    assert find_scale_invariant(Skew(), x) == {"weight": None}
+    for orthogonal_map in ("matrix_exp", "cayley", "householder"):
+        linear = nn.utils.parametrizations.orthogonal(nn.Linear(8, 8), orthogonal_map=orthogonal_map)
+        assert set(find_scale_invariant(linear, x).values()) == {None}, orthogonal_map
+    found = find_scale_invariant(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 4)), x)
+    assert {name for name, kind in found.items() if kind} == {"parametrizations.weight.original"}
+
+
+class SmallBranch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return torch.add(F.normalize(h, dim=1), self.b(h), alpha=1e-3)
+
+
+def test_a_small_alpha_is_no_eps() -> None:
+    assert find_scale_invariant(SmallBranch(), torch.randn(8, 6))["a.weight"] is None
+
+
+def programs(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing, and of its end
+        return {
+            "script": torch.jit.script(model),
+            "trace": torch.jit.trace(model, x, check_trace=False),
+            "export": torch.export.export(model, (x,)).module(),
+        }
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec:FutureWarning")  # copies of exported programs
+def test_programs_are_measured_like_modules_and_left_alone() -> None:
+    """The deep copy of a ScriptModule is connected with the original where gradients are recorded."""
+    x = torch.randn(32, 8)
+    net = nn.Sequential(nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    for name, model in programs(net, x).items():
+        for i, param in enumerate(model.parameters()):
+            param.grad = torch.full_like(param, 0.25) if i % 2 else None
+        before = state_of(model)
+        found = find_scale_invariant(model, x)
+        assert {n: kind for n, kind in found.items() if kind} == {"0.weight": "channel"}, name
+        assert_same(state_of(model), before, name)
+        assert equalize_(model, x, loss=lambda y: y.square().mean()).keys() == {"0.weight"}, name
+        assert_same({**state_of(model), "state": None}, {**before, "state": None}, name)
+
+
+def test_a_copy_that_reaches_the_original_leaves_its_gradients_alone() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+    original = model[0]
+    model.register_forward_hook(lambda module, inputs, output: output + original(inputs[0]))
+    original.weight.grad = torch.ones(4, 6)
+    x, before = torch.randn(8, 6), state_of(model)
+    find_scale_invariant(model, x)
+    assert_same(state_of(model), before)
+
+
+class InFloat32(nn.Module):
+    """Runs in float32 only, as many kernels do. With `bias`, the weight is invariant only jointly with it."""
+
+    def __init__(self, norm: nn.Module, bias: bool = False) -> None:
+        super().__init__()
+        self.linear, self.norm, self.head = nn.Linear(8, 12, bias=bias), norm, nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.linear.weight.dtype == torch.float64:
+            raise RuntimeError("no kernel for Double")
+        return self.head(self.norm(self.linear(x)).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_models_that_do_not_run_in_float64_are_measured_in_another_dtype(dtype: torch.dtype) -> None:
+    x = torch.randn(32, 8).to(dtype)
+
+    def explain(norm: nn.Module, bias: bool = False) -> dict[str, Any]:
+        explained = explain_scale_invariance(InFloat32(norm, bias).to(dtype), x)
+        assert {found.dtype for found in explained.values()} == {torch.float32}
+        return {n: found for n, found in explained.items() if "norm" not in n}
+
+    bn, ln = explain(nn.BatchNorm1d(12), bias=True), explain(nn.LayerNorm(12))
+    assert {n: found.kind for n, found in bn.items() if found.kind} == {"linear.weight": "channel"}
+    assert bn["linear.bias"].reason == "no effect on the output"
+    assert {n: found.kind for n, found in ln.items() if found.kind} == {"linear.weight": "tensor"}
+    assert explain(nn.LayerNorm(12), bias=True)["linear.weight"].reason == "only jointly with 'linear.bias'"
+    assert not any(found.kind for found in explain(nn.Identity()).values())
+
+
+class InBfloat16(InFloat32):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.linear.weight.dtype != torch.bfloat16:
+            raise RuntimeError("expected BFloat16")
+        return self.head(self.norm(self.linear(x)).relu())
+
+
+def test_a_model_of_bfloat16_alone() -> None:
+    x = torch.randn(64, 8).bfloat16()
+    for norm, kind in ((nn.BatchNorm1d(12), "channel"), (nn.LayerNorm(12), "tensor"), (nn.Identity(), None)):
+        explained = explain_scale_invariance(InBfloat16(norm).bfloat16(), x)
+        assert explained["linear.weight"].kind == kind
+        assert explained["linear.weight"].dtype == torch.bfloat16
+        assert explained["head.weight"].kind is None
+
+
+class Keywords(nn.Module):
+    """Called like a language model of Hugging Face: keyword arguments in, a dataclass or a dict out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.inner = nn.Embedding(20, 8), nn.Linear(8, 8, bias=False)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 20)
+
+    def forward(
+        self, *, input_ids: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        hidden = self.inner(self.tokens(input_ids))
+        logits = self.head(self.norm(hidden)) * (1 if mask is None else mask[..., None])
+        outputs = {"logits": logits, "hidden": hidden}
+        if labels is not None:
+            outputs["loss"] = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return outputs
+
+
+def test_keyword_arguments_and_which_outputs_count() -> None:
+    ids = torch.randint(20, (8, 6))
+    batch = {"input_ids": ids, "mask": torch.ones(8, 6), "labels": ids.roll(1, 1)}
+    model = Keywords()
+    expected = {"tokens.weight": "channel", "inner.weight": "tensor"}
+    assert set(find_scale_invariant(model, **batch).values()) == {None}  # hidden is an output
+    for outputs in (lambda out: out["logits"], lambda out: out["loss"]):
+        found = find_scale_invariant(model, **batch, outputs=outputs)
+        assert {name: kind for name, kind in found.items() if kind} == expected
+    tracked, *_ = param_groups(model, **batch, outputs=lambda out: out["loss"], weight_decay=0.1)
+    assert tracked["param_names"] == list(expected)
+    assert equalize_(model, **batch, loss=lambda out: out["loss"]).keys() == set(expected)
+    with pytest.raises(TypeError, match="takes 1 positional argument") as error:
+        find_scale_invariant(model, batch)
+    assert "**batch" in error.value.__notes__[0]
+
+
+def test_sparse_gradients_get_a_group_that_can_apply_them() -> None:
+    model = nn.Sequential(
+        nn.Embedding(20, 8, sparse=True), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8)
+    )
+    ids = torch.randint(20, (64,))
+    groups = {group["name"]: group for group in param_groups(model, ids, weight_decay=0.1)}
+    assert groups["sparse"]["param_names"] == ["0.weight"]
+    before = model[0].weight.detach().clone()
+    optimizer = ELRSGD(list(groups.values()), lr=0.1)
+    model(ids).square().sum().backward()
+    expected = before - 0.1 * model[0].weight.grad.to_dense()
+    optimizer.step()
+    torch.testing.assert_close(model[0].weight.detach(), expected)
+    assert equalize_(model, ids, loss=lambda y: y.exp().mean()).keys() == {"0.weight", "2.weight"}
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match=r"0\.weight.*on the meta device.*to_empty"):
+        find_scale_invariant(model, torch.ones(8, 4))
+    program = torch.export.export(nn.Linear(4, 4), (torch.ones(8, 4),))
+    with pytest.raises(TypeError, match=r"ExportedProgram.*\.module\(\)"):
+        find_scale_invariant(program, torch.ones(8, 4))  # type: ignore[arg-type]
+
+
+def test_param_groups_warn_where_eps_matters() -> None:
+    """MobileNets have eps = 1e-3 and depthwise weights that leave a small variance."""
+    model = nn.Sequential(
+        nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8, eps=1e-3), nn.ReLU(), nn.Linear(8, 3)
+    )
+    x = torch.randn(64, 6)
+    assert param_groups(model, x)[0]["param_names"] == ["0.weight"]
+    with torch.no_grad():
+        model[0].weight.mul_(0.1)
+    outputs = model(x).detach()
+    halved = copy.deepcopy(model)
+    with torch.no_grad():
+        halved[0].weight.mul_(0.5)
+    change = float((halved(x).detach() - outputs).norm() / outputs.norm())
+    with pytest.warns(UserWarning, match=f"changes the outputs by {change:.1%}.*0\\.weight {change:.1%}"):
+        param_groups(model, x)

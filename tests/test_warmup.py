@@ -63,7 +63,10 @@ def test_function_is_preserved_and_elrs_end_equal(backend: dict[str, bool]) -> N
         for i, w in enumerate(invariant_weights(net)):
             w.mul_(3.0 ** (i % 3))
     x = torch.randn(32, 8, dtype=torch.float64)
-    optimizer = ELRSGD(net.parameters(), lr=0.0, momentum=0.9, **backend)
+    weights = invariant_weights(net)  # named: where nothing turns, no test says which they are
+    rest = [p for p in net.parameters() if all(p is not w for w in weights)]
+    groups = [{"params": weights, "scale_invariant": True}, {"params": rest, "scale_invariant": False}]
+    optimizer = ELRSGD(groups, lr=0.0, momentum=0.9, **backend)
     net.train()
     before = net(x).detach()
 

@@ -50,10 +50,20 @@ RULES = [
 
 
 def test_the_kernel_has_the_constants_of_the_rules() -> None:
-    names = ("RADIAL_TESTS", "SMOOTHING", "TINY", "EQUALIZATION_RATE", "SHARE_CHANGE")
+    names = (
+        "RADIAL_TESTS",
+        "TEST_TURN",
+        "LEAST_TEST",
+        "SMOOTHING",
+        "TINY",
+        "EQUALIZATION_RATE",
+        "SHARE_CHANGE",
+    )
     constants = {name: getattr(decide_module, name).value for name in names}
     assert constants == {name: getattr(rules, name) for name in names}
     assert decide_module.EQUALIZED_VARIANCE.value == rules.EQUALIZED_STD**2
+    near_zero = (decide_module.NEAR_ZERO_BY_SIZE, decide_module.NEAR_ZERO, decide_module.NEAR_ZERO_AT_MOST)
+    assert tuple(constant.value for constant in near_zero) == rules.NEAR_ZERO
 
 
 @st.composite
@@ -87,14 +97,15 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     weight_sq, grad_sq = (10 ** (case["spread"] * random(n)) for _ in range(2))
     for vector, odd in ((weight_sq, math.inf), (grad_sq, math.nan), (grad_sq, math.inf), (grad_sq, 0.0)):
         vector[sometimes(case["odd"] / 4)] = odd
-    numel = torch.full((n,), 400.0)
-    cosine = torch.where(sometimes(case["odd"]), 0.5, 1e-5)
+    numel = torch.where(sometimes(0.5), 400.0, 1e9)
+    cosine = torch.where(sometimes(case["odd"]), torch.where(sometimes(0.5), 0.5, 5e-5), 1e-6)
     dot_grad = torch.where(
         torch.isfinite(weight_sq * grad_sq), cosine * (weight_sq * grad_sq).sqrt(), torch.nan
     )
     stats = LayerStats(weight_sq, grad_sq, dot_grad, weight_sq.clamp(max=1e6) * random(n))
     passed = torch.full((n,), float(RADIAL_TESTS))
     passed[sometimes(case["odd"])] = 3.0
+    passed[sometimes(case["odd"])] = 7.7
     passed[sometimes(case["odd"] / 2)] = -1.0
     zero = torch.zeros(n)
     seen = 10 ** random(n) if case["seen"] else zero
