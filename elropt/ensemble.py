@@ -31,6 +31,7 @@ from .rules import (
     LayerControls,
     LayerStats,
     RuleState,
+    count_test,
     decide,
     growth_gain,
     lr_factor,
@@ -425,7 +426,9 @@ class Ensemble:
             )
         if self.has_rule and self._is_over():
             hyper = self._hyper(groups)
-            tracked = radial_test(stats, state.tracked, hyper.numel)
+            passed = radial_test(stats, state.tracked, hyper.numel)
+            lr = hyper.lr * hyper.growth_gain
+            tracked = count_test(stats, state.tracked, passed, lr, LayerControls())
             if remember:
                 self.memory.tracked[rows] = tracked
                 self._count_tests()
