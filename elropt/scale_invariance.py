@@ -392,14 +392,20 @@ def outputs_change(
     """
     twin = copied(model, dtype=dtype, training=training or None)
     params = dict(twin.named_parameters())
+    for param in params.values():
+        param.requires_grad_(param.is_floating_point())  # so that outputs that do not depend on any are left out
 
     def result() -> Tensor:
-        with untouched(twin), torch.no_grad(), warnings.catch_warnings():
+        with untouched(twin), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the measurement has given them already
             seed_like(twin)
             returned = run(twin, inputs.cloned(dtype))
             counted = tensors_in(returned if outputs is None else outputs(returned))
-            vectors = [t.detach().flatten().double().cpu() for t in counted if t.is_floating_point()]
+            vectors = [
+                leaf.detach().flatten().double().cpu()
+                for leaf in counted
+                if leaf.is_floating_point() and leaf.requires_grad
+            ]
         return torch.cat(vectors) if vectors else torch.zeros(0)
 
     before = result()

@@ -195,7 +195,8 @@ def test_frozen_and_dead_weights_are_left_out_and_named() -> None:
     assert [weight.name for weight in report.weights if weight.tracked] == ["6.weight", "9.weight"]
     assert math.isnan(report.weights[0].grad_norm)
     assert report.weights[1].grad_norm == 0
-    assert "0.weight, 3.weight." in report.summary()
+    assert "frozen: 0.weight." in report.summary()
+    assert "gradient is zero: 3.weight." in report.summary()
 
 
 def test_one_tracked_weight_has_no_pair() -> None:
