@@ -50,6 +50,8 @@ _HYPERS = operator.itemgetter("momentum", "dampening", "weight_decay", "nesterov
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
+_NOTHING: dict[str, Any] = {}
+
 
 @dataclasses.dataclass
 class StepRecord:
@@ -57,7 +59,7 @@ class StepRecord:
 
     params: list[Tensor]
     row_counts: list[int]
-    lrs: list[float | Tensor]
+    lrs: Sequence[float | Tensor]
     per_filter: bool
     stats: LayerStats
     controls: LayerControls
@@ -133,6 +135,11 @@ class Ensemble:
         self._decision = {"rule": self.rule, "granularity": self.granularity, "project": self.project}
         self.row_counts = {p: count_rows(p, group) for group in self.groups for p in group["params"]}
         self.params = list(self.row_counts)
+        self._row_counts = [[self.row_counts[p] for p in group["params"]] for group in self.groups]
+        self._has_tests = any(
+            any(counts) and not group.get("scale_invariant")
+            for group, counts in zip(self.groups, self._row_counts, strict=True)
+        )
         self.device = next((p.device for p, count in self.row_counts.items() if count), torch.device("cpu"))
         self._last: StepRecord | None = None
         self._cache: dict[str, tuple[object, Any]] = {}
@@ -255,59 +262,70 @@ class Ensemble:
 
     def prepare_groups(self, state: State) -> list[Group]:
         """`prepare`, for any backend. Where neighbours lie on different devices, a group becomes several."""
-        prepared = []
-        runs = (
-            (group, list(run))
-            for group in self.groups
-            for _, run in itertools.groupby(
-                [p for p in group["params"] if p.grad is not None], key=lambda p: p.device
-            )
+        runs: list[list[tuple[Any, ...]]] = []
+        kind_before: object = None
+        for group, row_counts in zip(self.groups, self._row_counts, strict=True):
+            options, lr, decay = _options_of(group), lr_of(group), group["weight_decay"]
+            for p, count in zip(group["params"], row_counts, strict=True):
+                grad = p.grad
+                if grad is None:
+                    continue
+                kind = p.device, options
+                if kind != kind_before:
+                    runs.append([])
+                    kind_before = kind
+                runs[-1].append((p, grad, count, lr, decay, group))
+        return [self._prepare_group(state, *map(list, zip(*run, strict=True))) for run in runs]
+
+    def _prepare_group(
+        self,
+        state: State,
+        params: list[Tensor],
+        grads: list[Tensor],
+        row_counts: list[int],
+        lrs: list[float | Tensor],
+        decays: list[float | Tensor],
+        groups: list[Mapping[str, Any]],
+    ) -> Group:
+        group, device = groups[0], params[0].device
+        held: list[Tensor | None] = [None] * len(params)
+        if group["momentum"] != 0:
+            held = [state.get(p, _NOTHING).get("momentum_buffer") for p in params]
+        _check_tensors(params, grads, held, row_counts, groups)
+        row_counts = [
+            count if g.layout == torch.strided else 0 for g, count in zip(grads, row_counts, strict=True)
+        ]
+        parts, buffers = params, held
+        if self.shards and not group["differentiable"]:
+            parts = list(map(local, params))
+            grads = list(map(local_grad, params, grads))
+            buffers = [None if m is None else local(m) for m in held]
+        return Group(
+            params,
+            parts,
+            grads,
+            [self.shards.get(p) for p in params] if self.shards else [None] * len(params),
+            buffers,
+            row_counts,
+            lr=_common(lrs, device),
+            lr_ratio=lr_ratio(group) if has_lr_by_row(group) else 1.0,
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=_common(decays, device),
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            backend=choose_backend(
+                parts,
+                grads,
+                buffers,
+                foreach=group["foreach"],
+                fused=group["fused"],
+                differentiable=group["differentiable"],
+                per_filter=self.per_filter,
+                tensor_decay=isinstance(group["weight_decay"], Tensor),
+                lr_by_row=has_lr_by_row(group),
+            ),
         )
-        for group, params in runs:
-            held = [
-                state.get(p, {}).get("momentum_buffer") if group["momentum"] != 0 else None for p in params
-            ]
-            for p, m in zip(params, held, strict=True):
-                _check_gradient(p, group, has_rows=self.row_counts[p] > 0)
-                _check_device(p, m)
-            parts, grads, buffers = params, [g for g in [p.grad for p in params] if g is not None], held
-            row_counts = [
-                self.row_counts[p] if g.layout == torch.strided else 0
-                for p, g in zip(params, grads, strict=True)
-            ]
-            if self.shards and not group["differentiable"]:
-                parts = list(map(local, params))
-                grads = list(map(local_grad, params, grads))
-                buffers = [None if m is None else local(m) for m in held]
-            prepared.append(
-                Group(
-                    params,
-                    parts,
-                    grads,
-                    [self.shards.get(p) for p in params],
-                    buffers,
-                    row_counts,
-                    lr=_scalar(lr_of(group), params[0].device),
-                    lr_ratio=lr_ratio(group) if has_lr_by_row(group) else 1.0,
-                    momentum=group["momentum"],
-                    dampening=group["dampening"],
-                    weight_decay=_scalar(group["weight_decay"], params[0].device),
-                    nesterov=group["nesterov"],
-                    maximize=group["maximize"],
-                    backend=choose_backend(
-                        parts,
-                        grads,
-                        buffers,
-                        foreach=group["foreach"],
-                        fused=group["fused"],
-                        differentiable=group["differentiable"],
-                        per_filter=self.per_filter,
-                        tensor_decay=isinstance(group["weight_decay"], Tensor),
-                        lr_by_row=has_lr_by_row(group),
-                    ),
-                )
-            )
-        return prepared
 
     def step(
         self,
@@ -342,17 +360,22 @@ class Ensemble:
                 self._watch.look()
             new = prepared.new_buffers(state)
         else:
+            missing = [
+                (p, group, i)
+                for group in prepared
+                if group.momentum != 0
+                for i, (p, m) in enumerate(zip(group.owners, group.momentum_buffers, strict=True))
+                if m is None
+            ]
             self._step_groups(prepared, record=record)
             if self.shards:  # autograd cannot see that what lies here of them has been written
                 written = [p for group in prepared for p in group.owners if is_dtensor(p)]
                 torch.autograd.graph.increment_version(written)
-            new = {
-                p: like(p, buffer)
-                for group in prepared
-                if group.momentum != 0
-                for p, buffer in zip(group.owners, group.momentum_buffers, strict=True)
-                if buffer is not None and _held_buffer(state, p) is not buffer
-            }
+            new = {}
+            for p, group, i in missing:
+                made = group.momentum_buffers[i]
+                if made is not None:
+                    new[p] = like(p, made)
         for p, buffer in new.items():
             state[p]["momentum_buffer"] = buffer
         return bool(new)
@@ -388,6 +411,7 @@ class Ensemble:
                 absent=absent,
                 rows=rows,
                 reductions=self._reductions,
+                with_dot=record or self.project or self._may_test(),
                 **self._decision,
             )
             self._keep(rows, after)
@@ -396,6 +420,14 @@ class Ensemble:
         if record or self._has_untested():
             self._last = self.measure_now(groups, remember=True)
         apply(groups, self._controls_without_rule(groups), per_filter=self.per_filter)
+
+    def _may_test(self) -> bool:
+        """Whether a layer may have radial tests before it. On a GPU, which is not asked, wherever a group does not say
+        that its layers are scale-invariant."""
+        if not self._has_tests or self.device.type != "cpu" or not is_readable(self.memory.tracked):
+            return self._has_tests
+        passed = self.memory.tracked.numpy()
+        return bool(((passed >= 0) & (passed < RADIAL_TESTS)).any())
 
     def record(self, state: State) -> StepRecord | None:
         """What the last step measured and applied; if it measured nothing, weights and gradients as they are now."""
@@ -446,10 +478,9 @@ class Ensemble:
     ) -> StepRecord:
         params = [p for group in groups for p in group.owners]
         counts = [count for group in groups for count in group.row_counts]
-        lrs: list[float | Tensor] = []
-        for group in groups:  # a tensor lr may change in place before the record is read
-            lr = group.lr.clone() if isinstance(group.lr, Tensor) else group.lr
-            lrs += [lr] * len(group.owners)
+        lrs = [  # a tensor lr may change in place before the record is read
+            lr.clone() if isinstance(lr, Tensor) else lr for group in groups for lr in group.lrs()
+        ]
         return StepRecord(params, counts, lrs, self.per_filter, stats, controls, tracked)
 
     def _is_over(self) -> bool:
@@ -464,12 +495,13 @@ class Ensemble:
         """Plain SGD. On a GPU the step at which the host learns of the hand-over depends on timing, so there the
         arithmetic of the steps before it is kept, with factors of one, where it rounds in another way: in half
         precision."""
-        exact = not any(is_low_precision(t) for group in groups for t in (*group.params, *group.grads))
         controls = LayerControls()
         if self.has_lr_by_row:
             _, memory, _ = self._active_memory(groups)
             controls = LayerControls(lr_factor=lr_factor(memory.tracked, self._hyper(groups)))
-        if not self.has_rule or self.device.type == "cpu" or exact:
+        if not self.has_rule or self.device.type == "cpu":
+            return controls
+        if not any(is_low_precision(t) for group in groups for t in (*group.params, *group.grads)):
             return controls
         rows = sum(count for group in groups for count in group.row_counts)
         return controls._replace(grad_factor=torch.ones(rows, dtype=torch.float32, device=self.device))
@@ -477,11 +509,11 @@ class Ensemble:
     def _active_memory(self, groups: list[Group]) -> tuple[slice | Tensor, RuleState, Tensor | None]:
         """Where the rows of the tensors that have a gradient lie in the memory, what it holds there, and whether
         other rows have been active before."""
+        c, radius, tracked, handed_over = self.memory
+        if sum(sum(group.row_counts) for group in groups) == len(tracked):
+            return slice(None), self.memory, None
         active = {p for group in groups for p, n in zip(group.owners, group.row_counts, strict=True) if n}
         mask = [p in active for p, count in self.row_counts.items() for _ in range(count)]
-        c, radius, tracked, handed_over = self.memory
-        if all(mask):
-            return slice(None), self.memory, None
         rows = self._cached("rows", tuple(mask), lambda: _upload(np.flatnonzero(mask), self.device))
         others = self._cached(
             "others", tuple(mask), lambda: _upload(np.flatnonzero(np.logical_not(mask)), self.device)
@@ -490,7 +522,8 @@ class Ensemble:
 
     def _keep(self, rows: slice | Tensor, after: RuleState) -> None:
         for kept, new in zip(self.memory[:-1], after[:-1], strict=True):
-            kept[rows] = new
+            if new is not kept:
+                kept[rows] = new
         self.memory.handed_over.copy_(after.handed_over)
         self._count_tests()
         self._watch.look()
@@ -503,22 +536,21 @@ class Ensemble:
 
     def _hyper(self, groups: list[Group]) -> Hyper:
         """The groups' hyper-parameters by row; uploaded only when one of them changed."""
-        columns = [
+        values = [
             (
-                0.0 if isinstance(group.lr, Tensor) else group.lr,
-                0.0 if isinstance(group.weight_decay, Tensor) else group.weight_decay,
-                *momentum_coefficients(
-                    group.momentum, group.dampening, group.nesterov, has_buffer=m is not None
-                ),
-                p.numel() / count,
+                [0.0 if isinstance(lr, Tensor) else lr for lr in group.lrs()],
+                [0.0 if isinstance(decay, Tensor) else decay for decay in group.decays()],
+                group.momentum,
+                group.dampening,
+                group.nesterov,
                 group.lr_ratio,
-                count,
+                group.row_counts,
+                [m is not None for m in group.momentum_buffers],
+                [p.numel() for p in group.owners],
             )
             for group in groups
-            for p, m, count in zip(group.owners, group.momentum_buffers, group.row_counts, strict=True)
-            if count
         ]
-        hyper = self._cached("hyper", tuple(columns), lambda: _hyper_vectors(columns, self.device))
+        hyper = self._cached("hyper", values, lambda: _hyper_vectors(values, self.device))
         if not self.has_lr_by_row:
             hyper = hyper._replace(lr_ratio=None)
         if any(isinstance(value, Tensor) for group in groups for value in (group.lr, group.weight_decay)):
@@ -752,7 +784,13 @@ def momentum_coefficients(
     return growth_gain(μ, d, nesterov), per_grad, per_momentum
 
 
-def _hyper_vectors(columns: list[tuple[float, ...]], device: torch.device) -> Hyper:
+def _hyper_vectors(by_group: list[tuple[Any, ...]], device: torch.device) -> Hyper:
+    columns = [
+        (lr, decay, *momentum_coefficients(*of_momentum, has_buffer=has_buffer), numel / count, ratio, count)
+        for lrs, decays, *of_momentum, ratio, counts, have_buffers, numels in by_group
+        for lr, decay, count, has_buffer, numel in zip(lrs, decays, counts, have_buffers, numels, strict=True)
+        if count
+    ]
     *values, counts = np.array(columns, dtype=np.float32).T
     return Hyper(*_upload(np.repeat(np.stack(values), counts.astype(np.int64), axis=1), device))
 
@@ -769,20 +807,70 @@ def _scalar(value: float | Tensor, device: torch.device) -> float | Tensor:
     return local(value).squeeze().to(device, non_blocking=True)
 
 
-def _held_buffer(state: State, p: Tensor) -> Tensor | None:
-    buffer = state.get(p, {}).get("momentum_buffer")
-    return None if buffer is None else local(buffer)
+def _common(values: list[Any], device: torch.device) -> float | Tensor | list[float]:
+    """The value of all tensors, or if these differ, all values."""
+    if isinstance(values[0], Tensor):
+        return _scalar(values[0], device)
+    return values if any(value != values[0] for value in values) else values[0]
 
 
-def _check_device(p: Tensor, buffer: Tensor | None) -> None:
-    if buffer is not None and buffer.device != p.device:
-        raise RuntimeError(
-            f"a parameter of shape {tuple(p.shape)} is on {p.device}, its momentum buffer on {buffer.device}: it has "
-            "been moved between two steps; optimizer.load_state_dict(optimizer.state_dict()) brings the state along"
-        )
+def _options_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What neighbouring groups must agree on to be updated together: in tensors, on the object; on the CPU, lr and
+    decay may differ."""
+    lr, decay = group["lr"], group["weight_decay"]
+    values: tuple[object, ...] = ()
+    if isinstance(lr, Tensor) or isinstance(decay, Tensor):
+        values = id(lr), id(decay), lr_ratio(group), group.get("scale_invariant")
+    elif group["fused"] or not all(p.is_cpu for p in group["params"]):
+        values = lr, decay
+    return (
+        values,
+        lr_ratio(group) if has_lr_by_row(group) else 1.0,
+        group["momentum"],
+        group["dampening"],
+        group["nesterov"],
+        group["maximize"],
+        group["foreach"],
+        group["fused"],
+        group["differentiable"],
+    )
 
 
-def _check_gradient(p: Tensor, group: Mapping[str, Any], has_rows: bool) -> None:
+def _check_tensors(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor | None],
+    row_counts: list[int],
+    groups: list[Mapping[str, Any]],
+) -> None:
+    """Of tensors on one device.
+
+    Raises:
+        RuntimeError: a gradient or a buffer that cannot be applied; names it and the remedy.
+    """
+    if any(g.layout != torch.strided for g in grads):
+        for p, group in zip(params, groups, strict=True):
+            _check_gradient(p, group)
+    for p, count in zip(params, row_counts, strict=True):
+        if count and p.is_complex():
+            raise RuntimeError(
+                f"a complex parameter of shape {tuple(p.shape)} is in a group with scale_invariant=True; "
+                "only real parameters can be tracked: move it to a group with scale_invariant=False"
+            )
+    device = params[0].device
+    for p, m in zip(params, buffers, strict=True):
+        if m is not None and m.device != device:
+            _refuse_device(p, m)
+
+
+def _refuse_device(p: Tensor, buffer: Tensor) -> None:
+    raise RuntimeError(
+        f"a parameter of shape {tuple(p.shape)} is on {p.device}, its momentum buffer on {buffer.device}: it has "
+        "been moved between two steps; optimizer.load_state_dict(optimizer.state_dict()) brings the state along"
+    )
+
+
+def _check_gradient(p: Tensor, group: Mapping[str, Any]) -> None:
     grad = p.grad
     if grad is not None and grad.layout != torch.strided and (group["rule"] is not None or group["project"]):
         raise RuntimeError(
@@ -794,9 +882,4 @@ def _check_gradient(p: Tensor, group: Mapping[str, Any], has_rows: bool) -> None
         raise RuntimeError(
             f"a parameter of shape {tuple(p.shape)} has a {grad.layout} gradient, which cannot take weight_decay: "
             "put it in a param group of its own with weight_decay=0"
-        )
-    if p.is_complex() and has_rows:
-        raise RuntimeError(
-            f"a complex parameter of shape {tuple(p.shape)} is in a group with scale_invariant=True; "
-            "only real parameters can be tracked: move it to a group with scale_invariant=False"
         )

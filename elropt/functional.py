@@ -17,6 +17,8 @@ from .rules import Hyper, LayerControls, LayerStats, RuleState, decide
 
 __all__ = ["Group", "apply", "choose_backend", "elr_sgd", "measure"]
 
+SAME_BITS = {torch.float32, torch.float64}
+
 
 @dataclasses.dataclass
 class Group:
@@ -29,6 +31,7 @@ class Group:
         momentum_buffers: one per parameter, None before its first step; `elr_sgd` fills them in.
         row_counts: for each parameter the number of rows it has in the rule's vectors: 0 if the rule leaves it
             alone, 1, or with granularity "filter" the size of its dimension 0, of the whole tensor.
+        lr, weight_decay: of all tensors, or a list with one for each.
         backend: a module with `measure` and `update`, see `choose_backend`.
         lr_ratio: of the learning rate of the rows that are found to be tracked to `lr`.
     """
@@ -39,17 +42,31 @@ class Group:
     shards: list[Shard | None]
     momentum_buffers: list[Tensor | None]
     row_counts: list[int]
-    lr: float | Tensor
+    lr: float | Tensor | list[float]
     momentum: float
     dampening: float
-    weight_decay: float | Tensor
+    weight_decay: float | Tensor | list[float]
     nesterov: bool
     maximize: bool
     backend: ModuleType
     lr_ratio: float = 1.0
 
+    def lrs(self) -> Sequence[float | Tensor]:
+        """The learning rate of each tensor."""
+        return self.lr if isinstance(self.lr, list) else [self.lr] * len(self.owners)
+
+    def decays(self) -> Sequence[float | Tensor]:
+        """The weight decay of each tensor."""
+        return (
+            self.weight_decay
+            if isinstance(self.weight_decay, list)
+            else [self.weight_decay] * len(self.owners)
+        )
+
     def rows_here(self, *, per_filter: bool) -> list[tuple[int, int]]:
         """Of the rows of each tensor, the (first, count) that something of lies here."""
+        if not any(self.shards):
+            return [(0, count) for count in self.row_counts]
         return [
             (0, count)
             if shard is None or count == 0
@@ -71,6 +88,7 @@ def elr_sgd(
     absent: Tensor | None = None,
     rows: slice | Tensor = slice(None),
     reductions: Reductions | None = None,
+    with_dot: bool = True,
 ) -> tuple[LayerStats, LayerControls, RuleState]:
     """One step in place over all groups that share a rule. Rows are numbered through the groups in order.
 
@@ -81,6 +99,7 @@ def elr_sgd(
         absent: whether rows that took part earlier have no gradient now (0-dim bool; None: no).
         rows: which of all rows these are, where only parts of tensors lie here.
         reductions: what makes the sums of all rows those of whole tensors.
+        with_dot: whether ⟨w,g⟩ is needed: for radial tests, and to project.
 
     Returns:
         What was measured, what was applied, and the rule's memory after the step.
@@ -91,6 +110,7 @@ def elr_sgd(
         state.radius.device,
         per_filter=per_filter,
         with_momentum=project,
+        with_dot=with_dot,
         rows=rows,
         reductions=reductions,
     )
@@ -107,6 +127,7 @@ def measure(
     *,
     per_filter: bool,
     with_momentum: bool,
+    with_dot: bool = True,
     rows: slice | Tensor = slice(None),
     reductions: Reductions | None = None,
 ) -> LayerStats:
@@ -122,6 +143,7 @@ def measure(
                 [group.grads[i] for i in measured],
                 [group.momentum_buffers[i] for i in measured] if with_momentum else None,
                 per_filter=per_filter,
+                with_dot=with_dot,
             )
             if group.maximize:
                 part[2].neg_()
@@ -151,11 +173,12 @@ def apply(groups: Sequence[Group], controls: LayerControls, *, per_filter: bool 
     first = 0
     for group in groups:
         rows: list[tuple[int, int] | None] = []
-        for (begin, here), count in zip(
-            group.rows_here(per_filter=per_filter), group.row_counts, strict=True
-        ):
-            rows.append((first + begin, here) if here else None)
-            first += count
+        if by_row:
+            for (begin, here), count in zip(
+                group.rows_here(per_filter=per_filter), group.row_counts, strict=True
+            ):
+                rows.append((first + begin, here) if here else None)
+                first += count
         factors = controls._asdict()
         if group.backend is triton_backend:  # which has no rows with a learning rate of their own
             del factors["lr_factor"]
@@ -186,8 +209,8 @@ def choose_backend(
     tensor_decay: bool = False,
     lr_by_row: bool = False,
 ) -> ModuleType:
-    """The module that updates these tensors, as torch chooses: what is asked for; else on CUDA fused where every
-    tensor qualifies and foreach otherwise; else one tensor after the other.
+    """The module that updates these tensors: what is asked for; else on CUDA fused where every tensor qualifies and
+    foreach otherwise; on the CPU foreach, where its bits are those of one tensor after the other; else these.
 
     Raises:
         RuntimeError: ``fused=True`` but a tensor does not qualify.
@@ -201,7 +224,8 @@ def choose_backend(
             f"{'' if unavailable is None else f'; {unavailable}'}. "
             "Use fused=None to let ELRSGD choose."
         )
-    on_cuda = foreach is None and fused is None and not differentiable and all(p.is_cuda for p in params)
+    ours_to_choose = foreach is None and fused is None and not differentiable
+    on_cuda = ours_to_choose and all(p.is_cuda for p in params)
     if fused or (
         on_cuda
         and not tensor_decay
@@ -209,9 +233,23 @@ def choose_backend(
         and triton_backend.can_use(*tensors, per_filter=per_filter)
     ):
         return triton_backend
-    if (foreach or on_cuda) and foreach_backend.can_use(*tensors, per_filter=per_filter):
+    on_cpu = ours_to_choose and _has_same_bits(params, grads, momentum_buffers)
+    if (foreach or on_cuda or on_cpu) and foreach_backend.can_use(*tensors, per_filter=per_filter):
         return foreach_backend
     return reference_backend
+
+
+def _has_same_bits(
+    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None]
+) -> bool:
+    """Whether `torch._foreach_*` and single operations give the same bits: on the CPU, where dtypes are not mixed."""
+    dtypes = [p.dtype for p in params]
+    return (
+        all(p.is_cpu for p in params)
+        and set(dtypes) <= SAME_BITS
+        and dtypes == [g.dtype for g in grads]
+        and dtypes == [d if m is None else m.dtype for m, d in zip(momentum_buffers, dtypes, strict=True)]
+    )
 
 
 def _describe(params: Sequence[Tensor]) -> str:

@@ -144,9 +144,9 @@ def layer_stats(optimizer: object) -> LayerTable:
     `model.named_parameters()` if these (or `elropt.param_groups`) were given to the optimizer, else
     "<group>.<index>".
 
-    The Triton kernels do not measure what the rule does not need: then the radial cosine of layers that are known to be
-    tracked, and the gradient of layers that are known not to be, are NaN here. A `Recorder` has everything measured,
-    and so has `record_next_step`.
+    A step does not measure what its rule does not need: then the radial cosine of layers that are known to be tracked
+    and, by the Triton kernels, the gradient of layers that are known not to be, are NaN here. A `Recorder` has
+    everything measured, and so has `record_next_step`.
 
     The table is empty if the rule can concern no parameter.
 

@@ -89,7 +89,8 @@ class ELRSGD(Optimizer):
             None: to the nearest. Other dtypes are not concerned.
         maximize: maximize the objective.
         foreach, fused: as in torch: `torch._foreach_*` or the Triton kernels (CUDA only); None for both picks fused on
-            CUDA where every tensor of the group qualifies, else foreach on CUDA, else one tensor after the other.
+            CUDA where every tensor of the group qualifies, else foreach on CUDA and, in float32 and float64, on the CPU
+            (there to the bits of torch's for-loop), else one tensor after the other.
         differentiable: let autograd run through the step; needs ``rule=None`` and ``project=False``.
 
     Raises:
@@ -156,7 +157,7 @@ class ELRSGD(Optimizer):
         validate(defaults)
         self._inside_zero = is_inside_zero()
         self._ensembles: list[Ensemble] | None = None
-        self._layout: list[tuple[Any, ...]] = []
+        self._layout: tuple[list[object], list[object]] = [], []
         self._held: tuple[list[object], list[object]] = [], []
         self._captured: dict[int, FusedEnsemble] = {}
         self._checked: list[Any] = []
@@ -190,7 +191,7 @@ class ELRSGD(Optimizer):
             for key, value in _SGD_DEFAULTS.items():
                 group.setdefault(key, self.defaults.get(key, value))
         self._ensembles = None
-        self._layout, self._held = [], ([], [])
+        self._layout, self._held = ([], []), ([], [])
         self.__dict__.setdefault("_captured", {})  # graphs outlive load_state_dict
         self._recording = False
         self._stepping = threading.RLock()
@@ -365,21 +366,26 @@ class ELRSGD(Optimizer):
 
     def _current_ensembles(self) -> list[Ensemble]:
         """What groups of the same rule, granularity and project form; anew if anybody changed them or their state."""
-        layout = [
+        groups = self.param_groups
+        params = [group["params"] for group in groups]
+        objects = [*groups, *itertools.chain.from_iterable(params)]
+        options: list[object] = [
             (
-                group,
-                rule_key(group),
-                group.get("scale_invariant"),
-                group["stochastic_rounding"],
-                group["tracked_lr"] is None,
-                group["params"],
+                g["rule"],
+                g["granularity"],
+                g["project"],
+                g["stochastic_rounding"],
+                g["tracked_lr"] is None,
+                g.get("scale_invariant"),
             )
-            for group in self.param_groups
+            for g in groups
         ]
+        options += map(len, params)
         held = self._state_objects()
         if (
             self._ensembles is None
-            or not _same_layout(layout, self._layout)
+            or options != self._layout[1]
+            or not _same_objects(objects, self._layout[0])
             or (
                 not all(map(_same_objects, held, self._held))
                 and any(ensemble.is_detached(self.state) for ensemble in self._ensembles)
@@ -400,9 +406,9 @@ class ELRSGD(Optimizer):
                 self._ensembles = [
                     Ensemble(groups, self.state, number) for number, groups in enumerate(together.values())
                 ]
-            self._layout = [(*rest, list(params)) for *rest, params in layout]
+            self._layout = objects, options
             if any(is_lazy(p) for group in self.param_groups for p in group["params"]):
-                self._layout = []  # anew at the next step: it may have a shape then
+                self._layout = [], []  # anew at the next step: it may have a shape then
             held = self._state_objects()
         self._held = held
         return self._ensembles
@@ -578,14 +584,6 @@ def validate_numbers(group: Mapping[str, Any], *, read_tensors: bool) -> None:
             raise ValueError(
                 f"{name}={value} is not valid: it must be finite{' and at least 0' if lowest == 0 else ''}"
             )
-
-
-def _same_layout(now: list[tuple[Any, ...]], before: list[tuple[Any, ...]]) -> bool:
-    """Whether the groups are the same objects with the same options and the same parameters."""
-    return len(now) == len(before) and all(
-        a[0] is b[0] and a[1:-1] == b[1:-1] and _same_objects(a[-1], b[-1])
-        for a, b in zip(now, before, strict=True)
-    )
 
 
 def _same_objects(a: list[Any], b: list[Any]) -> bool:

@@ -34,6 +34,7 @@ def measure(
     momentum_buffers: Sequence[Tensor | None] | None = None,
     *,
     per_filter: bool = False,
+    with_dot: bool = True,
 ) -> Tensor:
     """Sums over each layer: ‖w‖², ‖g‖², ⟨w,g⟩ and ⟨w,m⟩.
 
@@ -41,6 +42,7 @@ def measure(
         params, grads: tensors of equal shapes, any strides.
         momentum_buffers: where given, ⟨w,m⟩ is measured too (0 for a buffer that is None); else it is 0.
         per_filter: one row per index of dimension 0 of every tensor instead of one row per tensor.
+        with_dot: whether ⟨w,g⟩ is needed; if not, it may be NaN.
 
     Returns:
         [4, R] float32 on the device of the tensors. Sums are taken in float32 (float64 for float64 tensors).
@@ -60,10 +62,10 @@ def update(
     grads: Sequence[Tensor],
     momentum_buffers: list[Tensor | None],
     *,
-    lr: float | Tensor,
+    lr: float | Tensor | Sequence[float],
     momentum: float,
     dampening: float,
-    weight_decay: float | Tensor,
+    weight_decay: float | Tensor | Sequence[float],
     nesterov: bool,
     maximize: bool,
     grad_factor: Tensor | None = None,
@@ -83,6 +85,7 @@ def update(
     Args:
         params, grads: tensors of equal shapes, any strides.
         momentum_buffers: a list whose None entries are filled in when ``momentum != 0``.
+        lr, weight_decay: one for all tensors, or one for each.
         grad_factor, weight_factor, radial, lr_factor: s, a, p and f, [R] float32; None stands for 1, 1, 0 and 1.
         rows: for each tensor the (first, count) of its entries in these vectors: count 1 for the tensor as a
             whole, or one for every index of its dimension 0. None: the vectors do not concern this tensor.
@@ -92,8 +95,10 @@ def update(
         s, a, p, f = (
             factor_for(w, row, vector) for vector in (grad_factor, weight_factor, radial, lr_factor)
         )
+        λ = lr[i] if isinstance(lr, Sequence) else lr
+        ω = weight_decay[i] if isinstance(weight_decay, Sequence) else weight_decay
         plain = all(factor is None for factor in (s, a, p, f)) and (
-            not isinstance(lr, Tensor) or not is_low_precision(w)
+            not isinstance(λ, Tensor) or not is_low_precision(w)
         )
         buf = momentum_buffers[i]
         ŵ, g = (w, g) if plain else (upcast(w), upcast(g))
@@ -104,14 +109,14 @@ def update(
             g = -g
         if s is not None:
             g = s * g
-        if isinstance(weight_decay, Tensor):
-            g = torch.addcmul(g, ŵ, weight_decay)
-        elif weight_decay != 0:
-            g = g.add(ŵ, alpha=weight_decay)
+        if isinstance(ω, Tensor):
+            g = torch.addcmul(g, ŵ, ω)
+        elif ω != 0:
+            g = g.add(ŵ, alpha=ω)
         if momentum != 0:
             if buf is None:
                 m = g.detach().clone()
-                momentum_buffers[i] = m if plain else m.to(buffer_dtype(w, grads[i], weight_decay))
+                momentum_buffers[i] = m if plain else m.to(buffer_dtype(w, grads[i], ω))
             else:
                 m = (buf if plain else upcast(buf)).mul_(momentum).add_(g, alpha=1 - dampening)
                 store(m, buf)
@@ -122,10 +127,10 @@ def update(
             u = u - p * ŵ
         if f is not None:
             u = f * u
-        if isinstance(lr, Tensor):
-            ŵ.addcmul_(u, lr, value=-1)
+        if isinstance(λ, Tensor):
+            ŵ.addcmul_(u, λ, value=-1)
         else:
-            ŵ.add_(u, alpha=-lr)
+            ŵ.add_(u, alpha=-λ)
         store(ŵ, w)
 
 

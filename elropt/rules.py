@@ -29,6 +29,7 @@ SMOOTHING = 0.9  # of c over the steps of the warm-up
 EQUALIZATION_RATE = 0.1  # share of log(E/E★) that the warm-up rescales away per step
 SHARE_CHANGE = 0.01  # of a layer's share of the radius of the whole network, below which it is left as it is
 TINY = torch.finfo(torch.float32).tiny  # a squared norm below this, 1.2e-38, counts as zero
+HUGE = torch.finfo(torch.float32).max
 EQUALIZED_STD = 0.1  # root mean square of log(E/E★), from the smoothed c, below which the warm-up hands over
 
 
@@ -93,8 +94,8 @@ def decide(
     the limit of s as E grows, and a step of such a length could never be made good.
     """
     before, tracked = state.tracked, radial_test(stats, state.tracked, hyper.numel)
-    directed = (tracked > 0) & torch.isfinite(stats.weight_sq) & (stats.weight_sq >= TINY)
-    moving = directed & torch.isfinite(stats.grad_sq) & (stats.grad_sq >= TINY)
+    directed = (tracked > 0) & usable(stats.weight_sq)
+    moving = directed & usable(stats.grad_sq)
     state = state._replace(tracked=tracked)
     own_lr = lr_factor(tracked, hyper)
     if own_lr is not None:
@@ -215,9 +216,7 @@ def radial_test(stats: LayerStats, passed: Tensor, numel: Tensor) -> Tensor:
     by_size, constant, at_most = NEAR_ZERO
     chance = 1 / numel.sqrt()
     zero = cosine.abs() < torch.minimum(by_size * chance + constant, at_most * chance)
-    judged = torch.isfinite(cosine)
-    for square in (stats.weight_sq, stats.grad_sq):
-        judged = judged & torch.isfinite(square) & (square >= TINY)
+    judged = usable(stats.weight_sq) & usable(stats.grad_sq) & torch.isfinite(cosine)
     testing = judged & (passed >= 0) & (passed < RADIAL_TESTS)
     return torch.where(testing, torch.where(zero, passed + LEAST_TEST, -1.0), passed)
 
@@ -236,6 +235,11 @@ def count_test(
     share = lr * s * relative_grad / a / TEST_TURN
     counted = before + torch.where(share < 1, share.clamp(min=LEAST_TEST), 1.0)
     return torch.where((passed > 0) & (passed != before), counted.clamp(max=RADIAL_TESTS), passed)
+
+
+def usable(square: Tensor) -> Tensor:
+    """Where a squared norm is finite and does not count as zero."""
+    return square.clamp(TINY, HUGE) == square
 
 
 def smooth(average: Tensor, value: Tensor) -> Tensor:

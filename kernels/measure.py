@@ -26,6 +26,7 @@ def measure(
     momentum_buffers: Sequence[Tensor | None] | None = None,
     *,
     per_filter: bool = False,
+    with_dot: bool = True,
 ) -> Tensor:
     """‖w‖², ‖g‖², ⟨w,g⟩ and ⟨w,m⟩ of each layer, the same bits on every run.
 
@@ -35,6 +36,7 @@ def measure(
             costs nothing.
         per_filter: one row per index of dimension 0 of every tensor, which must be outermost in memory,
             instead of one row per tensor.
+        with_dot: whether ⟨w,g⟩ is needed. It costs nothing here, so it is always measured.
 
     Returns:
         [4, R] float32 on the device of the tensors; [4, 0] on the CPU if there are none.

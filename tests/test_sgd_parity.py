@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from elropt import ELRSGD
+from elropt import foreach as elr_foreach
 
 SHAPES: list[tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = [
     ((5, 7), lambda t: t),
@@ -49,10 +50,10 @@ def assert_equal(a: list[nn.Parameter], b: list[nn.Parameter], message: object =
         assert torch.equal(x, y), f"parameter {i} differs by {(x - y).abs().max()}: {message}"
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("foreach", [False, True, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("hyper", HYPER, ids=str)
-def test_same_bits(hyper: dict[str, Any], dtype: torch.dtype, foreach: bool) -> None:
+def test_same_bits(hyper: dict[str, Any], dtype: torch.dtype, foreach: bool | None) -> None:
     ours, theirs = parameters(dtype), parameters(dtype)
     a = ELRSGD(ours, lr=0.1, rule=None, foreach=foreach, **hyper)
     b = torch.optim.SGD(theirs, lr=0.1, foreach=foreach, **hyper)
@@ -61,6 +62,39 @@ def test_same_bits(hyper: dict[str, Any], dtype: torch.dtype, foreach: bool) -> 
         a.step()
         b.step()
         assert_equal(ours, theirs, hyper)
+
+
+@pytest.mark.parametrize("hyper", HYPER[::5], ids=str)
+def test_same_bits_in_pieces_and_over_many_groups(
+    hyper: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elr_foreach, "PIECE", 8)
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    a, b = (
+        cls(
+            [{"params": [p], "lr": 0.1 / (i + 1), "weight_decay": 0.01 * (i % 2)} for i, p in enumerate(ps)],
+            **{**hyper, **options},
+        )
+        for cls, ps, options in (
+            (ELRSGD, ours, {"rule": None}),
+            (torch.optim.SGD, theirs, {"foreach": False}),
+        )
+    )
+    for step in range(4):
+        set_gradients(step, ours, theirs)
+        for group in (*a.param_groups, *b.param_groups):
+            group["lr"] *= 0.9
+        a.step()
+        b.step()
+        assert_equal(ours, theirs, hyper)
+
+
+def test_a_gradient_of_another_dtype_is_taken() -> None:
+    p = nn.Parameter(torch.ones(3, 3, dtype=torch.bfloat16))
+    p.grad_dtype = None
+    p.grad = torch.full((3, 3), 0.5)
+    ELRSGD([p], lr=0.5, rule=None).step()
+    assert torch.equal(p.detach(), torch.full((3, 3), 0.75, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("foreach", [False, True])
