@@ -404,6 +404,7 @@ class Ensemble:
     def _step_groups(self, groups: list[Group], *, record: bool) -> None:
         if self.has_rule and not self._is_over() and any(sum(group.row_counts) for group in groups):
             rows, memory, absent = self._active_memory(groups)
+            with_tests = self._may_test()
             stats, controls, after = elr_sgd(
                 groups,
                 memory,
@@ -411,7 +412,8 @@ class Ensemble:
                 absent=absent,
                 rows=rows,
                 reductions=self._reductions,
-                with_dot=record or self.project or self._may_test(),
+                with_tests=with_tests,
+                with_dot=record or self.project or with_tests,
                 **self._decision,
             )
             self._keep(rows, after)
@@ -478,9 +480,10 @@ class Ensemble:
     ) -> StepRecord:
         params = [p for group in groups for p in group.owners]
         counts = [count for group in groups for count in group.row_counts]
-        lrs = [  # a tensor lr may change in place before the record is read
-            lr.clone() if isinstance(lr, Tensor) else lr for group in groups for lr in group.lrs()
-        ]
+        lrs: list[float | Tensor] = []
+        for group in groups:  # a tensor lr may change in place before the record is read
+            lr = group.lr.clone() if isinstance(group.lr, Tensor) else group.lr
+            lrs += lr if isinstance(lr, list) else [lr] * len(group.owners)
         return StepRecord(params, counts, lrs, self.per_filter, stats, controls, tracked)
 
     def _is_over(self) -> bool:
@@ -538,8 +541,8 @@ class Ensemble:
         """The groups' hyper-parameters by row; uploaded only when one of them changed."""
         values = [
             (
-                [0.0 if isinstance(lr, Tensor) else lr for lr in group.lrs()],
-                [0.0 if isinstance(decay, Tensor) else decay for decay in group.decays()],
+                0.0 if isinstance(group.lr, Tensor) else group.lr,
+                0.0 if isinstance(group.weight_decay, Tensor) else group.weight_decay,
                 group.momentum,
                 group.dampening,
                 group.nesterov,
@@ -788,7 +791,13 @@ def _hyper_vectors(by_group: list[tuple[Any, ...]], device: torch.device) -> Hyp
     columns = [
         (lr, decay, *momentum_coefficients(*of_momentum, has_buffer=has_buffer), numel / count, ratio, count)
         for lrs, decays, *of_momentum, ratio, counts, have_buffers, numels in by_group
-        for lr, decay, count, has_buffer, numel in zip(lrs, decays, counts, have_buffers, numels, strict=True)
+        for lr, decay, count, has_buffer, numel in zip(
+            *(v if isinstance(v, list) else [v] * len(counts) for v in (lrs, decays)),
+            counts,
+            have_buffers,
+            numels,
+            strict=True,
+        )
         if count
     ]
     *values, counts = np.array(columns, dtype=np.float32).T

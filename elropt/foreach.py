@@ -155,12 +155,12 @@ def _in_cache(batch: Batch, *, creates_buffers: bool) -> Iterator[Batch]:
         return
     limit = PIECE * torch.get_num_threads()
     begin = elements = 0
-    for end, w in enumerate(batch.ws):
-        if elements and elements + w.numel() > limit:
+    for end, size in enumerate([w.numel() for w in batch.ws]):
+        if elements and elements + size > limit:
             yield from _pieces(_slice(batch, begin, end), limit, creates_buffers)
             begin = end
             elements = 0
-        elements += w.numel()
+        elements += size
     yield from _pieces(_slice(batch, begin, len(batch.ws)), limit, creates_buffers)
 
 
@@ -192,10 +192,8 @@ def _update_alike(batch: Batch, *, momentum: float, dampening: float, nesterov: 
     plain = all(factor is None for factor in (s, a, p, f)) and (
         not isinstance(lr, Tensor) or not is_low_precision(ws[0])
     )
-    ŵs, dtypes, grad_dtypes = ws, None, [g.dtype for g in gs]
+    ŵs, stored_gs = ws, gs
     if not plain:
-        decays = weight_decay if isinstance(weight_decay, list) else [weight_decay] * len(ws)
-        dtypes = [buffer_dtype(w, g, ω) for w, g, ω in zip(ws, gs, decays, strict=True)]  # of new buffers
         gs = [upcast(g) for g in gs]
         if is_low_precision(ws[0]):
             ŵs = [upcast(w) for w in ws]
@@ -214,11 +212,14 @@ def _update_alike(batch: Batch, *, momentum: float, dampening: float, nesterov: 
     elif weight_decay != 0:
         gs = torch._foreach_add(gs, ŵs, alpha=weight_decay)
     if plain and maximize:  # there torch.optim.SGD adds in place
-        gs = [g.to(dtype) for g, dtype in zip(gs, grad_dtypes, strict=True)]
+        gs = [g.to(stored.dtype) for g, stored in zip(gs, stored_gs, strict=True)]
     us = gs
     if momentum != 0:
-        ms = _advance_momentum(gs, bufs, dtypes, momentum, dampening)
-        us = ms
+        new = [i for i, m in enumerate(bufs) if m is None]
+        us = ms = _advance_momentum(gs, bufs, momentum, dampening, in_place=plain)
+        for i in () if plain else new:
+            ω = weight_decay[i] if isinstance(weight_decay, list) else weight_decay
+            bufs[i] = ms[i].to(buffer_dtype(ws[i], stored_gs[i], ω))
         if nesterov:  # rounded as in place
             us = [u.to(g.dtype) for u, g in zip(torch._foreach_add(gs, ms, alpha=momentum), gs, strict=True)]
     if p is not None:
@@ -239,16 +240,15 @@ def _update_alike(batch: Batch, *, momentum: float, dampening: float, nesterov: 
 def _advance_momentum(
     gs: list[Tensor] | tuple[Tensor, ...],
     bufs: list[Tensor | None],
-    dtypes: list[torch.dtype] | None,
     momentum: float,
     dampening: float,
+    *,
+    in_place: bool,
 ) -> list[Tensor]:
-    """m ← μ·m + (1−d)·g̃, m ← g̃ where there is no buffer; stored into `bufs`.
-
-    Without `dtypes` as in `torch.optim.SGD`: in place, and new buffers have the dtype of g̃. Else in the dtype of g̃, and
-    `dtypes` has those of new buffers."""
+    """m ← μ·m + (1−d)·g̃, m ← g̃ where there is no buffer; stored into `bufs`. Computed `in_place`, as in
+    `torch.optim.SGD`, or else in the dtype of g̃."""
     old = bufs
-    if dtypes is not None:
+    if not in_place:
         old = [m if m is None or m.dtype == g.dtype else m.to(g.dtype) for m, g in zip(bufs, gs, strict=True)]
     ms = [m for m in old if m is not None]
     if len(ms) == len(old):
@@ -261,7 +261,7 @@ def _advance_momentum(
         ]
     for i, (m, buf) in enumerate(zip(ms, bufs, strict=True)):
         if buf is None:
-            bufs[i] = m if dtypes is None else m.to(dtypes[i])
+            bufs[i] = m
         elif m is not buf:
             buf.copy_(m)
     return ms
@@ -269,24 +269,24 @@ def _advance_momentum(
 
 def _dot_products(ws: Tensors, gs: Tensors, ms: list[Tensor | None], *, with_dot: bool) -> Tensor:
     """`measure` on the CPU, a row per tensor."""
+    limit = DOT * torch.get_num_threads()
     ws, gs = ([t.view(-1) if t.is_contiguous() else t for t in ts] for ts in (ws, gs))
-    sums = [*map(_dot, ws, ws), *map(_dot, gs, gs)]
-    sums += map(_dot, ws, gs) if with_dot else [torch.full((), torch.nan)] * len(ws)
-    zero = torch.zeros(())
-    sums += [zero if m is None else _dot(w, m) for w, m in zip(ws, ms, strict=True)]
+    sums = [_dot(w, w, limit) for w in ws] + [_dot(g, g, limit) for g in gs]
+    unknown, zero = torch.full((), torch.nan), torch.zeros(())
+    sums += [_dot(w, g, limit) for w, g in zip(ws, gs, strict=True)] if with_dot else [unknown] * len(ws)
+    sums += [zero if m is None else _dot(w, m, limit) for w, m in zip(ws, ms, strict=True)]
     return torch.stack(sums).view(4, -1).float()
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a,b⟩ of equal shapes, or of a vector and a tensor of as many elements."""
+def _dot(a: Tensor, b: Tensor, limit: int) -> Tensor:
+    """⟨a,b⟩ of equal shapes, or of a vector and a tensor of as many elements; at most `limit` elements in a row."""
+    if a.dim() == b.dim() == 1:
+        if a.numel() <= limit:
+            return torch.dot(a, b)
+        return torch.stack(list(map(torch.dot, a.split(limit), b.split(limit)))).sum()
     if a.dim() != b.dim():
-        a, b = a.reshape(-1), b.reshape(-1)
-    if a.dim() != 1:
-        return (a * b).sum()
-    limit = DOT * torch.get_num_threads()
-    if a.numel() <= limit:
-        return torch.dot(a, b)
-    return torch.stack(list(map(torch.dot, a.split(limit), b.split(limit)))).sum()
+        return _dot(a.reshape(-1), b.reshape(-1), limit)
+    return (a * b).sum()
 
 
 def _products_with_present(ws: list[Tensor], ms: list[Tensor | None]) -> list[Tensor]:

@@ -51,18 +51,6 @@ class Group:
     backend: ModuleType
     lr_ratio: float = 1.0
 
-    def lrs(self) -> Sequence[float | Tensor]:
-        """The learning rate of each tensor."""
-        return self.lr if isinstance(self.lr, list) else [self.lr] * len(self.owners)
-
-    def decays(self) -> Sequence[float | Tensor]:
-        """The weight decay of each tensor."""
-        return (
-            self.weight_decay
-            if isinstance(self.weight_decay, list)
-            else [self.weight_decay] * len(self.owners)
-        )
-
     def rows_here(self, *, per_filter: bool) -> list[tuple[int, int]]:
         """Of the rows of each tensor, the (first, count) that something of lies here."""
         if not any(self.shards):
@@ -88,6 +76,7 @@ def elr_sgd(
     absent: Tensor | None = None,
     rows: slice | Tensor = slice(None),
     reductions: Reductions | None = None,
+    with_tests: bool = True,
     with_dot: bool = True,
 ) -> tuple[LayerStats, LayerControls, RuleState]:
     """One step in place over all groups that share a rule. Rows are numbered through the groups in order.
@@ -99,7 +88,8 @@ def elr_sgd(
         absent: whether rows that took part earlier have no gradient now (0-dim bool; None: no).
         rows: which of all rows these are, where only parts of tensors lie here.
         reductions: what makes the sums of all rows those of whole tensors.
-        with_dot: whether ⟨w,g⟩ is needed: for radial tests, and to project.
+        with_tests: whether a row may have radial tests before it.
+        with_dot: whether ⟨w,g⟩ is measured, without which there can be neither tests nor `project`.
 
     Returns:
         What was measured, what was applied, and the rule's memory after the step.
@@ -115,7 +105,14 @@ def elr_sgd(
         reductions=reductions,
     )
     controls, state = decide(
-        rule, stats, state, hyper, granularity=granularity, project=project, absent=absent
+        rule,
+        stats,
+        state,
+        hyper,
+        granularity=granularity,
+        project=project,
+        absent=absent,
+        with_tests=with_tests,
     )
     apply(groups, controls, per_filter=per_filter)
     return stats, controls, state

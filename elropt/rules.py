@@ -84,16 +84,20 @@ def decide(
     granularity: str = "layer",
     project: bool = False,
     absent: Tensor | None = None,
+    with_tests: bool = True,
 ) -> tuple[LayerControls, RuleState]:
     """The factors of this step and the state after it.
 
-    `absent` (0-dim bool) says whether rows that took part in earlier steps are missing from these vectors.
+    `absent` (0-dim bool) says whether rows that took part in earlier steps are missing from these vectors, `with_tests`
+    whether a row may have radial tests before it.
 
     Rows that cannot be judged (not tracked, ‖w‖ or ‖g‖ zero or not finite) have no influence on the others. They get
     the factors of plain SGD, except that a gradient too large for its norm (‖g‖² overflows) is left out, s = 0: that is
     the limit of s as E grows, and a step of such a length could never be made good.
     """
-    before, tracked = state.tracked, radial_test(stats, state.tracked, hyper.numel)
+    before = tracked = state.tracked
+    if with_tests:
+        tracked = radial_test(stats, before, hyper.numel)
     directed = (tracked > 0) & usable(stats.weight_sq)
     moving = directed & usable(stats.grad_sq)
     state = state._replace(tracked=tracked)
@@ -115,10 +119,11 @@ def decide(
             too_large = too_large & (state.handed_over == 0)
         controls = controls._replace(grad_factor=torch.where(too_large, 0.0, controls.grad_factor))
         stats = stats._replace(weight_dot_grad=torch.where(too_large, 0.0, stats.weight_dot_grad))
-    lr = hyper.lr * hyper.growth_gain
-    if rule == "warmup":  # one for all rows, as in its cap
-        lr = torch.where(moving, lr, 0.0).amax()
-    state = state._replace(tracked=count_test(stats, before, tracked, lr, controls))
+    if with_tests:
+        lr = hyper.lr * hyper.growth_gain
+        if rule == "warmup":  # one for all rows, as in its cap
+            lr = torch.where(moving, lr, 0.0).amax()
+        state = state._replace(tracked=count_test(stats, before, tracked, lr, controls))
     if project:
         p = radial_coefficient(stats, hyper, controls.grad_factor, controls.weight_factor)
         controls = controls._replace(radial=torch.where(directed & torch.isfinite(p), p, 0.0))

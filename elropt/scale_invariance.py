@@ -393,7 +393,9 @@ def outputs_change(
     twin = copied(model, dtype=dtype, training=training or None)
     params = dict(twin.named_parameters())
     for param in params.values():
-        param.requires_grad_(param.is_floating_point())  # so that outputs that do not depend on any are left out
+        param.requires_grad_(
+            param.is_floating_point()
+        )  # so that outputs that do not depend on any are left out
 
     def result() -> Tensor:
         with untouched(twin), torch.enable_grad(), warnings.catch_warnings():
