@@ -13,7 +13,8 @@ finding out whether tensors, state and options are those of the step before, and
 whole `step()` of torch's fused SGD on the CPU, which computes next to nothing. On a GPU, `benchmarks.step_time host`
 measures both with their launches.
 
-Everything runs on one thread. Optimizers take turns step by step; ratios are those of one turn. In `cpu` and `groups`
+Everything runs on one thread. Optimizers take turns step by step, in another order each turn; ratios are those of one
+turn. In `cpu` and `groups`
 each has tensors of its own, and two sets of gradients that take turns, as after `zero_grad` and `backward`; their times
 are CPU time of this process, which other processes on the machine disturb less.
 """
@@ -191,6 +192,7 @@ def seconds_per_step(case: Case, turns: int, *, two_gradients: bool) -> dict[str
         for name, o in made.items()
         if two_gradients
     }
+    order = np.random.default_rng(0)
     samples: dict[str, list[float]] = {name: [] for name in made}
     for optimizer in made.values():
         for _ in range(5):
@@ -199,7 +201,8 @@ def seconds_per_step(case: Case, turns: int, *, two_gradients: bool) -> dict[str
     gc.disable()
     try:
         for _ in track(range(max(1, turns // case.slowdown)), description=f"{case.name}"):
-            for name, optimizer in made.items():
+            for name in order.permutation(list(made)).tolist():
+                optimizer = made[name]
                 if two_gradients:
                     swap_gradients(optimizer, spare[name])
                 started = clock()
