@@ -36,6 +36,7 @@ from .rules import (
     growth_gain,
     lr_factor,
     radial_test,
+    step_turn,
 )
 
 ROW_STATE_KEYS = RuleState._fields[:-1]
@@ -461,8 +462,7 @@ class Ensemble:
         if self.has_rule and self._is_over():
             hyper = self._hyper(groups)
             passed = radial_test(stats, state.tracked, hyper.numel)
-            lr = hyper.lr * hyper.growth_gain
-            tracked = count_test(stats, state.tracked, passed, lr, LayerControls())
+            tracked = count_test(state.tracked, passed, step_turn(stats, hyper, LayerControls()))
             if remember:
                 self.memory.tracked[rows] = tracked
                 self._count_tests()

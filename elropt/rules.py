@@ -120,10 +120,10 @@ def decide(
         controls = controls._replace(grad_factor=torch.where(too_large, 0.0, controls.grad_factor))
         stats = stats._replace(weight_dot_grad=torch.where(too_large, 0.0, stats.weight_dot_grad))
     if with_tests:
-        lr = hyper.lr * hyper.growth_gain
-        if rule == "warmup":  # one for all rows, as in its cap
-            lr = torch.where(moving, lr, 0.0).amax()
-        state = state._replace(tracked=count_test(stats, before, tracked, lr, controls))
+        turn = step_turn(stats, hyper, controls)
+        if rule == "warmup":  # all rows that move turn alike, as far as its cap lets them
+            turn = common_turn(stats, hyper, moving)
+        state = state._replace(tracked=count_test(before, tracked, turn))
     if project:
         p = radial_coefficient(stats, hyper, controls.grad_factor, controls.weight_factor)
         controls = controls._replace(radial=torch.where(directed & torch.isfinite(p), p, 0.0))
@@ -226,20 +226,27 @@ def radial_test(stats: LayerStats, passed: Tensor, numel: Tensor) -> Tensor:
     return torch.where(testing, torch.where(zero, passed + LEAST_TEST, -1.0), passed)
 
 
-def count_test(
-    stats: LayerStats, before: Tensor, passed: Tensor, lr: Tensor, controls: LayerControls
-) -> Tensor:
-    """What a test that was passed adds to those of `before`: up to 1, in proportion to the angle of the step, `lr`·E
-    with the rule's factors (`lr`: λΓ, of each row or of all).
+def count_test(before: Tensor, passed: Tensor, turn: Tensor) -> Tensor:
+    """What a test that was passed adds to those of `before`: up to 1, in proportion to the angle `turn` of the step.
 
     A weight that is invariant only jointly with a bias has ⟨w,g⟩ = -⟨b,∂b⟩, which is 0 as long as the bias is 0, as at
     many initializations. It shows only once the step sizes have let the bias move: about as far as the weight turns.
     """
-    s, a = (1.0 if factor is None else factor for factor in controls[:2])
-    relative_grad = stats.grad_sq.sqrt() / stats.weight_sq.sqrt()
-    share = lr * s * relative_grad / a / TEST_TURN
+    share = turn / TEST_TURN
     counted = before + torch.where(share < 1, share.clamp(min=LEAST_TEST), 1.0)
     return torch.where((passed > 0) & (passed != before), counted.clamp(max=RADIAL_TESTS), passed)
+
+
+def step_turn(stats: LayerStats, hyper: Hyper, controls: LayerControls) -> Tensor:
+    """λΓ·s·E/a: about the angle that steady gradients turn a row by in a step, by the rule's factors."""
+    s, a = (1.0 if factor is None else factor for factor in controls[:2])
+    return hyper.lr * hyper.growth_gain * s * stats.grad_sq.sqrt() / stats.weight_sq.sqrt() / a
+
+
+def common_turn(stats: LayerStats, hyper: Hyper, moving: Tensor) -> Tensor:
+    """min(λΓĒ, 1), the `step_turn` that "warmup" gives to all rows; the largest λΓ counts, as in its cap."""
+    largest = torch.where(moving, hyper.lr * hyper.growth_gain, 0.0).amax()
+    return (largest * masked_mean(log_relative_grad(stats, moving), moving).exp()).clamp(max=1.0)
 
 
 def usable(square: Tensor) -> Tensor:

@@ -186,8 +186,11 @@ class Fuzz(RuleBasedStateMachine):
             held, expected = self.optimizer.state.get(p, {}), reference.state.get(q, {})
             assert held.keys() == expected.keys()
             for key, value in held.items():
-                if key in ("tracked", "handed_over"):
+                if key == "handed_over":
                     assert torch.equal(value, expected[key]), (key, i)
+                elif key == "tracked":  # tests are counted by the angle of a step, which is rounded
+                    torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=0, msg=f"{key} {i}")
+                    assert torch.equal(value < 0, expected[key] < 0), (key, i)
                 elif key == "momentum_buffer":
                     before = state["state"].get(i, {}).get(key)
                     assert_close(value, expected[key], before, rtol, f"{key} {i}")

@@ -25,6 +25,7 @@ from elropt.rules import (
     count_test,
     decide,
     radial_test,
+    step_turn,
 )
 
 from .nets import backward, bn_mlp, invariant_weights, train
@@ -163,13 +164,26 @@ def test_the_radial_test_tells_chance_from_zero_at_every_size(n: int) -> None:
 
 
 def test_a_test_counts_by_the_angle_of_the_step() -> None:
-    stats = LayerStats(torch.full((5,), 4.0), torch.full((5,), 36.0), torch.zeros(5), torch.zeros(5))  # E = 3
-    lr = torch.tensor([TEST_TURN / 6, TEST_TURN / 6, TEST_TURN, 0.0, TEST_TURN / 6])
-    s = torch.tensor([1.0, 0.5, 1.0, 1.0, 1.0])
+    ones = torch.ones(5)
+    stats = LayerStats(4 * ones, 36 * ones, 0 * ones, 0 * ones)  # E = 3
+    lr = TEST_TURN * torch.tensor([1 / 12, 1 / 12, 1 / 2, 0.0, 1 / 12])
+    hyper = Hyper(lr, 0 * ones, 2 * ones, ones, 0 * ones, ones)
+    factors = LayerControls(torch.tensor([1.0, 0.5, 1.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 2.0, 1.0]))
     before = torch.tensor([0.0, 2.0, 7.5, 1.0, 8.0])
     passed = torch.tensor([0.01, 2.01, 7.51, 1.01, 8.0])
-    after = count_test(stats, before, passed, lr, LayerControls(s, torch.tensor([1.0, 1.0, 1.0, 2.0, 1.0])))
+    after = count_test(before, passed, step_turn(stats, hyper, factors))
     torch.testing.assert_close(after, torch.tensor([0.5, 2.25, 8.0, 1.01, 8.0]))
+
+
+@pytest.mark.parametrize("over", [0.0, 1.0])
+@pytest.mark.parametrize("λΓ", [0.002, 0.02, 3.0])
+def test_under_warmup_all_tests_count_by_the_turn_that_all_layers_make(λΓ: float, over: float) -> None:
+    ones = torch.ones(2)
+    stats = LayerStats(ones, torch.tensor([1.0, 16.0]), 0 * ones, 0 * ones)  # E = 1 and 4: Ē = 2
+    hyper = Hyper(λΓ / 2 * ones, 0 * ones, 2 * ones, ones, 0 * ones, 100 * ones)
+    state = RuleState(0 * ones, 0 * ones, 3 * ones, torch.tensor(over))
+    _, after = decide("warmup", stats, state, hyper)
+    torch.testing.assert_close(after.tracked, 3 + ones * min(max(min(2 * λΓ, 1) / TEST_TURN, 0.01), 1))
 
 
 @pytest.mark.parametrize(("lr", "ramp"), [(0.01, 1), (0.1, 1), (0.1, 100)])

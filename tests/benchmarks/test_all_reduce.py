@@ -92,7 +92,10 @@ def test_committed_result(report: dict[str, Any]) -> None:
             tracked = {"160x4": 160, "resnet-56": 55, "resnet-50": 53}[row["workload"]]
             assert row["all_reduces"] == per_step.get(row["optimizer"], 0)
             assert row["bytes"] == (32 * tracked if row["all_reduces"] else 0)
-    assert report["fits"] == all_reduce.fits(report["rows"])
+    for held, made in zip(report["fits"], all_reduce.fits(report["rows"]), strict=True):
+        assert held == pytest.approx(
+            made, rel=1e-12
+        )  # least squares round differently from machine to machine
     assert {row["ranks"] for row in report["rows"]} == {2, 4}
 
 
