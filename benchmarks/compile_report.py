@@ -87,7 +87,15 @@ CASES = {
         "cooperative",
         FP32,
         {"RULE": "sphere", "PROJECT": True, "HAS_BUFFERS": True},
-        12,
+        16,  # m twice
+        8,
+    ),
+    "cooperative fp32, warmup, projected, damped, AMP": Case(
+        "cooperative",
+        FP32,
+        {"RULE": "warmup", "PROJECT": True, "DAMPED": True, "HAS_BUFFERS": True, "NESTEROV": False}
+        | {"AMP": True, "damped": True},
+        16,
         8,
     ),
     "cooperative bf16, fp32 gradients, warmup, projected, damped, AMP, rounded": Case(

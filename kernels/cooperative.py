@@ -74,7 +74,8 @@ def cooperative_kernel(
     gate: int32, goes up by one at every step: every program waits for that, so all of them have to run at once
     (`launch_cooperative_grid`, at most `max_programs`). Under the interpreter it would wait forever.
 
-    Bytes per element: read w, g and m, write w and m: 20 in float32 (12 without momentum).
+    Bytes per element: read w, g and m, write w and m: 20 in float32 (12 without momentum). With PROJECT, all of it in
+    float32, m is read once more, from the cache: 24.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
@@ -88,6 +89,10 @@ def cooperative_kernel(
     lanes = tl.arange(0, CHUNK)
     w = _load(w_first, lanes, left, full, CHUNK)
     g = _load(g_first, lanes, left, full, CHUNK)
+    # w, g and m in float32 do not fit beside the decision: m is then read twice, the second time from the cache
+    KEEPS_M: tl.constexpr = PROJECT & (
+        W.primitive_bitwidth + G.primitive_bitwidth + M.primitive_bitwidth < 96
+    )
     if PROJECT & HAS_BUFFERS:
         m = _load(m_first, lanes, left, full, CHUNK)
     if grad_scale is not None:
@@ -109,14 +114,9 @@ def cooperative_kernel(
         found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
         lrs, decays, gains, per_grads, per_momenta, RULE, WHOLE, PROJECT, DAMPED, HAS_BUFFERS, M,
     )  # fmt: skip
-    if DAMPED:  # short of registers: where its tensors are is read again, not kept through the decision
-        w_first, _, m_first, left, full, row, group, _, _, _ = load_chunk(
-            addresses, segments, chunk_segment, W, G, M, CHUNK
-        )
-        has_row = row >= 0
     if momenta is None:
         m = tl.zeros_like(w)
-    elif not PROJECT:  # not needed before; on its way while the program waits
+    elif not KEEPS_M:  # on its way while the program waits
         m = _load(m_first, lanes, left, full, CHUNK)
     while tl.atomic_add(gate, 0, sem="acquire") == before:
         pass

@@ -250,19 +250,20 @@ def test_rows_of_several_chunks_agree_with_the_reference(
 
 
 def test_the_warmup_ends_at_the_same_step_as_in_the_reference() -> None:
-    ends, nets = [], []
-    for fused in (True, False):
-        net, optimizer = net_and_optimizer(fused, depth=6)
-        end = 0
-        for step in range(70):
-            backward(net, step)
+    """Both take the gradients of one net: with its own each would sooner or later have another sign at some ReLU, which
+    is a difference of 1 % at once (a last bit of the initial weights does the same to the reference alone)."""
+    nets, optimizers = zip(*(net_and_optimizer(fused, depth=6) for fused in (True, False)), strict=True)
+    ends = [0, 0]
+    for step in range(70):
+        backward(nets[0], step)
+        for p, q in zip(*(net.parameters() for net in nets), strict=True):
+            q.grad = p.grad.clone()
+        for i, optimizer in enumerate(optimizers):
             optimizer.step()
-            end += int(optimizer.state[net[0].weight]["handed_over"].item() == 0)
-        ends.append(end)
-        nets.append(net)
+            ends[i] += int(optimizer.state[nets[i][0].weight]["handed_over"].item() == 0)
     assert ends[0] == ends[1]
     assert 8 < ends[0] < 70
-    assert_same_nets(*nets, rtol=1e-2)  # small differences grow over 70 steps
+    assert_same_nets(*nets, rtol=1e-5)
 
 
 def test_layer_stats_are_those_of_the_reference() -> None:
@@ -579,6 +580,8 @@ def test_the_cooperative_kernel_computes_the_same(
             with bytes_touched(tensors) as touched:
                 optimizer.step()
             extra = 4 if options.get("dampening") else 0  # one element of m, to see whether it is new
+            if options.get("project"):  # m again, from the cache
+                extra += 4 * w.numel()
             assert sum(touched.values()) == (4 + 4 + 4 + (8 if len(tensors) == 3 else 0)) * w.numel() + extra
         else:
             optimizer.step()
