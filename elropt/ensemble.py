@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -579,7 +579,10 @@ class FusedEnsemble:
     def __init__(self, ensemble: Ensemble, groups: list[Group]) -> None:
         self.ensemble = ensemble
         self.present: tuple[bool, ...] | None = None  # which parameters have a gradient, None: all
-        self.options = self._options_now()
+        # what the launches, or the choice of this backend, depend on
+        self.options = list(map(_LAUNCH_OPTIONS, ensemble.groups))
+        self.present_terms = _present_terms(map(_HYPERS, ensemble.groups))
+        self.has_own_lrs = any(group["tracked_lr"] is not None for group in ensemble.groups)
         self._values: list[tuple[Any, ...]] | None = None  # of the groups, for which `_hypers` have been made
         self._hypers: tuple[kernels.Hyper, ...] = ()
         self.params = [p for group in groups for p in group.params]
@@ -627,18 +630,15 @@ class FusedEnsemble:
             m is None for group in groups if group.momentum != 0 for m in group.momentum_buffers
         )
 
-    def _options_now(self) -> list[tuple[Any, ...]]:
-        """What the launches, or the choice of this backend, depend on."""
-        groups = self.ensemble.groups
-        present = [
-            (group["momentum"] != 0, group["dampening"] != 0, isinstance(group["weight_decay"], Tensor))
-            for group in groups
-        ]
-        return [*map(_LAUNCH_OPTIONS, groups), *present]
-
     def fits(self, grads: Sequence[Tensor]) -> bool:
         """Whether this can take the next step too; if gradients have only moved, it follows them."""
-        return self.options == self._options_now() and self.kernels.points_to(grads)
+        groups = self.ensemble.groups
+        values = list(map(_HYPERS, groups))
+        return (
+            self.options == list(map(_LAUNCH_OPTIONS, groups))
+            and (values == self._values or self.present_terms == _present_terms(values))
+            and self.kernels.points_to(grads)
+        )
 
     def step(self, *, grad_scale: Tensor | None, found_inf: Tensor | None, **options: Any) -> None:
         device = self.kernels.device
@@ -647,7 +647,9 @@ class FusedEnsemble:
         if found_inf is not None:
             found_inf = found_inf.to(device, non_blocking=True)
         groups = self.ensemble.groups
-        lrs = [_kernel_lr(lr_of(group), device) for group in groups]
+        lrs = list(map(lr_of, groups)) if self.has_own_lrs else [group["lr"] for group in groups]
+        if set(map(type, lrs)) != {float}:
+            lrs = [_kernel_lr(lr, device) for lr in lrs]
         values = list(map(_HYPERS, groups))
         if values != self._values:
             self._hypers = tuple(_kernel_hyper(*of_group) for of_group in values)
@@ -697,6 +699,13 @@ class FusedEnsemble:
         stats = LayerStats(*k.sums[:4, chosen])
         tracked = ensemble.memory.tracked[chosen]
         return StepRecord(self.params, self.row_counts, lrs, ensemble.per_filter, stats, controls, tracked)
+
+
+def _present_terms(values: Iterable[tuple[Any, ...]]) -> list[tuple[bool, ...]]:
+    """Of groups with these `_HYPERS`: whether there is momentum, and dampening, and whether the decay is a tensor."""
+    return [
+        (momentum != 0, dampening != 0, isinstance(decay, Tensor)) for momentum, dampening, decay, _ in values
+    ]
 
 
 def _kernel_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:

@@ -160,7 +160,7 @@ class ELRSGD(Optimizer):
         self._layout: tuple[list[object], list[object]] = [], []
         self._held: tuple[list[object], list[object]] = [], []
         self._captured: dict[int, FusedEnsemble] = {}
-        self._checked: list[Any] = []
+        self._checked: tuple[list[Any], list[Any]] = [], []  # learning rates and other values
         self._given: dict[int, bool] = {}
         self._warned_of_angle = False
         self._recording = False
@@ -197,7 +197,7 @@ class ELRSGD(Optimizer):
         self._stepping = threading.RLock()
         for name, value in {"_inside_zero": False, "_given": {}, "_warned_of_angle": False}.items():
             self.__dict__.setdefault(name, value)
-        self._checked = []
+        self._checked = [], []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that the rule's state stays float32 whatever the dtype of the parameters, that what
@@ -415,24 +415,31 @@ class ELRSGD(Optimizer):
 
     def _check_values(self) -> None:
         """Of groups with a rule, what a scheduler or the user has changed since the last step. Reads no tensor."""
-        checked = list(itertools.chain.from_iterable(map(_STEP_VALUES, self.param_groups)))
-        if _same_objects(checked, self._checked):
+        lrs = [group["lr"] for group in self.param_groups]
+        others = list(map(_STEP_VALUES, self.param_groups))
+        as_before = others == self._checked[1]
+        if as_before and _same_objects(lrs, self._checked[0]):
             return
-        for group in self.param_groups:
+        for group, lr in zip(self.param_groups, lrs, strict=True):
             if group["rule"] is not None or group["project"]:
-                validate_numbers(group, read_tensors=False)
-                validate_choices(group)
-                set_reference_lr(group, group["lr"])
+                if not (
+                    as_before and type(lr) is float and 0 <= lr < math.inf
+                ):  # at most a scheduler's new lr
+                    validate_numbers(group, read_tensors=False)
+                    validate_choices(group)
+                    set_reference_lr(group, group["lr"])
                 self._warn_of_large_angle(group, stacklevel=7)
-        self._checked = checked
+        if not as_before and any(isinstance(value, Tensor) for values in others for value in values):
+            others = []  # comparing tensors would wait for the device
+        self._checked = lrs, others
 
     def _warn_of_large_angle(self, group: Mapping[str, Any], stacklevel: int) -> None:
         """Once; "sphere" cannot be judged so: its angle, lr·‖g‖·‖w‖, is only known on the device."""
+        if self._warned_of_angle or group["rule"] != "angle":
+            return
         lr = group["lr"]
         if (
-            not self._warned_of_angle
-            and group["rule"] == "angle"
-            and any(count_rows(p, group) for p in group["params"])
+            any(count_rows(p, group) for p in group["params"])
             and not isinstance(lr, Tensor)
             and (angle := lr * lr_ratio(group)) > LARGE_ANGLE
         ):
@@ -508,7 +515,7 @@ def _backend_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _STEP_VALUES = operator.itemgetter(
-    "lr", "momentum", "dampening", "weight_decay", "nesterov", "rule", "project", "tracked_lr"
+    "momentum", "dampening", "weight_decay", "nesterov", "rule", "project", "tracked_lr"
 )
 LARGE_ANGLE = 0.1  # in radians per step
 _SGD_KEYS = (
