@@ -94,8 +94,8 @@ def update(
     rows: Rows | None = None,
 ) -> None:
     """As `elropt.reference.update`; without factors it is `torch.optim.SGD`'s foreach path, operation for operation."""
-    everything: list[list[Tensor | None]] = [list(params), list(grads), momentum_buffers]
-    grouped = _group_tensors_by_device_and_dtype(everything, with_indices=True)  # type: ignore[arg-type]
+    # by the parameters alone: torch 2.11 refuses gradients or buffers of another dtype here
+    grouped = _group_tensors_by_device_and_dtype([list(params)], with_indices=True)
     vectors = grad_factor, weight_factor, radial, lr_factor
     for indices in (indices for _, indices in grouped.values()):
         for chosen, owned in _by_having_rows(indices, rows):

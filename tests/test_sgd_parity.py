@@ -101,6 +101,8 @@ def test_a_gradient_of_another_dtype_is_taken() -> None:
 @pytest.mark.parametrize("hyper", HYPER, ids=str)
 def test_same_bits_where_gradients_have_another_dtype(hyper: dict[str, Any], foreach: bool) -> None:
     """`Tensor.grad_dtype`: bfloat16 gradients of float32 weights; SGD's buffers are float32 only with weight decay."""
+    if foreach and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11's own foreach refuses such gradients")
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
     a = ELRSGD(ours, lr=0.1, rule=None, foreach=foreach, **hyper)
     b = torch.optim.SGD(theirs, lr=0.1, foreach=foreach, **hyper)
