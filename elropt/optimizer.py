@@ -195,7 +195,8 @@ class ELRSGD(Optimizer):
         self.__dict__.setdefault("_captured", {})  # graphs outlive load_state_dict
         self._recording = False
         self._stepping = threading.RLock()
-        for name, value in {"_inside_zero": False, "_given": {}, "_warned_of_angle": False}.items():
+        given = {id(p): is_lazy(p) or p.dim() != 1 for group in self.param_groups for p in group["params"]}
+        for name, value in {"_inside_zero": False, "_given": given, "_warned_of_angle": False}.items():
             self.__dict__.setdefault(name, value)
         self._checked = [], []
 

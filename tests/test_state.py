@@ -207,3 +207,12 @@ def test_late_groups_and_missing_gradients(rule: str) -> None:
     optimizer.step()
     assert not torch.equal(first.weight, before["0.weight"])
     assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_a_copy_knows_which_parameters_it_was_given() -> None:
+    vector, matrix = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 3))
+    optimizer = copy.deepcopy(ELRSGD([{"params": [vector], "scale_invariant": False}], rule="uniform"))
+    optimizer.add_param_group({"params": [matrix]})
+    for p in (*optimizer.param_groups[0]["params"], matrix):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
