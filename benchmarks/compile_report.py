@@ -54,7 +54,7 @@ CASES = {
     "measure fp32, sphere of all, projected": Case(
         "measure",
         FP32,
-        {"RULE": "sphere", "WHOLE": True, "PROJECT": True, "DAMPED": True, "HAS_BUFFERS": True},
+        {"RULE": "sphere", "WHOLE": True, "PROJECT": True, "HAS_BUFFERS": True, "damped": True},
         12,
         0,
     ),
@@ -93,7 +93,7 @@ CASES = {
     "cooperative fp32, warmup, projected, damped, AMP": Case(
         "cooperative",
         FP32,
-        {"RULE": "warmup", "PROJECT": True, "DAMPED": True, "HAS_BUFFERS": True, "NESTEROV": False}
+        {"RULE": "warmup", "PROJECT": True, "HAS_BUFFERS": True, "NESTEROV": False}
         | {"AMP": True, "damped": True},
         16,
         8,
@@ -101,7 +101,7 @@ CASES = {
     "cooperative bf16, fp32 gradients, warmup, projected, damped, AMP, rounded": Case(
         "cooperative",
         MIXED,
-        {"RULE": "warmup", "PROJECT": True, "DAMPED": True, "HAS_BUFFERS": True, "NESTEROV": False}
+        {"RULE": "warmup", "PROJECT": True, "HAS_BUFFERS": True, "NESTEROV": False}
         | {"AMP": True, "damped": True, "rounded": True},
         10,
         6,
@@ -132,7 +132,7 @@ def compile_cases() -> Report:
     tuples = ["lrs", "momenta", "keeps", "decays", "gains", "per_grads", "per_momenta"]
     types |= dict.fromkeys(tuples, ("fp32", "fp32")) | {"lrs": ("fp32", "*fp32")}
     constants: dict[str, Any] = {
-        "RULE": None, "WHOLE": False, "PROJECT": False, "DAMPED": False, "HAS_BUFFERS": False,
+        "RULE": None, "WHOLE": False, "PROJECT": False, "HAS_BUFFERS": False,
         "SUMS": 1, "NESTEROV": True, "MAXIMIZE": False, "CHUNK": tables.CHUNK,
     }  # fmt: skip
     kernels: dict[str, Any] = {

@@ -59,7 +59,6 @@ def cooperative_kernel(
     RULE: tl.constexpr,
     WHOLE: tl.constexpr,
     PROJECT: tl.constexpr,
-    DAMPED: tl.constexpr,
     HAS_BUFFERS: tl.constexpr,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -112,7 +111,7 @@ def cooperative_kernel(
     finish(
         partials, sums, counters, gate, n_rows, row, first, n_chunks, m_address,
         found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
-        lrs, decays, gains, per_grads, per_momenta, RULE, WHOLE, PROJECT, DAMPED, HAS_BUFFERS, M,
+        lrs, decays, gains, per_grads, per_momenta, keeps, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,
     )  # fmt: skip
     if momenta is None:
         m = tl.zeros_like(w)

@@ -42,21 +42,20 @@ Values = tuple[float | Tensor, ...] | Tensor
 class GroupArguments(NamedTuple):
     """What a launch is given of the param groups: tuples with an entry per group, or float32 vectors by group.
 
-    keeps: 1−d. is_damped, is_decayed: whether d, or ω, is other than 0 in any group.
+    keeps: 1−d; None if d is 0 in every group. is_decayed: whether ω is other than 0 in any group.
     """
 
     lrs: Values
     momenta: Values
-    keeps: Values
+    keeps: Values | None
     decays: Values
     gains: Values
     per_grads: Values
     per_momenta: Values
-    is_damped: bool
     is_decayed: bool
 
 
-_N_VECTORS = len(GroupArguments._fields) - 2
+_N_VECTORS = len(GroupArguments._fields) - 1
 
 
 class HyperArguments:
@@ -106,10 +105,11 @@ class HyperArguments:
             vectors = (
                 zip(*map(_columns, hypers), strict=True) if self.table is None else self.table[1:].unbind()
             )
-            is_damped = any(h.dampening != 0 for h in hypers)
             is_decayed = any(h.weight_decay != 0 for h in hypers)
             first: Values = () if self.table is None else self.table[0]
-            self.arguments = GroupArguments._make((first, *vectors, is_damped, is_decayed))
+            self.arguments = GroupArguments._make((first, *vectors, is_decayed))
+            if all(h.dampening == 0 for h in hypers):
+                self.arguments = self.arguments._replace(keeps=None)
             self.hypers = hypers
         return self.arguments if self.table is not None else self.arguments._replace(lrs=tuple(lrs))
 

@@ -93,10 +93,10 @@ NO_DECISION = {
     "gains": None,
     "per_grads": None,
     "per_momenta": None,
+    "keeps": None,
     "RULE": None,
     "WHOLE": False,
     "PROJECT": False,
-    "DAMPED": False,
     "MAXIMIZE": False,
 }
 
@@ -125,10 +125,10 @@ def measure_kernel(
     gains,
     per_grads,
     per_momenta,
+    keeps,
     RULE: tl.constexpr,
     WHOLE: tl.constexpr,
     PROJECT: tl.constexpr,
-    DAMPED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     HAS_BUFFERS: tl.constexpr,
     W: tl.constexpr,
@@ -181,7 +181,7 @@ def measure_kernel(
     finish(
         partials, sums, counters, None, n_rows, row, first, n_chunks, m_address,
         found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
-        lrs, decays, gains, per_grads, per_momenta, RULE, WHOLE, PROJECT, DAMPED, HAS_BUFFERS, M,
+        lrs, decays, gains, per_grads, per_momenta, keeps, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,
     )  # fmt: skip
 
 
@@ -234,8 +234,8 @@ def _store_partials(partials, products, wanted, read_w, read_momentum, HAS_BUFFE
 def finish(
     partials, sums, counters, gate, n_rows, row, first, n_chunks, m_address,
     found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
-    lrs, decays, gains, per_grads, per_momenta,
-    RULE: tl.constexpr, WHOLE: tl.constexpr, PROJECT: tl.constexpr, DAMPED: tl.constexpr,
+    lrs, decays, gains, per_grads, per_momenta, keeps,
+    RULE: tl.constexpr, WHOLE: tl.constexpr, PROJECT: tl.constexpr,
     HAS_BUFFERS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """The last program of a row sums its partials; the last of `n_deciding` decides and takes the counters back to 0.
@@ -258,7 +258,7 @@ def finish(
                     total += _partials_from(start + i * PARTIALS_PER_LOAD, at, lanes, n_chunks)
             at = sums + tl.arange(0, 4).to(tl.int64) * n_rows + row
             tl.store(at, tl.sum(total, axis=0).to(tl.float32))
-            if PROJECT & DAMPED & HAS_BUFFERS:
+            if PROJECT & HAS_BUFFERS & (keeps is not None):
                 m = tl.load(m_address.to(tl.pointer_type(M)), mask=m_address != 0, other=0.0)
                 new = is_new(m.to(tl.float32))
                 tl.store(sums + 4 * n_rows + row, new.to(tl.float32))
@@ -269,8 +269,8 @@ def finish(
                 tl.store(counters + n_rows, 0)
                 decide(
                     sums, memory, handed_over, controls, numel, group_of_row,
-                    lrs, decays, gains, per_grads, per_momenta, found_inf, n_rows,
-                    RULE, WHOLE, PROJECT, DAMPED,
+                    lrs, decays, gains, per_grads, per_momenta, keeps, found_inf, n_rows,
+                    RULE, WHOLE, PROJECT,
                 )  # fmt: skip
                 if gate is not None:
                     tl.debug_barrier()

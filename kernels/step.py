@@ -274,6 +274,7 @@ class FusedStep:
                     read_all=int(unknown or read_all or rule.project),
                     read_momentum=int(unknown),
                     **self._decision(rule, groups),
+                    keeps=groups.keeps,
                     **amp,
                     HAS_BUFFERS=rule.project and launch.kind.has_momentum,
                     MAXIMIZE=launch.kind.maximize,
@@ -296,7 +297,6 @@ class FusedStep:
             "RULE": rule.name,
             "WHOLE": rule.whole,
             "PROJECT": rule.project,
-            "DAMPED": groups.is_damped,
         }
 
     def _update(
@@ -362,7 +362,7 @@ class FusedStep:
         kind = launch.kind
         return {
             "momenta": groups.momenta if kind.has_momentum else None,
-            "keeps": groups.keeps if groups.is_damped else None,
+            "keeps": groups.keeps,
             "NESTEROV": kind.nesterov,
             "MAXIMIZE": kind.maximize,
             "seed": None if kind.seed is None else self.seeds[index],

@@ -144,7 +144,7 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
         tuple(9.7 - i for i in per_group),
         tuple(1.0 - 0.1 * i for i in per_group),
         tuple(0.9 - 0.1 * i for i in per_group),
-        None, n, RULE=rule, WHOLE=granularity == "network", PROJECT=project, DAMPED=False,
+        None, None, n, RULE=rule, WHOLE=granularity == "network", PROJECT=project,
     )  # fmt: skip
 
     factors = dict(zip(["grad_factor", "weight_factor", "radial"], actual.cpu(), strict=False))
@@ -247,6 +247,30 @@ def test_rows_of_several_chunks_agree_with_the_reference(
             optimizer.step()
         nets.append(net)
     assert_same_nets(*nets)
+
+
+@pytest.mark.parametrize("rule", [None, "uniform", "angle"])
+def test_projected_nesterov_steps_beside_a_group_with_dampening(rule: str | None) -> None:
+    """A new buffer takes the whole of its first gradient: with dampening, which Nesterov momentum does not have, more
+    than at later steps."""
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(6, 7, device=DEVICE)) for _ in range(4)]
+        kinds = [{"nesterov": True}, {"dampening": 0.5}, {}, {"dampening": -0.5}]
+        groups = [
+            {"params": [p], "scale_invariant": True, **kind} for p, kind in zip(params, kinds, strict=True)
+        ]
+        optimizer = ELRSGD(
+            groups, lr=0.05, momentum=0.9, rule=rule, project=True,
+            fused=fused or None, foreach=None if fused else False,
+        )  # fmt: skip
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    torch.testing.assert_close(*results)
 
 
 def test_the_warmup_ends_at_the_same_step_as_in_the_reference() -> None:
