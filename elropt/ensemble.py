@@ -499,7 +499,7 @@ class Ensemble:
         arithmetic of the steps before it is kept, with factors of one, where it rounds in another way: in half
         precision."""
         controls = LayerControls()
-        if self.has_lr_by_row:
+        if self.has_lr_by_row and any(sum(group.row_counts) for group in groups):
             _, memory, _ = self._active_memory(groups)
             controls = LayerControls(lr_factor=lr_factor(memory.tracked, self._hyper(groups)))
         if not self.has_rule or self.device.type == "cpu":

@@ -280,6 +280,9 @@ def _dot_products(ws: Tensors, gs: Tensors, ms: list[Tensor | None], *, with_dot
 
 def _dot(a: Tensor, b: Tensor, limit: int) -> Tensor:
     """⟨a,b⟩ of equal shapes, or of a vector and a tensor of as many elements; at most `limit` elements in a row."""
+    if a.dtype != b.dtype:
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(dtype), b.to(dtype)
     if a.dim() == b.dim() == 1:
         if a.numel() <= limit:
             return torch.dot(a, b)

@@ -105,12 +105,14 @@ def _bare(name: str) -> str:
 
 
 def warn_of_other_rules(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
-    """As every option of a state dict, its rule takes the place of the one that the optimizer was made with."""
+    """As every option of a state dict, its rule takes the place of the one that the optimizer was made with. So does
+    its tracked_lr, which as a number is no surprise where lr is none."""
     changes = {
         f"{key}={theirs[key]!r} in place of {key}={mine[key]!r}": None
         for theirs, mine in zip(saved, groups, strict=True)
-        for key in ("rule", "granularity", "project")
+        for key in ("rule", "granularity", "project", "tracked_lr")
         if theirs.get(key, mine[key]) != mine[key]
+        and (key != "tracked_lr" or None in (theirs[key], mine[key]))
     }
     if changes:
         warnings.warn(

@@ -207,7 +207,8 @@ class ELRSGD(Optimizer):
         both sides are matched by name.
 
         Warns:
-            UserWarning: rule, granularity or project of the dict are not those of the optimizer; the dict's hold.
+            UserWarning: rule, granularity or project of the dict are not those of the optimizer, or only one of the
+                two has a tracked_lr; the dict's hold.
 
         Raises:
             ValueError: a state dict of another optimizer than SGD and ELRSGD, or groups, names, shapes, dtypes, values
@@ -228,10 +229,10 @@ class ELRSGD(Optimizer):
                 for mine, theirs in zip(self.param_groups, named, strict=True)
             ]
             self._check_loaded(final)
+            warn_of_other_rules(final["param_groups"], self.param_groups)
             for theirs, group in zip(named, final["param_groups"], strict=True):
                 if "rule" in theirs and "tracked_lr" not in theirs:  # of an ELRSGD that did not have it
                     group["tracked_lr"] = None
-            warn_of_other_rules(final["param_groups"], self.param_groups)
             loaded.update(final)
 
         def restore(_: Optimizer) -> None:
@@ -399,8 +400,8 @@ class ELRSGD(Optimizer):
                 validate_choices(group)
                 _refuse_duplicates(group)
                 self._check_tensors(group)
-                self._refuse_flattened(group)
                 together.setdefault(rule_key(group), []).append(group)
+            self._refuse_flattened()
             for groups in together.values():
                 refuse_one_of_many(groups)
             with torch.inference_mode(False):
@@ -474,20 +475,23 @@ class ELRSGD(Optimizer):
                     "can change: make the model outside of it"
                 )
 
-    def _refuse_flattened(self, group: Mapping[str, Any]) -> None:
-        """DeepSpeed ZeRO puts one-dimensional pieces of many parameters in the place of those of a group."""
-        rule = group["rule"] or ("project" if group["project"] else None)
-        if rule is None or not any(self._given.values()):
-            return
-        params = group["params"]
-        if all(not is_lazy(p) and p.dim() == 1 for p in params) and any(
-            id(p) not in self._given for p in params
+    def _refuse_flattened(self) -> None:
+        """DeepSpeed ZeRO puts one-dimensional pieces of many parameters in the place of those of every group."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if (
+            not any(self._given.values())
+            or all(id(p) in self._given for p in params)
+            or any(is_lazy(p) or p.dim() != 1 for p in params)
         ):
-            raise ValueError(
-                f"rule={rule!r} needs the norm of every layer, but the parameters that this optimizer was made with "
-                "have been replaced by flattened ones, as DeepSpeed ZeRO and its fp16 and bf16 optimizers do: use "
-                "stage 0, or torch.distributed.fsdp.fully_shard instead, or rule=None, project=False"
-            )
+            return
+        for group in self.param_groups:
+            rule = group["rule"] or ("project" if group["project"] else None)
+            if rule is not None and any(id(p) not in self._given for p in group["params"]):
+                raise ValueError(
+                    f"rule={rule!r} needs the norm of every layer, but the parameters that this optimizer was made "
+                    "with have been replaced by flattened ones, as DeepSpeed ZeRO and its fp16 and bf16 optimizers do: "
+                    "use stage 0, or torch.distributed.fsdp.fully_shard instead, or rule=None, project=False"
+                )
 
     def _refuse_capture(self) -> None:
         """What a rule remembers cannot be made while a CUDA graph is captured: each replay would make it anew."""
@@ -656,6 +660,12 @@ def validate_choices(group: Mapping[str, Any]) -> None:
     ):
         raise ValueError(
             f"tracked_lr={tracked_lr!r} is not valid: a finite number, at least 0, in the unit of the rule, or None"
+        )
+    reference = group.get("reference_lr", 1.0)
+    if not isinstance(reference, numbers.Real) or not 0 < float(reference) < math.inf:
+        raise ValueError(
+            f"reference_lr={reference!r} is not valid: it must be finite and above 0, the lr at which tracked_lr "
+            "holds; leave it out to have it be lr"
         )
     seed = group["stochastic_rounding"]
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):

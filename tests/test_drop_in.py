@@ -339,6 +339,17 @@ def test_sgd_takes_flattened_parameters() -> None:
     assert torch.equal(optimizer.param_groups[0]["params"][0], before - 0.5)
 
 
+def test_a_new_bias_in_a_group_of_biases_is_not_flattened() -> None:
+    net, new = bn_mlp(depth=2), nn.Parameter(torch.ones(3))
+    biases = [p for p in net.parameters() if p.dim() == 1]
+    optimizer = ELRSGD([{"params": invariant_weights(net)}, {"params": biases}], lr=0.01)
+    optimizer.param_groups[1]["params"].append(new)
+    backward(net, 0)
+    new.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(new, torch.full((3,), 0.99))
+
+
 def test_a_group_that_keeps_its_vectors_is_not_flattened() -> None:
     net = bn_mlp(depth=2)
     optimizer = ELRSGD(net.parameters(), lr=0.01)

@@ -29,6 +29,18 @@ def test_sums_are_those_of_float64() -> None:
             assert error < 1e-6, f"row {row} of tensor {i} is off by {error:.1e}"
 
 
+def test_sums_of_tensors_of_several_dtypes_are_those_of_float64() -> None:
+    ws = [torch.randn(40, 7, dtype=torch.float64), torch.randn(40, 7)]
+    gs = [torch.randn(40, 7), torch.randn(7, 40, dtype=torch.float64).t()]
+    ms: list[torch.Tensor | None] = [torch.randn(40, 7), torch.randn(40, 7, dtype=torch.float64)]
+    sums = foreach.measure(ws, gs, ms)
+    for i, (w, g, m) in enumerate(zip(ws, gs, ms, strict=True)):
+        assert m is not None
+        w, g, m = w.double(), g.double(), m.double()
+        expected = torch.stack([(a * b).sum() for a, b in ((w, w), (g, g), (w, g), (w, m))])
+        torch.testing.assert_close(sums[:, i].double(), expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("given", [True, None])
 def test_the_dot_product_is_measured_where_a_test_or_a_record_needs_it(given: bool | None) -> None:
     net = bn_mlp(depth=2, width=4)

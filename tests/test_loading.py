@@ -260,3 +260,14 @@ def test_another_rule_than_the_one_asked_for_warns_and_holds() -> None:
         optimizer.load_state_dict(saved)
     (group,) = optimizer.param_groups
     assert (group["rule"], group["granularity"], group["lr"]) == ("warmup", "layer", 0.05)
+
+
+@pytest.mark.parametrize(("saved", "here"), [(None, 0.003), (0.003, None)])
+def test_a_tracked_lr_that_comes_or_goes_with_a_state_dict_warns(
+    saved: float | None, here: float | None
+) -> None:
+    state = ELRSGD(bn_mlp(depth=2).parameters(), lr=0.1, tracked_lr=saved).state_dict()
+    optimizer = ELRSGD(bn_mlp(depth=2).parameters(), lr=0.1, tracked_lr=here)
+    with pytest.warns(UserWarning, match=f"tracked_lr={saved} in place of tracked_lr={here}"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["tracked_lr"] == saved

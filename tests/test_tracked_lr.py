@@ -16,7 +16,7 @@ from torch.optim.swa_utils import SWALR
 from elropt import ELRSGD, effective_lrs, layer_stats, param_groups
 from elropt.rules import GRANULARITIES
 
-from .nets import bn_mlp, invariant_weights, train
+from .nets import backward, bn_mlp, invariant_weights, train
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "reference": {"foreach": False},
@@ -247,6 +247,43 @@ def test_what_has_no_meaning_is_refused(options: dict[str, Any], message: str) -
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": list(bn_mlp(depth=1).parameters()), "lr": 0.1, **options})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("reference_lr", [0, -0.1, float("nan"), float("inf"), "0.1", None])
+def test_a_reference_that_gives_no_proportion_is_refused(reference_lr: Any) -> None:
+    group = {"params": list(bn_mlp(depth=1).parameters()), "tracked_lr": 0.01, "reference_lr": reference_lr}
+    with pytest.raises(ValueError, match=r"reference_lr=.* is not valid: it must be finite and above 0"):
+        ELRSGD([group], lr=0.1, rule="angle")
+
+
+@pytest.mark.parametrize("rule", ["warmup", "angle"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_step_without_a_gradient_of_any_layer_is_sgd(rule: str, foreach: bool) -> None:
+    """Of bare parameters: biases alone, or layers that get no gradient at a step after the warm-up."""
+    net, alone, reference = bn_mlp(depth=2), bn_mlp(depth=2), bn_mlp(depth=2)
+    biases = [p for p in alone.parameters() if p.dim() < 2]
+    optimizers = [
+        ELRSGD(net.parameters(), lr=0.1, tracked_lr=0.01, rule=rule, foreach=foreach),
+        ELRSGD(biases, lr=0.1, tracked_lr=0.01, rule=rule, foreach=foreach),
+        torch.optim.SGD([p for p in reference.parameters() if p.dim() < 2], lr=0.1),
+    ]
+    if rule == "warmup":
+        backward(net, 0)
+        for p in net.parameters():
+            p.grad = None if p.dim() < 2 else p.grad
+        optimizers[0].step()
+        for p in net.parameters():
+            if p.dim() >= 2:
+                optimizers[0].state[p]["handed_over"].fill_(1)
+    for p, q, r in zip(net.parameters(), alone.parameters(), reference.parameters(), strict=True):
+        for t in (p, q, r):
+            t.grad = torch.ones_like(t) if t.dim() < 2 else None
+    for optimizer in optimizers:
+        optimizer.step()
+    for p, q, r in zip(net.parameters(), alone.parameters(), reference.parameters(), strict=True):
+        if p.dim() < 2:
+            assert torch.equal(p, r)
+            assert torch.equal(q, r)
 
 
 def test_an_angle_is_judged_by_it() -> None:
