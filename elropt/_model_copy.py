@@ -64,7 +64,8 @@ def check_model(model: object) -> None:
 
 
 def copied(model: nn.Module, *, dtype: torch.dtype | None = None, training: bool | None = None) -> nn.Module:
-    """A deep copy with parameters that require gradients as the model's do; in `dtype` and mode, if given."""
+    """A deep copy with parameters that require gradients as the model's do; in mode, and what is real in `dtype`
+    (float64 or float32), if given."""
     # torch.nn.utils.weight_norm and spectral_norm keep a computed weight that deepcopy would refuse.
     computed = {
         id(value): value.detach().clone()
@@ -81,8 +82,8 @@ def copied(model: nn.Module, *, dtype: torch.dtype | None = None, training: bool
             "of one in a wrapper such as DistributedDataParallel, its .module"
         )
         raise
-    if dtype is not None:
-        twin = twin.to(dtype)
+    if dtype is not None:  # twin.to(dtype) would make real numbers of complex ones
+        twin = {torch.float64: twin.double, torch.float32: twin.float}[dtype]()
     for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         mine.requires_grad_(theirs.requires_grad)
     if training is not None:

@@ -424,8 +424,8 @@ def outputs_change(
         return found
 
     of_all = change(factors)
-    coarsest = max(torch.finfo(params[name].dtype).eps for name in factors)
-    matters = max(EPS_MATTERS, 30 * coarsest) < of_all < math.inf
+    rounding = torch.finfo(_coarsest(params.values())).eps
+    matters = max(EPS_MATTERS, 30 * rounding) < of_all < math.inf
     return OutputsChange(of_all, {name: change([name]) for name in factors} if matters else {})
 
 
@@ -437,7 +437,8 @@ def _warn_of_eps(
     halved = {n: 0.5 for n, found in explained.items() if found.kind and params[n].ndim >= 2}
     if not halved:
         return
-    dtype = explained[next(iter(halved))].dtype
+    measured = explained[next(iter(halved))].dtype
+    dtype = None if measured == _coarsest(params.values()) else measured  # None: as it is, maybe of several
     change = outputs_change(model, inputs, halved, outputs=outputs, training=True, dtype=dtype)
     if change.matters:
         warnings.warn(
@@ -499,11 +500,7 @@ def _explain_in(
     training: bool,
 ) -> dict[str, Invariance]:
     twin = copied(model, dtype=dtype, training=training or None)
-    coarsest = max(
-        (p.dtype for p in twin.parameters() if p.dtype in PRECISIONS),
-        key=lambda held: torch.finfo(held).eps,
-        default=torch.float64,
-    )
+    coarsest = _coarsest(twin.parameters())
     precision = PRECISIONS[coarsest]
     if any(isinstance(module, torch.jit.ScriptModule) for module in twin.modules()):
         precision = max(precision, PRECISIONS[torch.float32])
@@ -539,6 +536,12 @@ def _explain_in(
             reason = f"not: radial cosine {cosine:.2g}"
         explained[name] = Invariance(kind, reason, coarsest, sums.sparse)
     return explained
+
+
+def _coarsest(params: Iterable[Tensor]) -> torch.dtype:
+    """The dtype among them in which the most is rounded away."""
+    held = (param.dtype for param in params if param.dtype in PRECISIONS)
+    return max(held, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
 
 
 def owner_of(name: str) -> str:

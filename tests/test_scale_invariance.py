@@ -922,6 +922,48 @@ def test_a_model_of_bfloat16_alone() -> None:
         assert explained["head.weight"].kind is None
 
 
+class InSeveral(nn.Module):
+    """As many language models: matrices in bfloat16, normalization and head in float32, casts in between."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 12, bias=False, dtype=torch.bfloat16)
+        self.norm, self.head = nn.LayerNorm(12, eps=eps), nn.Linear(12, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.linear(x.bfloat16()).float()).relu())
+
+
+def test_a_model_of_several_dtypes_with_casts_of_its_own() -> None:
+    x = torch.randn(64, 8)
+    (tracked, *_) = param_groups(InSeveral(eps=1e-5), x)
+    assert tracked["param_names"] == ["linear.weight"]
+    with pytest.warns(UserWarning, match="halving all of them changes the outputs"):
+        assert find_scale_invariant(InSeveral(eps=1.0), x)["linear.weight"] == "tensor"
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding by complex numbers."""
+
+    turns: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.head = nn.Linear(8, 8, bias=False), nn.LayerNorm(8), nn.Linear(8, 3)
+        angles = torch.outer(torch.arange(5.0), torch.tensor([1.0, 0.5, 0.25, 0.125]))
+        self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.turns.is_complex()
+        pairs = torch.view_as_complex(self.linear(x).unflatten(-1, (4, 2)))
+        return self.head(self.norm(torch.view_as_real(pairs * self.turns).flatten(-2)))
+
+
+def test_complex_buffers_stay_complex() -> None:
+    found = explain_scale_invariance(Rotary(), torch.randn(16, 5, 8))["linear.weight"]
+    assert (found.kind, found.dtype) == ("tensor", torch.float64)
+
+
 class Keywords(nn.Module):
     """Called like a language model of Hugging Face: keyword arguments in, a dataclass or a dict out."""
 
