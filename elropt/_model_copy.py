@@ -104,9 +104,12 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         given = ", ".join(["*inputs"] * bool(inputs.args) + [f"{name}=…" for name in inputs.kwargs])
         error.add_note(
             f"elropt ran model({given}) on a copy in {'train' if model.training else 'eval'} mode, with "
-            f"{' and '.join(dtypes)} parameters. In training mode BatchNorm needs more than one value per "
-            "channel: pass at least 8 samples. A batch that is a dict of keyword arguments is passed as **batch"
+            f"{' and '.join(dtypes)} parameters"
         )
+        if "per channel" in str(error):  # BatchNorm's error
+            error.add_note("In training mode BatchNorm needs more than one value: pass at least 8 samples")
+        if any(isinstance(value, Mapping) for value in inputs.args):
+            error.add_note("A batch that is a dict of keyword arguments is passed as **batch")
         raise
 
 

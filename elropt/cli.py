@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -159,6 +160,10 @@ def inspect(
                 **kwargs,
             )
         except Exception as error:
+            if input_shape and any(isinstance(module, nn.Embedding) for module in model.modules()):
+                error.add_note(
+                    "--input-shape is of floats: give token ids by --input, such as int64:8,128:50257"
+                )
             _fail(f"cannot measure {target}: {_in_words(error)}")
     if json_file is not None:
         _write(json_file, json.dumps(report.to_dict(), allow_nan=False, indent=2) + "\n")
@@ -255,8 +260,9 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
 
 def _console() -> Console:
-    """Standard output; what is not a terminal gets lines as long as they need to be."""
-    return Console(width=None if sys.stdout.isatty() else 240, highlight=False)
+    """Standard output; what is not a terminal gets lines as long as they need to be, or as COLUMNS says."""
+    given = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if given else 240, highlight=False)
 
 
 def _messages() -> Console:

@@ -166,8 +166,8 @@ class ModelReport:
         left_out = [weight for weight in invariant if weight.trainable and not weight.tracked]
         if cut_off := [weight.name for weight in left_out if weight.grad_norm == 0]:
             yield (
-                f"Left out, since their gradient is zero: {', '.join(cut_off)}. So it is behind a gain, scale or last "
-                "layer that is initialized to zero, until that has moved. To measure beyond it, inspect the model "
+                f"Left out, since their gradient is zero: {', '.join(cut_off)}. This is so behind a gain, scale or "
+                "last layer that is initialized to zero, until that has moved. To measure there, inspect the model "
                 "after a few steps of training, or with such parameters replaced by noise (--perturb 0.1)."
             )
         if rest := [weight.name for weight in left_out if weight.grad_norm != 0]:

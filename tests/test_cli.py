@@ -405,6 +405,7 @@ def test_inspect_takes_token_models(target: str, factory: str, inputs: list[str]
         "a_projection_with_a_long_name.weight": "tensor",
         "head.weight": None,
     }
+    assert "token ids by --input" in run("inspect", f"{target}:LanguageModel", "--input-shape", "4,8", code=2)
 
 
 def test_weights_behind_a_zero_gain_are_named_and_measured_with_noise(target: str) -> None:
@@ -424,7 +425,7 @@ def test_inspect_is_readable_at_80_columns(
     path.write_text(path.read_text() + LANGUAGE_MODEL)
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr("elropt.cli._console", lambda: Console(width=80, highlight=False))
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as exit_:
         app(["inspect", f"{target}:with_batch"])
     assert exit_.value.code == 0

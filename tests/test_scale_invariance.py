@@ -454,7 +454,13 @@ def test_errors_say_what_to_do() -> None:
         find_scale_invariant(nn.Sequential(nn.Linear(2, 2), nn.Flatten(), _Argmax()), torch.ones(8, 2))
     with pytest.raises(ValueError, match="more than 1 value per channel") as one_value:
         find_scale_invariant(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), torch.ones(1, 2))
-    assert "pass at least 8 samples" in one_value.value.__notes__[0]
+    assert "pass at least 8 samples" in one_value.value.__notes__[1]
+    with pytest.raises(TypeError) as dict_by_position:
+        find_scale_invariant(nn.Sequential(nn.Linear(2, 2)), {"input": torch.ones(8, 2)})
+    assert "**batch" in dict_by_position.value.__notes__[1]
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as other_shape:
+        find_scale_invariant(nn.Sequential(nn.Linear(2, 2)), torch.ones(8, 3))
+    assert len(other_shape.value.__notes__) == 1  # no remedy for what did not happen
     uncopyable = nn.Linear(2, 2)
     uncopyable.register_forward_hook(_Uncopyable().hook)
     with pytest.raises(TypeError, match="not me") as not_copied:
