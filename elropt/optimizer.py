@@ -64,14 +64,14 @@ class ELRSGD(Optimizer):
             "sphere" it has hardly any effect on tracked layers (none without momentum).
         nesterov: Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
         rule:
-            "warmup" (default): all tracked layers turn by the same angle while their weights are rescaled, which
-            does not change the network's function, until plain SGD turns them by the same angle too (to 10 %); from
-            then on it is plain SGD. The angle is λĒ, Ē the geometric mean, but no more than the critical one,
+            "warmup" (default): all tracked layers have the same ELR while their weights are rescaled, which
+            does not change the network's function, until they have it under plain SGD too (to 10 %); from
+            then on it is plain SGD. The ELR is λĒ, Ē the geometric mean, but no more than the critical one,
             √((1−μ)³/(1+μ)): at 0.023 rad with momentum 0.9, steady gradients double ‖w‖² in a step. The λ that counts
             is that of the step: what a schedule raises it to after the hand-over, often within 100 steps, is not
             capped, so rather start at the full λ than with a linear warm-up. No hyper-parameters.
-            "uniform": s = Ē/E, Ē the geometric mean: all tracked layers turn by the same angle.
-            "angle": every tracked layer turns by ``lr`` radians per plain SGD step and keeps its initial norm.
+            "uniform": s = Ē/E, Ē the geometric mean: all tracked layers have the same ELR.
+            "angle": every tracked layer has the ELR ``lr``, in radians per plain SGD step, and keeps its initial norm.
             "sphere": SGD with learning rate ``lr`` on the unit sphere (Kodryan et al., NeurIPS 2022), norm kept.
             None: plain SGD.
             In "angle" and "sphere" the stored weight is one step ahead of its sphere: each step first brings it back
