@@ -418,8 +418,9 @@ class ELRSGD(Optimizer):
     def _check_values(self) -> None:
         """Of groups with a rule, what a scheduler or the user has changed since the last step. Reads no tensor."""
         lrs = [group["lr"] for group in self.param_groups]
-        others = list(map(_STEP_VALUES, self.param_groups))
-        as_before = others == self._checked[1]
+        others = list(itertools.chain.from_iterable(map(_STEP_VALUES, self.param_groups)))
+        # by identity: comparing tensors would wait for the device
+        as_before = _same_objects(others, self._checked[1])
         if as_before and _same_objects(lrs, self._checked[0]):
             return
         for group, lr in zip(self.param_groups, lrs, strict=True):
@@ -431,8 +432,6 @@ class ELRSGD(Optimizer):
                     validate_choices(group)
                     set_reference_lr(group, group["lr"])
                 self._warn_of_large_angle(group, stacklevel=7)
-        if not as_before and any(isinstance(value, Tensor) for values in others for value in values):
-            others = []  # comparing tensors would wait for the device
         self._checked = lrs, others
 
     def _warn_of_large_angle(self, group: Mapping[str, Any], stacklevel: int) -> None:
@@ -441,9 +440,9 @@ class ELRSGD(Optimizer):
             return
         lr = group["lr"]
         if (
-            any(count_rows(p, group) for p in group["params"])
-            and not isinstance(lr, Tensor)
+            not isinstance(lr, Tensor)
             and (angle := lr * lr_ratio(group)) > LARGE_ANGLE
+            and any(count_rows(p, group) for p in group["params"])
         ):
             self._warned_of_angle = True
             warnings.warn(

@@ -60,3 +60,23 @@ def test_the_dot_product_is_measured_where_a_test_or_a_record_needs_it(given: bo
         assert measured[-1] or bool(torch.isnan(cosines).all())
     assert measured == expected
     assert not measured[18]
+
+
+def test_the_filters_of_a_large_tensor_keep_factors_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is updated in pieces only where one factor holds for all of it."""
+    monkeypatch.setattr(foreach, "PIECE", 1)
+    start = torch.randn(30, 100)
+    weights = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    optimizers = [
+        ELRSGD(
+            [{"params": [w], "scale_invariant": True}],
+            lr=0.1, momentum=0.9, rule="uniform", granularity="filter", foreach=mode,
+        )
+        for w, mode in zip(weights, (True, False), strict=True)
+    ]  # fmt: skip
+    for _ in range(2):
+        grad = torch.randn(30, 100) * torch.logspace(-2, 2, 30)[:, None]
+        for w, optimizer in zip(weights, optimizers, strict=True):
+            w.grad = grad.clone()
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)

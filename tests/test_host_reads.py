@@ -93,3 +93,15 @@ def test_no_host_reads(
         else:
             with no_host_reads():
                 optimizer.step()
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_weight_decay_that_becomes_another_tensor_is_not_read(foreach: bool) -> None:
+    net = bn_mlp(depth=2, width=4).to(DEVICE)
+    optimizer = ELRSGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-3, foreach=foreach)
+    for step in range(4):
+        backward(net, step)
+        if step > 0:
+            optimizer.param_groups[0]["weight_decay"] = torch.full((), 1e-3, device=DEVICE)
+        with no_host_reads():
+            optimizer.step()

@@ -216,6 +216,21 @@ def test_groups_with_other_learning_rates_keep_them_apart() -> None:
     assert list(effective_lrs(optimizer).values()) == pytest.approx([0.005, 0.03, 0.001], rel=1e-5)
 
 
+@pytest.mark.parametrize("foreach", [False, True, None])
+def test_bare_groups_that_differ_in_it_alone_keep_it_apart(foreach: bool | None) -> None:
+    net = bn_mlp(depth=2)
+    first, second = (
+        {"params": [p], "tracked_lr": lr} for p, lr in zip(invariant_weights(net), (0.01, 0.02), strict=True)
+    )
+    optimizer = ELRSGD([first, second], lr=0.1, rule="angle", foreach=foreach)
+    before = [p.detach().clone() for p in invariant_weights(net)]
+    train(net, optimizer, range(1))
+    turns = [
+        float((p.detach() - q).norm() / q.norm()) for p, q in zip(invariant_weights(net), before, strict=True)
+    ]
+    assert turns == pytest.approx([0.01, 0.02], rel=1e-3)
+
+
 def test_it_may_be_set_in_mid_run() -> None:
     net = bn_mlp(depth=2)
     optimizer = ELRSGD(net.parameters(), lr=0.1, rule="angle")
