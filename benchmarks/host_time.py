@@ -4,7 +4,7 @@
 
 | part | what | peer of the ratios |
 |---|---|---|
-| `launches` | Python's work for a step of the Triton backend; 160, 2,000 tensors of 4 elements | torch's fused SGD |
+| `launches` | Python's work for a step of the kernels; 160, 2,000 tiny tensors, 160 param groups | torch's fused SGD |
 | `cpu` | steps without kernels; the tensors of a 30-layer BN-MLP, of ResNet-50, and these cut down | torch's for-loop |
 | `groups` | steps without kernels; 160 tensors of 4 elements in 1 and in 160 param groups | torch's for-loop, 1 group |
 
@@ -106,7 +106,24 @@ def without_launches(count: int) -> dict[str, Optimizer]:
     for name, rule in RULES.items():
         groups = [{"params": tensors(count), "scale_invariant": True}]
         made[name] = ELRSGD(groups, rule=rule, fused=True, **OPTIONS)
+    if count == GROUPS:
+        made[f"elr-uniform, {GROUPS} groups"] = ELRSGD(
+            [{**group, "scale_invariant": True} for group in groups_of(GROUPS)],
+            rule="uniform",
+            fused=True,
+            **OPTIONS,
+        )
     return made
+
+
+def groups_of(count: int) -> list[dict[str, Any]]:
+    """160 tensors in so many param groups, with learning rates of their own."""
+    params = tensors(GROUPS)
+    size = GROUPS // count
+    return [
+        {"params": params[i * size : (i + 1) * size], "lr": OPTIONS["lr"] * (1 - i / 1000)}
+        for i in range(count)
+    ]
 
 
 def bn_mlp() -> Workload:
@@ -136,24 +153,15 @@ def real_steps(workload: Workload) -> dict[str, Optimizer]:
 
 
 def in_groups() -> dict[str, Optimizer]:
-    """One and 160 param groups, these with learning rates of their own."""
+    """One and 160 param groups."""
     made: dict[str, Optimizer] = {}
     for count in (1, GROUPS):
-
-        def groups(count: int = count) -> list[dict[str, Any]]:
-            params = tensors(GROUPS)
-            size = GROUPS // count
-            return [
-                {"params": params[i * size : (i + 1) * size], "lr": OPTIONS["lr"] * (1 - i / 1000)}
-                for i in range(count)
-            ]
-
         for name, options in TORCH.items():
-            made[f"{name}, {count}"] = SGD(groups(), **{**OPTIONS, **options})
+            made[f"{name}, {count}"] = SGD(groups_of(count), **{**OPTIONS, **options})
         for name, rule in RULES.items():
             if rule == "warmup":  # which would hand over
                 continue
-            tracked = [{**group, "scale_invariant": True} for group in groups()]
+            tracked = [{**group, "scale_invariant": True} for group in groups_of(count)]
             made[f"{name}, {count}"] = ELRSGD(tracked, rule=rule, **OPTIONS)
     return made
 

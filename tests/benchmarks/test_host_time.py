@@ -21,6 +21,7 @@ def test_it_runs(tmp_path: Path) -> None:
     assert "wrote" in run.stdout
     rows = json.loads(out.read_text())["rows"]
     assert {row["tensors"] for row in rows} == {160, 2000}
+    assert "elr-uniform, 160 groups" in {row["optimizer"] for row in rows}
     assert all(row["us"][1] > 0 for row in rows)
     assert all(row["ratio"] == [1, 1, 1] for row in rows if row["optimizer"] == "torch-fused")
 
