@@ -67,6 +67,11 @@ class StepRecord:
     tracked: Tensor
 
 
+def has_tensor_decay(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any weight decay is a tensor."""
+    return any(issubclass(kind, Tensor) for kind in {type(group["weight_decay"]) for group in groups})
+
+
 def rule_key(group: Mapping[str, Any]) -> tuple[str | None, str, bool]:
     """What the groups of one ensemble have in common."""
     return group["rule"], group["granularity"], group["project"]
@@ -633,6 +638,8 @@ class FusedEnsemble:
     def fits(self, grads: Sequence[Tensor]) -> bool:
         """Whether this can take the next step too; if gradients have only moved, it follows them."""
         groups = self.ensemble.groups
+        if has_tensor_decay(groups):  # the kernels have none; and comparing it would wait for the device
+            return False
         values = list(map(_HYPERS, groups))
         return (
             self.options == list(map(_LAUNCH_OPTIONS, groups))
@@ -702,10 +709,8 @@ class FusedEnsemble:
 
 
 def _present_terms(values: Iterable[tuple[Any, ...]]) -> list[tuple[bool, ...]]:
-    """Of groups with these `_HYPERS`: whether there is momentum, and dampening, and whether the decay is a tensor."""
-    return [
-        (momentum != 0, dampening != 0, isinstance(decay, Tensor)) for momentum, dampening, decay, _ in values
-    ]
+    """Of groups with these `_HYPERS`: whether there is momentum, and dampening."""
+    return [(momentum != 0, dampening != 0) for momentum, dampening, *_ in values]
 
 
 def _kernel_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
@@ -833,14 +838,14 @@ def _common(values: list[Any], device: torch.device) -> float | Tensor | list[fl
 
 
 def _options_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What neighbouring groups must agree on to be updated together: in tensors, on the object; on the CPU, lr and
-    decay may differ."""
+    """What neighbouring groups must agree on to be updated together: in tensors, on the object; not in lr and decay.
+    Only on the CPU, and not with `foreach=True`: elsewhere the bits of a tensor may depend on its neighbours."""
     lr, decay = group["lr"], group["weight_decay"]
     values: tuple[object, ...] = ()
     if isinstance(lr, Tensor) or isinstance(decay, Tensor):
         values = id(lr), id(decay), lr_ratio(group), group.get("scale_invariant")
-    elif group["fused"] or not all(p.is_cpu for p in group["params"]):
-        values = lr, decay
+    if group["fused"] or group["foreach"] or not all(p.is_cpu for p in group["params"]):
+        values = (id(group),)
     return (
         values,
         lr_ratio(group) if has_lr_by_row(group) else 1.0,

@@ -25,6 +25,7 @@ from .ensemble import (
     StepRecord,
     count_rows,
     has_lr_by_row,
+    has_tensor_decay,
     lr_ratio,
     refuse_one_of_many,
     rule_key,
@@ -350,6 +351,7 @@ class ELRSGD(Optimizer):
                 and group["fused"] is None
                 and group["foreach"] is None
                 and not group["differentiable"]
+                and not has_lr_by_row(group)
                 and all(p.is_cuda and not is_dtensor(p) for p in group["params"])
             )
             for group in self.param_groups
@@ -418,9 +420,10 @@ class ELRSGD(Optimizer):
     def _check_values(self) -> None:
         """Of groups with a rule, what a scheduler or the user has changed since the last step. Reads no tensor."""
         lrs = [group["lr"] for group in self.param_groups]
-        others = list(itertools.chain.from_iterable(map(_STEP_VALUES, self.param_groups)))
-        # by identity: comparing tensors would wait for the device
-        as_before = _same_objects(others, self._checked[1])
+        others = list(map(_STEP_VALUES, self.param_groups))
+        if has_tensor_decay(self.param_groups):  # comparing it would wait for the device
+            others = []
+        as_before = bool(others) and others == self._checked[1]
         if as_before and _same_objects(lrs, self._checked[0]):
             return
         for group, lr in zip(self.param_groups, lrs, strict=True):

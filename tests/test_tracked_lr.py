@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import SWALR
 
-from elropt import ELRSGD, effective_lrs, layer_stats, param_groups
+from elropt import ELRSGD, effective_lrs, kernels, layer_stats, param_groups
 from elropt.rules import GRANULARITIES
 
 from .nets import backward, bn_mlp, invariant_weights, train
@@ -304,3 +305,16 @@ def test_a_step_without_a_gradient_of_any_layer_is_sgd(rule: str, foreach: bool)
 def test_an_angle_is_judged_by_it() -> None:
     with pytest.warns(UserWarning, match=r"by 0\.3 radians .*lr=0\.1, tracked_lr=0\.3"):
         ELRSGD(bn_mlp(depth=1).parameters(), lr=0.1, tracked_lr=0.3, rule="angle")
+
+
+@pytest.mark.skipif(not kernels.available(), reason="needs triton")
+def test_grad_scaler_is_told_who_unscales() -> None:
+    """The kernels do, but they do not take layers whose own learning rate only the device knows."""
+    with FakeTensorMode():
+        w = nn.Parameter(torch.empty(4, 3, device="cuda"))
+    for group, ours in (
+        ({}, True),
+        ({"tracked_lr": 0.1}, False),
+        ({"tracked_lr": 0.1, "scale_invariant": True}, True),
+    ):
+        assert ELRSGD([{"params": [w], **group}], lr=0.1)._step_supports_amp_scaling == ours
