@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks import data, models, training
+from benchmarks.common import data, models, training
+from benchmarks.common.sweep import Row, default_jobs
+from benchmarks.common.training import METHODS, Task
 from benchmarks.studies import comparison, study
 from benchmarks.studies.comparison import Entry, Plan, by_task, entries, mean_over_runs
-from benchmarks.sweep import Row, default_jobs
-from benchmarks.training import METHODS, Task
 from elropt import plots
 
 DEFAULT_MODELS = ["bn-mlp-30", "plain-8-w8"]

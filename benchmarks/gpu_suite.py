@@ -103,8 +103,8 @@ class Part(NamedTuple):
 
 
 def module(name: str, *arguments: str) -> list[str]:
-    """The command that runs a module of the benchmarks."""
-    return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    """The command that runs a module of `benchmarks.speed`."""
+    return [sys.executable, "-m", f"benchmarks.speed.{name}", *arguments]
 
 
 def repeated(option: str, values: tuple[str, ...]) -> list[str]:

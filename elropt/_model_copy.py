@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .distributed import is_dtensor
+from .sharding import is_dtensor
 
 
 class Inputs(NamedTuple):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from .ensemble import StepRecord
+from ._rule_group import LayerMeasurements
 from .optimizer import ELRSGD
 
 __all__ = [
@@ -361,7 +361,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _as_matrix(record: StepRecord) -> torch.Tensor:
+def _as_matrix(record: LayerMeasurements) -> torch.Tensor:
     """[8, R] on the device: ‖w‖², ‖g‖², ⟨w,g⟩, λ, s, a, p, tracked."""
     weight_sq, grad_sq, weight_dot_grad, _ = record.stats
     like = torch.ones_like(weight_sq)
@@ -405,7 +405,7 @@ def _parameter_names(optimizer: ELRSGD) -> dict[torch.Tensor, str]:
     return names
 
 
-def _table(records: list[StepRecord], names: dict[torch.Tensor, str]) -> LayerTable:
+def _table(records: list[LayerMeasurements], names: dict[torch.Tensor, str]) -> LayerTable:
     """One host read."""
     values = torch.cat([_as_matrix(record).to(records[0].stats.grad_sq.device) for record in records], dim=1)
     columns = values.double().cpu().numpy().T
@@ -414,7 +414,7 @@ def _table(records: list[StepRecord], names: dict[torch.Tensor, str]) -> LayerTa
     )
 
 
-def _row_names(records: list[StepRecord], names: dict[torch.Tensor, str]) -> Iterator[str]:
+def _row_names(records: list[LayerMeasurements], names: dict[torch.Tensor, str]) -> Iterator[str]:
     for record in records:
         for p, count in zip(record.params, record.row_counts, strict=True):
             if record.per_filter and count:

@@ -17,12 +17,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
 from . import kernels
-from .distributed import check_placement, is_dtensor, is_inside_zero, local
-from .ensemble import (
+from ._rule_group import (
     STATE_DTYPES,
-    Ensemble,
-    FusedEnsemble,
-    StepRecord,
+    LayerMeasurements,
+    RuleGroup,
+    TritonStep,
     count_rows,
     has_lr_by_row,
     has_tensor_decay,
@@ -30,8 +29,9 @@ from .ensemble import (
     refuse_one_of_many,
     rule_key,
 )
-from .loading import check_groups, check_state, matched_by_name, warn_of_other_rules
+from ._state_dict import check_groups, check_state, matched_by_name, warn_of_other_rules
 from .rules import GRANULARITIES
+from .sharding import check_placement, is_dtensor, is_inside_zero, local
 
 __all__ = ["ELRSGD"]
 
@@ -157,10 +157,10 @@ class ELRSGD(Optimizer):
         }
         validate(defaults)
         self._inside_zero = is_inside_zero()
-        self._ensembles: list[Ensemble] | None = None
+        self._rule_groups: list[RuleGroup] | None = None
         self._layout: tuple[list[object], list[object]] = [], []
         self._held: tuple[list[object], list[object]] = [], []
-        self._captured: dict[int, FusedEnsemble] = {}
+        self._captured: dict[int, TritonStep] = {}
         self._checked: tuple[list[Any], list[Any]] = [], []  # learning rates and other values
         self._given: dict[int, bool] = {}
         self._warned_of_angle = False
@@ -181,7 +181,7 @@ class ELRSGD(Optimizer):
             if complete["tracked_lr"] is not None:
                 param_group["reference_lr"] = complete["reference_lr"]
         super().add_param_group(param_group)
-        self._ensembles = None
+        self._rule_groups = None
         group = self.param_groups[-1]
         self._given.update({id(p): is_lazy(p) or p.dim() != 1 for p in group["params"]})
         self._warn_of_large_angle(group, stacklevel=4)
@@ -191,7 +191,7 @@ class ELRSGD(Optimizer):
         for group in self.param_groups:
             for key, value in _SGD_DEFAULTS.items():
                 group.setdefault(key, self.defaults.get(key, value))
-        self._ensembles = None
+        self._rule_groups = None
         self._layout, self._held = ([], []), ([], [])
         self.__dict__.setdefault("_captured", {})  # graphs outlive load_state_dict
         self._recording = False
@@ -305,18 +305,20 @@ class ELRSGD(Optimizer):
                 self._step()
 
     def _step(self) -> None:
-        prepared = [(ensemble, ensemble.prepare(self.state)) for ensemble in self._current_ensembles()]
+        prepared = [
+            (rule_group, rule_group.prepare(self.state)) for rule_group in self._current_rule_groups()
+        ]
         for _, tensors in prepared:
-            if isinstance(tensors, FusedEnsemble) and tensors.kernels.in_capture:
+            if isinstance(tensors, TritonStep) and tensors.kernels.in_capture:
                 self._captured[id(tensors)] = tensors  # a graph that is replayed later uses its memory
         # set by torch.amp.GradScaler around this call
         amp = {name: _tensor_or_none(self, name) for name in ("grad_scale", "found_inf")}
-        all_fused = all(isinstance(tensors, FusedEnsemble) or not tensors for _, tensors in prepared)
+        all_fused = all(isinstance(tensors, TritonStep) or not tensors for _, tensors in prepared)
         if amp["found_inf"] is not None and not all_fused:
             if not _unscale(self, amp):
                 self._recording = False
-                for ensemble, _ in prepared:
-                    ensemble.skip(amp["grad_scale"])
+                for rule_group, _ in prepared:
+                    rule_group.skip(amp["grad_scale"])
                 return
             amp = dict.fromkeys(amp)
         grown = [e.step(tensors, self.state, record=self._recording, **amp) for e, tensors in prepared]
@@ -332,7 +334,7 @@ class ELRSGD(Optimizer):
     def _prepare_tracing(self) -> None:
         """What the first step would make, where torch.compile could not trace the making of it."""
         if self._is_traceable():
-            self._current_ensembles()
+            self._current_rule_groups()
 
     def _is_traceable(self) -> bool:
         """Whether torch.compile can trace a step: SGD by `torch._foreach_*` or a for-loop."""
@@ -362,13 +364,13 @@ class ELRSGD(Optimizer):
         self._recording = True
 
     @torch.no_grad()
-    def layer_records(self) -> list[StepRecord]:
+    def layer_records(self) -> list[LayerMeasurements]:
         """What the last step measured and applied; where it measured nothing, weights and gradients as they are now.
         `elropt.layer_stats` makes a table of it."""
-        records = [ensemble.record(self.state) for ensemble in self._current_ensembles()]
+        records = [rule_group.record(self.state) for rule_group in self._current_rule_groups()]
         return [record for record in records if record is not None]
 
-    def _current_ensembles(self) -> list[Ensemble]:
+    def _current_rule_groups(self) -> list[RuleGroup]:
         """What groups of the same rule, granularity and project form; anew if anybody changed them or their state."""
         groups = self.param_groups
         params = [group["params"] for group in groups]
@@ -387,12 +389,12 @@ class ELRSGD(Optimizer):
         options += map(len, params)
         held = self._state_objects()
         if (
-            self._ensembles is None
+            self._rule_groups is None
             or options != self._layout[1]
             or not _same_objects(objects, self._layout[0])
             or (
                 not all(map(_same_objects, held, self._held))
-                and any(ensemble.is_detached(self.state) for ensemble in self._ensembles)
+                and any(rule_group.is_detached(self.state) for rule_group in self._rule_groups)
             )
         ):
             self._refuse_capture()
@@ -407,15 +409,15 @@ class ELRSGD(Optimizer):
             for groups in together.values():
                 refuse_one_of_many(groups)
             with torch.inference_mode(False):
-                self._ensembles = [
-                    Ensemble(groups, self.state, number) for number, groups in enumerate(together.values())
+                self._rule_groups = [
+                    RuleGroup(groups, self.state, number) for number, groups in enumerate(together.values())
                 ]
             self._layout = objects, options
             if any(is_lazy(p) for group in self.param_groups for p in group["params"]):
                 self._layout = [], []  # anew at the next step: it may have a shape then
             held = self._state_objects()
         self._held = held
-        return self._ensembles
+        return self._rule_groups
 
     def _check_values(self) -> None:
         """Of groups with a rule, what a scheduler or the user has changed since the last step. Reads no tensor."""

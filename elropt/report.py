@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ._model_copy import Inputs, backward_from_loss, check_model, copied, tensors_in, untouched
 from .dynamics import balance_lr, elr_spread, monotone_lr
 from .monitor import _finite
-from .rules import RADIAL_TESTS, Hyper, LayerStats, RuleState, decide, growth_gain
+from .rules import RADIAL_TESTS, LayerStats, RowHyper, RuleState, decide, growth_gain
 from .scale_invariance import Kind, explain_for_loss, outputs_change
 
 __all__ = ["ModelReport", "RunHistory", "WeightReport", "inspect_model", "random_label_loss", "read_run"]
@@ -321,7 +321,7 @@ def _first_warmup_step(tracked: list[WeightReport], lr: float, momentum: float) 
         RuleState(
             sphere_grad_norm=zero, radius=zero, tracked=RADIAL_TESTS * one, handed_over=torch.zeros(())
         ),
-        Hyper(lr * one, zero, growth_gain(momentum) * one, one, zero, numel),
+        RowHyper(lr * one, zero, growth_gain(momentum) * one, one, zero, numel),
     )
     s, a = (one if factor is None else factor for factor in controls[:2])
     elr = lr * s * grad_norm / (a * weight_norm)

@@ -60,7 +60,7 @@ class RuleState(NamedTuple):
     handed_over: Tensor  # 0-dim: 1 once the warm-up has ended
 
 
-class Hyper(NamedTuple):
+class RowHyper(NamedTuple):
     """The param-group values that a rule needs, [R] float32.
 
     growth_gain: under steady gradients ‖w‖² grows by (lr·growth_gain·E)² a step; see `growth_gain`.
@@ -79,7 +79,7 @@ def decide(
     rule: str | None,
     stats: LayerStats,
     state: RuleState,
-    hyper: Hyper,
+    hyper: RowHyper,
     *,
     granularity: str = "layer",
     project: bool = False,
@@ -130,13 +130,13 @@ def decide(
     return controls._replace(lr_factor=own_lr), state
 
 
-def lr_factor(tracked: Tensor, hyper: Hyper) -> Tensor | None:
+def lr_factor(tracked: Tensor, hyper: RowHyper) -> Tensor | None:
     """What the update multiplies λ by: the ratio of rows that are tracked, 1 elsewhere; None if there are no ratios."""
     return None if hyper.lr_ratio is None else torch.where(tracked > 0, hyper.lr_ratio, 1.0)
 
 
 def warmup(
-    stats: LayerStats, state: RuleState, hyper: Hyper, moving: Tensor, absent: Tensor | None = None
+    stats: LayerStats, state: RuleState, hyper: RowHyper, moving: Tensor, absent: Tensor | None = None
 ) -> tuple[LayerControls, RuleState]:
     """Equalize the ELRs without changing the network's function, then hand over to plain SGD.
 
@@ -237,13 +237,13 @@ def count_test(before: Tensor, passed: Tensor, turn: Tensor) -> Tensor:
     return torch.where((passed > 0) & (passed != before), counted.clamp(max=RADIAL_TESTS), passed)
 
 
-def step_turn(stats: LayerStats, hyper: Hyper, controls: LayerControls) -> Tensor:
+def step_turn(stats: LayerStats, hyper: RowHyper, controls: LayerControls) -> Tensor:
     """λΓ·s·E/a: about the angle that steady gradients turn a row by in a step, by the rule's factors."""
     s, a = (1.0 if factor is None else factor for factor in controls[:2])
     return hyper.lr * hyper.growth_gain * s * stats.grad_sq.sqrt() / stats.weight_sq.sqrt() / a
 
 
-def common_turn(stats: LayerStats, hyper: Hyper, moving: Tensor) -> Tensor:
+def common_turn(stats: LayerStats, hyper: RowHyper, moving: Tensor) -> Tensor:
     """min(λΓĒ, 1), the `step_turn` that "warmup" gives to all rows; the largest λΓ counts, as in its cap."""
     largest = torch.where(moving, hyper.lr * hyper.growth_gain, 0.0).amax()
     return (largest * masked_mean(log_relative_grad(stats, moving), moving).exp()).clamp(max=1.0)
@@ -277,7 +277,7 @@ def uniform_factor(log_e: Tensor, ok: Tensor) -> Tensor:
     return torch.where(ok, (masked_mean(log_e, ok) - log_e).exp(), 1.0)
 
 
-def radial_coefficient(stats: LayerStats, hyper: Hyper, s: Tensor | None, a: Tensor | None) -> Tensor:
+def radial_coefficient(stats: LayerStats, hyper: RowHyper, s: Tensor | None, a: Tensor | None) -> Tensor:
     """p = ⟨ŵ,u⟩/‖ŵ‖², from the sums alone: u is linear in g, m and ŵ = a·w.  Derived, docs/theory.md §9."""
     s = torch.ones_like(stats.weight_sq) if s is None else s
     a = torch.ones_like(stats.weight_sq) if a is None else a

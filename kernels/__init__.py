@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "DecisionInputs",
     "FusedStep",
-    "Hyper",
-    "Kind",
-    "Rule",
+    "GroupHyper",
+    "LaunchKey",
     "available",
     "bytes_moved",
     "can_use",
@@ -89,8 +89,8 @@ def can_use(
 
 
 if available():
-    from .group_hyper import Hyper
+    from .args import GroupHyper
+    from .bytes_moved import bytes_moved
+    from .fused_step import DecisionInputs, FusedStep, LaunchKey
     from .measure import measure
-    from .step import FusedStep, Kind, Rule
-    from .traffic import bytes_moved
     from .update import new_buffer, update, without_marks

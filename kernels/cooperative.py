@@ -50,7 +50,7 @@ def cooperative_kernel(
     per_grads,
     per_momenta,
     momenta,
-    keeps,
+    one_minus_dampening,
     grad_factor,
     weight_factor,
     radial,
@@ -111,7 +111,7 @@ def cooperative_kernel(
     finish(
         partials, sums, counters, gate, n_rows, row, first, n_chunks, m_address,
         found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
-        lrs, decays, gains, per_grads, per_momenta, keeps, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,
+        lrs, decays, gains, per_grads, per_momenta, one_minus_dampening, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,
     )  # fmt: skip
     if momenta is None:
         m = tl.zeros_like(w)
@@ -122,7 +122,7 @@ def cooperative_kernel(
 
     lr = of_group(group, lrs)
     momentum = None if momenta is None else of_group(group, momenta)
-    keep = None if keeps is None else of_group(group, keeps)
+    keep = None if one_minus_dampening is None else of_group(group, one_minus_dampening)
     s = (
         None
         if grad_factor is None

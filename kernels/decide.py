@@ -39,7 +39,7 @@ def decide(
     gains,
     per_grads,
     per_momenta,
-    keeps,
+    one_minus_dampening,
     found_inf,
     n_rows,
     RULE: tl.constexpr,
@@ -48,11 +48,11 @@ def decide(
 ):
     """The controls of this step, and the memory after it.
 
-    sums: [5, R] ‖w‖², ‖g‖² (−1: no gradient at this step), ⟨w,g⟩, ⟨w,m⟩ and, with `keeps`, whether the buffer is new.
+    sums: [5, R] ‖w‖², ‖g‖² (−1: no gradient at this step), ⟨w,g⟩, ⟨w,m⟩ and, with dampening, whether the buffer is new.
     memory: [3, R] c, radius, radial tests passed. handed_over: 0-dim, for "warmup" only.
     controls: s, a, p and the param group's lr, [4, R]; those that the rule does not need are not written.
-    numel, group_of_row: [R]; lrs … keeps: by param group, see `of_group`; keeps (1−d) is None
-    without dampening.
+    numel, group_of_row: [R]; lrs … one_minus_dampening: by param group, see `of_group`; one_minus_dampening (1−d)
+    is None without dampening.
     found_inf: where given and not 0, nothing is changed.
 
     Sums over the rows are float32, lane by lane and then as a tree. Source: `elropt.rules`, docs/theory.md §9.
@@ -158,9 +158,11 @@ def decide(
         if PROJECT:
             group = tl.load(group_of_row + at, mask=exists, other=0)
             per_grad = of_group(group, per_grads)
-            if keeps is not None:  # a new buffer takes the whole of its first gradient
+            if one_minus_dampening is not None:  # a new buffer takes the whole of its first gradient
                 is_new = tl.load(sums + 4 * n_rows + at, mask=exists, other=0.0) != 0
-                per_grad = tl.where(only_if(of_group(group, keeps) != 1.0, is_new), 1.0, per_grad)
+                per_grad = tl.where(
+                    only_if(of_group(group, one_minus_dampening) != 1.0, is_new), 1.0, per_grad
+                )
             wm = tl.load(sums + 3 * n_rows + at, mask=exists, other=0.0)
             square = tl.where(directed, a * ww, 1.0)
             radial = per_grad * (s * wg / square + of_group(group, decays))

@@ -93,7 +93,7 @@ NO_DECISION = {
     "gains": None,
     "per_grads": None,
     "per_momenta": None,
-    "keeps": None,
+    "one_minus_dampening": None,
     "RULE": None,
     "WHOLE": False,
     "PROJECT": False,
@@ -125,7 +125,7 @@ def measure_kernel(
     gains,
     per_grads,
     per_momenta,
-    keeps,
+    one_minus_dampening,
     RULE: tl.constexpr,
     WHOLE: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -181,7 +181,7 @@ def measure_kernel(
     finish(
         partials, sums, counters, None, n_rows, row, first, n_chunks, m_address,
         found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
-        lrs, decays, gains, per_grads, per_momenta, keeps, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,
+        lrs, decays, gains, per_grads, per_momenta, one_minus_dampening, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,
     )  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def _store_partials(partials, products, wanted, read_w, read_momentum, HAS_BUFFE
 def finish(
     partials, sums, counters, gate, n_rows, row, first, n_chunks, m_address,
     found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
-    lrs, decays, gains, per_grads, per_momenta, keeps,
+    lrs, decays, gains, per_grads, per_momenta, one_minus_dampening,
     RULE: tl.constexpr, WHOLE: tl.constexpr, PROJECT: tl.constexpr,
     HAS_BUFFERS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -258,7 +258,7 @@ def finish(
                     total += _partials_from(start + i * PARTIALS_PER_LOAD, at, lanes, n_chunks)
             at = sums + tl.arange(0, 4).to(tl.int64) * n_rows + row
             tl.store(at, tl.sum(total, axis=0).to(tl.float32))
-            if PROJECT & HAS_BUFFERS & (keeps is not None):
+            if PROJECT & HAS_BUFFERS & (one_minus_dampening is not None):
                 m = tl.load(m_address.to(tl.pointer_type(M)), mask=m_address != 0, other=0.0)
                 new = is_new(m.to(tl.float32))
                 tl.store(sums + 4 * n_rows + row, new.to(tl.float32))
@@ -269,7 +269,7 @@ def finish(
                 tl.store(counters + n_rows, 0)
                 decide(
                     sums, memory, handed_over, controls, numel, group_of_row,
-                    lrs, decays, gains, per_grads, per_momenta, keeps, found_inf, n_rows,
+                    lrs, decays, gains, per_grads, per_momenta, one_minus_dampening, found_inf, n_rows,
                     RULE, WHOLE, PROJECT,
                 )  # fmt: skip
                 if gate is not None:

@@ -142,7 +142,7 @@ def update_kernel(
     chunk_segment,
     lrs,
     momenta,
-    keeps,
+    one_minus_dampening,
     decays,
     grad_factor,
     weight_factor,
@@ -163,7 +163,8 @@ def update_kernel(
     """ŵ = a·w ;  g ← g/scale, −g if maximize ;  g̃ = s·g + ω·ŵ ;  m ← g̃ in a new buffer, else μ·m + (1−d)·g̃
     u = g̃ without momentum, g̃ + μ·m if nesterov, else m ;  w ← ŵ − lr·(u − p·ŵ)
 
-    lrs, momenta, keeps (1−d), decays (ω): tuples with an entry per param group, lrs of floats or device scalars.
+    lrs, momenta, one_minus_dampening (1−d), decays (ω): tuples with an entry per param group, lrs of
+    floats or device scalars.
     All of μ, d, ω, s, a, p, grad_scale and found_inf may be None: then they cost neither arithmetic nor
     traffic. A found_inf other than 0 ends the program before it has changed anything.
     SUMS: 1: Σ w² of the new, rounded w goes to partials[chunk, 0] for the next step; 2: Σ w·m to [chunk, 3] too.
@@ -179,7 +180,7 @@ def update_kernel(
     has_row = row >= 0
     lr = of_group(group, lrs)
     momentum = None if momenta is None else of_group(group, momenta)
-    keep = None if keeps is None else of_group(group, keeps)
+    keep = None if one_minus_dampening is None else of_group(group, one_minus_dampening)
     decay = None if decays is None else of_group(group, decays)
     scale = None if grad_scale is None else 1.0 / tl.load(grad_scale)
     s = None if grad_factor is None else tl.load(grad_factor + row, mask=has_row, other=1.0)

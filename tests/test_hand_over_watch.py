@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from elropt.ensemble import STEPS_PER_LOOK, HandOverWatch
+from elropt._rule_group import STEPS_PER_LOOK, WarmupEndPoll
 
 
 class Event:
@@ -37,7 +37,7 @@ def first_known(monkeypatch: pytest.MonkeyPatch, *, in_step: bool, late: int, se
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     Event.late = late
-    watch = HandOverWatch(torch.zeros(()))
+    watch = WarmupEndPoll(torch.zeros(()))
     watch.flag = SimpleNamespace(is_cuda=True, device=None)  # type: ignore[assignment]
     watch.copy = SimpleNamespace(copy_=lambda *_, **__: None)  # type: ignore[assignment]
     watch.value, watch.in_step = Event.on_host.numpy(), in_step

@@ -106,11 +106,11 @@ def test_a_state_that_does_not_fit_changes_nothing(damage: str) -> None:
     spoil(saved)
     options = copy.deepcopy(optimizer.state_dict()["param_groups"])
     state = {p: dict(s) for p, s in optimizer.state.items()}
-    ensembles = optimizer._ensembles
+    rule_groups = optimizer._rule_groups
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved)
     assert optimizer.state_dict()["param_groups"] == options
-    assert optimizer._ensembles is ensembles
+    assert optimizer._rule_groups is rule_groups
     assert optimizer.state.keys() == state.keys()
     for p, held in state.items():
         assert all(optimizer.state[p][key] is value for key, value in held.items())

@@ -18,9 +18,9 @@ from elropt.rules import (
     GRANULARITIES,
     RADIAL_TESTS,
     TEST_TURN,
-    Hyper,
     LayerControls,
     LayerStats,
+    RowHyper,
     RuleState,
     count_test,
     decide,
@@ -167,7 +167,7 @@ def test_a_test_counts_by_the_angle_of_the_step() -> None:
     ones = torch.ones(5)
     stats = LayerStats(4 * ones, 36 * ones, 0 * ones, 0 * ones)  # E = 3
     lr = TEST_TURN * torch.tensor([1 / 12, 1 / 12, 1 / 2, 0.0, 1 / 12])
-    hyper = Hyper(lr, 0 * ones, 2 * ones, ones, 0 * ones, ones)
+    hyper = RowHyper(lr, 0 * ones, 2 * ones, ones, 0 * ones, ones)
     factors = LayerControls(torch.tensor([1.0, 0.5, 1.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 2.0, 1.0]))
     before = torch.tensor([0.0, 2.0, 7.5, 1.0, 8.0])
     passed = torch.tensor([0.01, 2.01, 7.51, 1.01, 8.0])
@@ -180,7 +180,7 @@ def test_a_test_counts_by_the_angle_of_the_step() -> None:
 def test_under_warmup_all_tests_count_by_the_turn_that_all_layers_make(λΓ: float, over: float) -> None:
     ones = torch.ones(2)
     stats = LayerStats(ones, torch.tensor([1.0, 16.0]), 0 * ones, 0 * ones)  # E = 1 and 4: Ē = 2
-    hyper = Hyper(λΓ / 2 * ones, 0 * ones, 2 * ones, ones, 0 * ones, 100 * ones)
+    hyper = RowHyper(λΓ / 2 * ones, 0 * ones, 2 * ones, ones, 0 * ones, 100 * ones)
     state = RuleState(0 * ones, 0 * ones, 3 * ones, torch.tensor(over))
     _, after = decide("warmup", stats, state, hyper)
     torch.testing.assert_close(after.tracked, 3 + ones * min(max(min(2 * λΓ, 1) / TEST_TURN, 0.01), 1))
@@ -365,7 +365,7 @@ def test_the_radius_of_a_network_that_stays_as_it_is_keeps_its_bits(rule: str) -
     for _ in range(500):
         weight_sq = torch.tensor((norms * (1.01 + rng.normal(size=3) * 1e-3)) ** 2).float()
         stats = LayerStats(weight_sq, ones, torch.zeros(3), torch.zeros(3))
-        hyper = Hyper(ones, ones, ones, ones, ones, ones)
+        hyper = RowHyper(ones, ones, ones, ones, ones, ones)
         controls, after = decide(rule, stats, state, hyper, granularity="network")
         assert controls.weight_factor is not None
         held = (controls.weight_factor.double().square() * weight_sq.double()).sum().sqrt().item()

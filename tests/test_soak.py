@@ -161,7 +161,7 @@ def test_a_net_past_the_hand_over() -> None:
 @pytest.mark.skipif(not kernels.available(), reason="triton is not installed")
 @pytest.mark.parametrize(("rule", "granularity"), KERNEL_RULES, ids=str)
 def test_norms_that_the_kernels_carry(rule: str, granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elropt.kernels.step.max_programs", lambda device: 0)
+    monkeypatch.setattr("elropt.kernels.fused_step.max_programs", lambda device: 0)
     carry_norms(rule, granularity, "cuda" if torch.cuda.is_available() else "cpu", steps=200, every=1)
 
 
@@ -181,8 +181,8 @@ def carry_norms(rule: str, granularity: str, device: str, *, steps: int, every: 
         before = [p.detach().clone() for p in params] if step % every == 0 else []
         optimizer.step()
         if before:
-            (ensemble,) = optimizer._ensembles or []
-            fused = ensemble._fused
+            (rule_group,) = optimizer._rule_groups or []
+            fused = rule_group._fused
             assert fused is not None
             used = fused.kernels
             assert used.versions == ([p._version for p in params], [])  # so the next step carries them

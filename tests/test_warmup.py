@@ -244,7 +244,7 @@ def vectors(
     stats = rules.LayerStats(ones, torch.tensor(e).square(), zeros, zeros)
     passed = torch.where(torch.tensor(tested), float(rules.RADIAL_TESTS), 3.0)
     state = rules.RuleState(zeros if c is None else torch.tensor(c), zeros, passed, torch.zeros(()))
-    return stats, state, rules.Hyper(lr * ones, zeros, ones, ones, zeros, ones), ones > 0
+    return stats, state, rules.RowHyper(lr * ones, zeros, ones, ones, zeros, ones), ones > 0
 
 
 def test_it_ends_only_when_all_conditions_hold() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim.lr_scheduler import StepLR
 
-from benchmarks import models
+from benchmarks.common import models
 from elropt import ELRSGD, effective_lrs, param_groups, width_scaled_groups
 
 WIDTHS = (128, 256, 512, 1024)

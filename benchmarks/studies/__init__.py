@@ -1,13 +1,13 @@
 """Studies: each claim that elropt stands on as a command that measures it, prints it and draws it."""
 
-from benchmarks.studies.dynamics import DYNAMICS
-from benchmarks.studies.linearization import LINEARIZATION
-from benchmarks.studies.radians import RADIANS
-from benchmarks.studies.regimes import REGIMES
-from benchmarks.studies.spread import SPREAD
-from benchmarks.studies.swap_in import SWAP_IN
-from benchmarks.studies.warmup import WARMUP
-from benchmarks.studies.widths import WIDTHS
+from benchmarks.studies.dynamics.run import DYNAMICS
+from benchmarks.studies.linearization.run import LINEARIZATION
+from benchmarks.studies.radians.run import RADIANS
+from benchmarks.studies.regimes.run import REGIMES
+from benchmarks.studies.spread.run import SPREAD
+from benchmarks.studies.swap_in.run import SWAP_IN
+from benchmarks.studies.warmup.run import WARMUP
+from benchmarks.studies.widths.run import WIDTHS
 
 STUDIES = {
     study.name: study

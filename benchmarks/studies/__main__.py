@@ -11,10 +11,10 @@ import torch
 import typer
 
 from benchmarks.accuracy import ACCURACY
+from benchmarks.common.sweep import default_jobs
 from benchmarks.studies import STUDIES
 from benchmarks.studies import study as studies
 from benchmarks.studies.study import SIZES, Study
-from benchmarks.sweep import default_jobs
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
-from benchmarks.statistics import (
+from benchmarks.common.statistics import (
     Curve,
     Interval,
     UsableRange,
@@ -27,9 +27,9 @@ from benchmarks.statistics import (
     paired,
     usable_range,
 )
+from benchmarks.common.sweep import Row
+from benchmarks.common.training import TRACE_COLUMNS, Method, Run, Task, check_installed, load, train
 from benchmarks.studies.study import Stage, Study
-from benchmarks.sweep import Row
-from benchmarks.training import TRACE_COLUMNS, Method, Run, Task, check_installed, load, train
 from elropt import plots
 
 FRESH_SEEDS = 100  # the seeds of the second stage start here

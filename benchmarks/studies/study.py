@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console, RenderableType
 
-from benchmarks.sweep import Row, sweep, without_nan
+from benchmarks.common.sweep import Row, sweep, without_nan
 from elropt import env_report
 
 SIZES = ("tiny", "small", "full")

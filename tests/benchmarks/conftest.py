@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from benchmarks import sweep
+from benchmarks.common import sweep
 
 
 @pytest.fixture

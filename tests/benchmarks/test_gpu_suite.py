@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from benchmarks import gpu_suite
 from benchmarks.gpu_suite import Context, Part, run_part, run_suite
-from benchmarks.step_time import OPTIMIZERS
-from benchmarks.workloads import WORKLOADS
+from benchmarks.speed.step_time import OPTIMIZERS
+from benchmarks.speed.workloads import WORKLOADS
 
 pytest_plugins = ["pytester"]
 
@@ -308,7 +308,9 @@ def test_commands_name_things_that_exist(name: str, tiny: bool, tmp_path: Path) 
         for word in command:
             assert not word.startswith("tests/") or (gpu_suite.ROOT / word.split("::")[0]).exists()
             if word.startswith("benchmarks."):
-                assert (gpu_suite.ROOT / "benchmarks" / f"{word.removeprefix('benchmarks.')}.py").exists()
+                assert (
+                    gpu_suite.ROOT / "benchmarks" / f"{word.removeprefix('benchmarks.').replace('.', '/')}.py"
+                ).exists()
     chosen = {*gpu_suite.STEPS, *gpu_suite.MORE_STEPS, *gpu_suite.PEERS}
     assert chosen <= set(OPTIMIZERS)
     assert set(gpu_suite.MORE_WORKLOADS) <= set(WORKLOADS)

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from elropt import ELRSGD, ensemble, layer_stats
-from elropt.ensemble import HandOverWatch
+from elropt import ELRSGD, _rule_group, layer_stats
+from elropt._rule_group import WarmupEndPoll
 from tests.distributed.conftest import Ranks
 from tests.oracle import invariant_gradient
 
@@ -203,15 +203,15 @@ def watches() -> list[bool]:
 
     def watch(_: Tensor, *, in_step: bool) -> Any:
         asked.append(in_step)
-        return HandOverWatch(torch.zeros(()))
+        return WarmupEndPoll(torch.zeros(()))
 
-    original, ensemble.HandOverWatch = ensemble.HandOverWatch, watch  # type: ignore[misc, assignment]
+    original, _rule_group.WarmupEndPoll = _rule_group.WarmupEndPoll, watch  # type: ignore[misc, assignment]
     try:
         for placement, tracked in ((Replicate(), True), (Shard(0), True), (Shard(0), False)):
             w = distribute_tensor(torch.ones(4, 4), mesh, (placement,))
             ELRSGD([{"params": [w], "scale_invariant": tracked}], lr=0.1).step()
     finally:
-        ensemble.HandOverWatch = original  # type: ignore[misc]
+        _rule_group.WarmupEndPoll = original  # type: ignore[misc]
     return asked
 
 

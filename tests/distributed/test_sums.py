@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from elropt.distributed import Reduction, Reductions, sum_over_shards
+from elropt.sharding import Reduction, Reductions, sum_over_shards
 
 
 def reduced(monkeypatch: pytest.MonkeyPatch, others: list[Tensor], mine: Tensor) -> Tensor:

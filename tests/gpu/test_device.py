@@ -41,7 +41,7 @@ def test_one_launch_and_two_launches_agree(
     nets = []
     for programs in (0, 10**6):
         if programs == 0:
-            monkeypatch.setattr("elropt.kernels.step.max_programs", lambda device: 0)
+            monkeypatch.setattr("elropt.kernels.fused_step.max_programs", lambda device: 0)
         else:
             monkeypatch.undo()
         net = bn_mlp(depth=6, width=96).cuda()
@@ -50,8 +50,8 @@ def test_one_launch_and_two_launches_agree(
             flagged(net), lr=lr, momentum=0.9, rule=rule, granularity=granularity, project=project, fused=True
         )
         train(net, optimizer, 10)
-        ensemble = optimizer._ensembles[0]  # type: ignore[index]
-        assert ensemble._fused.kernels.cooperates == (programs > 0)  # type: ignore[union-attr]
+        rule_group = optimizer._rule_groups[0]  # type: ignore[index]
+        assert rule_group._fused.kernels.cooperates == (programs > 0)  # type: ignore[union-attr]
         nets.append(list(net.parameters()))
     for a, b in zip(*nets, strict=True):
         assert (a - b).norm() / b.norm() < 1e-3
@@ -60,7 +60,7 @@ def test_one_launch_and_two_launches_agree(
 @pytest.mark.parametrize("programs", [0, 10**6])
 def test_runs_are_repeatable_to_the_bit(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if programs == 0:
-        monkeypatch.setattr("elropt.kernels.step.max_programs", lambda device: 0)
+        monkeypatch.setattr("elropt.kernels.fused_step.max_programs", lambda device: 0)
     results = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -81,7 +81,7 @@ def test_runs_are_repeatable_to_the_bit(programs: int, monkeypatch: pytest.Monke
 def test_carried_norms_have_the_bits_of_measured_ones(
     forgotten: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("elropt.kernels.step.max_programs", lambda device: 0)
+    monkeypatch.setattr("elropt.kernels.fused_step.max_programs", lambda device: 0)
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(n, 37, device="cuda")) for n in (1, 50, 3000)]
     optimizer = ELRSGD([{"params": params, "scale_invariant": True}], lr=0.1, momentum=0.9, rule="uniform")
@@ -90,10 +90,10 @@ def test_carried_norms_have_the_bits_of_measured_ones(
             p.grad = torch.randn_like(p)
         weights = [p.detach().clone() for p in params]
         if forgotten:
-            optimizer._ensembles = None
+            optimizer._rule_groups = None
         optimizer.step()
     measured = kernels.measure(weights, [torch.ones_like(w) for w in weights])[0]
-    used = optimizer._ensembles[0]._fused.kernels.sums[0]  # type: ignore[index,union-attr]
+    used = optimizer._rule_groups[0]._fused.kernels.sums[0]  # type: ignore[index,union-attr]
     assert torch.equal(measured, used)
 
 
@@ -111,7 +111,7 @@ def test_many_programs_without_a_row_pass_the_gate() -> None:
             p.grad = torch.ones_like(p)
         optimizer.step()
     torch.cuda.synchronize()
-    assert optimizer._ensembles[0]._fused.kernels.cooperates  # type: ignore[index,union-attr]
+    assert optimizer._rule_groups[0]._fused.kernels.cooperates  # type: ignore[index,union-attr]
     assert tracked.norm().item() == pytest.approx(radius, rel=0.01)
 
 

@@ -58,8 +58,8 @@ def test_fsdp_on_one_gpu(rule: str | None) -> None:
     got, optimizer = train(rule, sharded=True)
     for key, want in expected.items():
         torch.testing.assert_close(got[key], want, rtol=2e-4, atol=2e-5)
-    for ensemble in optimizer._ensembles or []:
-        for group in ensemble.prepare_groups(optimizer.state):
+    for rule_group in optimizer._rule_groups or []:
+        for group in rule_group.prepare_groups(optimizer.state):
             assert group.backend.__name__ == "elropt.kernels"
 
 

@@ -54,7 +54,7 @@ def test_replays_with_a_changing_lr_equal_eager_steps(
     rule: str | None, project: bool, many_groups: bool, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not together:
-        monkeypatch.setattr("elropt.kernels.step.max_programs", lambda device: 0)
+        monkeypatch.setattr("elropt.kernels.fused_step.max_programs", lambda device: 0)
     results = []
     for graphed in (False, True):
         lr = torch.tensor(0.01, device="cuda")

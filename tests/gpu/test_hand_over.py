@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elropt import ELRSGD
-from elropt.ensemble import HandOverWatch
+from elropt._rule_group import WarmupEndPoll
 
 from ..nets import bn_mlp
 
@@ -33,9 +33,9 @@ def test_when_the_host_learns_of_it_does_not_matter(
 ) -> None:
     soon, optimizer = run(backend, 80)
     torch.cuda.synchronize()
-    (ensemble,) = optimizer._ensembles or []
-    assert ensemble._watch.warmup_is_over()
-    monkeypatch.setattr(HandOverWatch, "warmup_is_over", lambda self: False)
+    (rule_group,) = optimizer._rule_groups or []
+    assert rule_group._watch.warmup_is_over()
+    monkeypatch.setattr(WarmupEndPoll, "warmup_is_over", lambda self: False)
     never, _ = run(backend, 80)
     for a, b in zip(soon, never, strict=True):
         assert torch.equal(a, b)

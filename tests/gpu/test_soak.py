@@ -16,7 +16,7 @@ pytestmark = [
 
 @pytest.mark.parametrize(("rule", "granularity"), KERNEL_RULES, ids=str)
 def test_norms_that_the_kernels_carry(rule: str, granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elropt.kernels.step.max_programs", lambda device: 0)
+    monkeypatch.setattr("elropt.kernels.fused_step.max_programs", lambda device: 0)
     carry_norms(rule, granularity, "cuda", steps=STEPS // 100, every=1)
     before = torch.cuda.memory_allocated()
     carry_norms(rule, granularity, "cuda", steps=STEPS, every=1000)

@@ -1,6 +1,6 @@
 """The kernels compiled ahead of time for GPUs that need not be there.
 
-pytest runs them under the interpreter, so a process of its own compiles them: `benchmarks.compile_report`.
+pytest runs them under the interpreter, so a process of its own compiles them: `benchmarks.speed.compile_report`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compile_report import CAPABILITIES, CASES
+from benchmarks.speed.compile_report import CAPABILITIES, CASES
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--json"]
+    command = [sys.executable, "-m", "benchmarks.speed.compile_report", "--json"]
     root = Path(__file__).parents[2]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from elropt import ELRSGD, effective_lrs, kernels, layer_stats, rules
-from elropt.rules import RADIAL_TESTS, Hyper, LayerStats, RuleState
+from elropt.rules import RADIAL_TESTS, LayerStats, RowHyper, RuleState
 from elropt.rules import decide as specified
 
 if not kernels.available():
@@ -29,8 +29,8 @@ from elropt.kernels.decide import decide
 from ..nets import backward, bn_mlp, invariant_weights
 from .counting import bytes_touched
 
-group_hyper_module = importlib.import_module("elropt.kernels.group_hyper")
-step_module = importlib.import_module("elropt.kernels.step")
+group_hyper_module = importlib.import_module("elropt.kernels.args")
+step_module = importlib.import_module("elropt.kernels.fused_step")
 decide_module = importlib.import_module("elropt.kernels.decide")
 DEVICE = tables.DEVICE_TYPE
 INTERPRETED = DEVICE == "cpu"
@@ -113,7 +113,7 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     state = RuleState(seen, radius, passed, torch.tensor(float(case["over"])))
     group = torch.randint(len(case["lrs"]), (n,), generator=generator)
     lr = torch.tensor(case["lrs"])[group]
-    hyper = Hyper(lr, 0.01 * (group + 1), 9.7 - group, 1.0 - 0.1 * group, 0.9 - 0.1 * group, numel)
+    hyper = RowHyper(lr, 0.01 * (group + 1), 9.7 - group, 1.0 - 0.1 * group, 0.9 - 0.1 * group, numel)
     absent = sometimes(case["odd"])
     if absent.all():
         absent[0] = False
@@ -123,7 +123,7 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
         rule,
         LayerStats(*chosen[:4]),
         RuleState(*chosen[4:7], state.handed_over.double()),
-        Hyper(*chosen[7:]),
+        RowHyper(*chosen[7:]),
         granularity=granularity,
         project=project,
         absent=(seen[absent] > 0).any() if absent.any() else None,
@@ -413,7 +413,7 @@ def test_the_carried_sums_are_those_that_would_be_measured(
             for p in net.parameters():
                 p.grad = torch.randn(p.shape, generator=generator).to(p)
             if forget and step > 0:
-                optimizer._ensembles[0]._fused.kernels.versions = None  # type: ignore[index,union-attr]
+                optimizer._rule_groups[0]._fused.kernels.versions = None  # type: ignore[index,union-attr]
             optimizer.step()
         results.append(list(net.parameters()))
     assert all(map(torch.equal, *results))
@@ -512,7 +512,7 @@ def test_the_table_of_many_groups_is_uploaded_when_a_value_has_changed(
 
 
 def test_a_captured_step_uploads_the_table_from_memory_of_its_own() -> None:
-    hypers = tuple(kernels.Hyper(0.9, 0.0, 1e-3 * i, 1.0, 1.0, 0.9) for i in range(9))
+    hypers = tuple(kernels.GroupHyper(0.9, 0.0, 1e-3 * i, 1.0, 1.0, 0.9) for i in range(9))
     lrs: list[float | Tensor] = [0.1 * i for i in range(8)]
     lrs.append(torch.tensor(0.25, device=DEVICE))
     of_graph = group_hyper_module.HyperArguments(9, torch.device(DEVICE))
@@ -638,7 +638,7 @@ def test_the_gate_opens_when_the_last_program_has_arrived(
 
     def without_waiting(op: Any, pointers: Any, values: Any, mask: Any, sem: Any) -> Any:
         nonlocal reads
-        fused = optimizer._ensembles[0]._fused  # type: ignore[index]
+        fused = optimizer._rule_groups[0]._fused  # type: ignore[index]
         result = atomic_rmw(op, pointers, values, mask, sem)
         if int(pointers[0]) == fused.kernels.gate.data_ptr():  # type: ignore[union-attr]
             reads += int(values[0]) == 0
@@ -652,7 +652,7 @@ def test_the_gate_opens_when_the_last_program_has_arrived(
         patch.setattr(interpreter._interpreter, "atomic_rmw", without_waiting)
         for _ in range(2):
             optimizer.step()
-    kernels_of = optimizer._ensembles[0]._fused.kernels  # type: ignore[index,union-attr]
+    kernels_of = optimizer._rule_groups[0]._fused.kernels  # type: ignore[index,union-attr]
     programs = kernels_of.launches[0].table.n_chunks
     assert launches == ["cooperative_kernel"] * 2
     assert programs > kernels_of.launches[0].table.n_measured > len(tracked)
@@ -672,7 +672,7 @@ def test_pointers_that_stay_upload_nothing_and_moved_parameters_are_followed(
     net, optimizer = net_and_optimizer(True, rule="uniform", flagged=True)
     backward(net, 0)
     optimizer.step()
-    fused = optimizer._ensembles[0]._fused  # type: ignore[index]
+    fused = optimizer._rule_groups[0]._fused  # type: ignore[index]
     assert fused is not None
     grads = [p.grad for p in net.parameters()]
     optimizer.step()
@@ -681,7 +681,7 @@ def test_pointers_that_stay_upload_nothing_and_moved_parameters_are_followed(
         p.grad = p.grad.clone()  # type: ignore[union-attr]
     optimizer.step()
     assert uploads == [1]
-    assert optimizer._ensembles[0]._fused is fused  # type: ignore[index]
+    assert optimizer._rule_groups[0]._fused is fused  # type: ignore[index]
     del grads
     for p in net.parameters():
         p.data = p.data.clone()
@@ -689,7 +689,7 @@ def test_pointers_that_stay_upload_nothing_and_moved_parameters_are_followed(
     before = net[0].weight.clone()
     optimizer.step()
     assert not torch.equal(before, net[0].weight)
-    assert optimizer._ensembles[0]._fused is not fused  # type: ignore[index]
+    assert optimizer._rule_groups[0]._fused is not fused  # type: ignore[index]
     # a replaced buffer
     weight = net[0].weight
     optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)

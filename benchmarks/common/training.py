@@ -1,0 +1,367 @@
+"""One training run: a net, data, an optimizer, a learning rate, a seed → a row of a result file.
+
+Learning rates are chosen by runs that are judged on the validation images; the test images are read by runs of their
+own, with other seeds, after the choice (`Run.part`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+import elropt
+from benchmarks.common import data, models, warmups
+
+SGD_LRS = (0.01, 0.03, 0.1, 0.3)
+ANGLE_LRS = (0.001, 0.003, 0.01, 0.03)
+SPHERE_LRS = (0.0001, 0.001, 0.01, 0.1)
+LARS_LRS = (1.0, 3.0, 10.0, 30.0)
+LINEAR_SHARE = 0.1  # of all steps, for "+linear"
+FIRST_STEPS = 20  # recorded one by one
+TRACE_COLUMNS = ("trace_steps", "spread", "log_std", "mean_E", "applied_spread", "mean_elr", "E", "elr")
+
+
+Part = Literal["val", "test"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """All of a run but its optimizer, learning rate and seed.
+
+    model, data, root, image_size, limit: see `models.build` and `data.load`; split: seed of the validation split.
+    curve: validation accuracies on the way, evenly spaced. other_lr: of the untracked parameters where the learning
+    rate of the tracked ones is not SGD's. amp: bfloat16 autocast.
+    """
+
+    model: str
+    data: str = "digits"
+    root: str | None = None
+    image_size: int | None = None
+    limit: int | None = None
+    split: int = 0
+    epochs: int = 25
+    batch_size: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    other_lr: float = 0.1
+    augment: bool = False
+    curve: int = 0
+    device: str = "cpu"
+    amp: bool = False
+    channels_last: bool = False
+    compile: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An optimizer, and what is done with it at the start.
+
+    optimizer: "sgd" (torch), "elrsgd", or "lars" or "sgdp" (pytorch-optimizer). linear: share of the steps over which
+    the learning rate rises from zero. start: a name in `warmups.WARMUPS`, for "sgd". release: share of the steps after
+    which the rule gives way to plain SGD. separate_lr: lr is that of the tracked weights; the others have
+    `Task.other_lr`. lrs: the grid to choose from.
+    """
+
+    name: str
+    optimizer: str = "elrsgd"
+    rule: str | None = None
+    linear: float = 0.0
+    start: str | None = None
+    release: float = 1.0
+    separate_lr: bool = False
+    unit: str = "SGD's"
+    lrs: tuple[float, ...] = SGD_LRS
+
+    def with_linear(self, share: float = LINEAR_SHARE) -> Method:
+        """The same with a linear warm-up of the learning rate."""
+        return dataclasses.replace(self, name=f"{self.name}+linear", linear=share)
+
+
+_METHODS = [
+    Method("sgd", "sgd"),
+    Method("sgd", "sgd").with_linear(),
+    Method("lars", "lars", unit="of LARS", lrs=LARS_LRS),
+    Method("sgdp", "sgdp"),
+    Method("warmup", rule="warmup"),
+    Method("uniform", rule="uniform"),
+    Method("angle", rule="angle", separate_lr=True, unit="radians", lrs=ANGLE_LRS),
+    Method("sphere", rule="sphere", separate_lr=True, unit="on the sphere", lrs=SPHERE_LRS),
+]
+METHODS = {method.name: method for method in _METHODS}
+METHODS |= {
+    f"{name}+linear": METHODS[name].with_linear() for name in ("warmup", "uniform", "angle", "sphere")
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run. `part`, "val" or "test", is what its accuracy is measured on at the end; with `layers` its row
+    has E and the applied ELR of every layer."""
+
+    task: Task
+    method: Method
+    lr: float
+    seed: int
+    part: Part = "val"
+    layers: bool = False
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train once; returns the row: what came out, and E and the applied ELRs on the way.
+
+    A run whose loss stops being finite ends with that epoch and counts with the accuracy of its last weights.
+    """
+    task, method, dataset = run.task, run.method, load(run.task)
+    torch.manual_seed(run.seed)
+    model = models.build(task.model, in_shape=dataset.in_shape, classes=dataset.classes).to(task.device)
+    if task.channels_last and method.optimizer != "sgdp":  # which takes views of its weights
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    steps = len(dataset.train_y) // task.batch_size * task.epochs
+    optimizer, tracked = make_optimizer(model, run, dataset)
+    if method.start is not None:
+        warmups.WARMUPS[method.start](optimizer, list(tracked.values()))
+    scheduler = make_schedule(optimizer, steps, method.linear)
+    trace = Trace(optimizer, tracked, steps)
+    forward = compiled(model, dataset, task) if task.compile else model
+    evaluated = {round((i + 1) * task.epochs / task.curve) for i in range(task.curve)}
+    curve: list[tuple[int, float, float]] = []
+    losses, finite = torch.zeros(0), True
+    step, seconds = 0, 0.0
+    for epoch in range(task.epochs):
+        started = time.perf_counter()
+        in_epoch = []
+        batches = dataset.batches(
+            "train",
+            task.batch_size,
+            seed=(run.seed, epoch),
+            augment=task.augment,
+            channels_last=task.channels_last,
+        )
+        for images, labels in batches:
+            if step == round(method.release * steps):
+                for group in optimizer.param_groups:
+                    group["rule"] = None
+            optimizer.zero_grad()
+            with _autocast(task):
+                loss = F.cross_entropy(forward(images), labels)
+            loss.backward()
+            in_epoch.append(loss.detach())
+            trace.before(step)
+            optimizer.step()
+            trace.after(step)
+            scheduler.step()
+            step += 1
+        losses = torch.stack(in_epoch).cpu()  # waits for the device
+        seconds += time.perf_counter() - started
+        finite = bool(losses.isfinite().all())
+        if not finite:
+            break
+        if epoch + 1 in evaluated:
+            curve.append((epoch + 1, seconds, accuracy(model, dataset, "val", task)))
+    return {
+        "accuracy": accuracy(model, dataset, run.part, task),
+        "classes": dataset.classes,
+        "loss": losses.mean().item(),
+        "finite": finite,
+        "steps": step,
+        "seconds": seconds,
+        "curve": curve,
+        **trace.result(run.layers),
+    }
+
+
+def compiled(model: nn.Module, dataset: data.Dataset, task: Task) -> Callable[[Tensor], Tensor]:
+    """The compiled net, forward and backward, before the clock starts; the net itself is as it was."""
+    # Every net and batch size of a sweep counts as a recompilation of the same code; beyond 8 it would not be compiled.
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 10000
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    forward = torch.compile(model, dynamic=False)
+    images, labels = next(dataset.batches("train", task.batch_size, channels_last=task.channels_last))
+    with _autocast(task):
+        F.cross_entropy(forward(images), labels).backward()
+    model.zero_grad()
+    model.load_state_dict(state)
+    return forward
+
+
+def make_optimizer(model: nn.Module, run: Run, dataset: data.Dataset) -> tuple[Optimizer, dict[str, Tensor]]:
+    """The optimizer of a run, and its tracked weights by name."""
+    task, method = run.task, run.method
+    images, _ = next(iter(dataset.batches("train", min(task.batch_size, 32))))
+    groups = elropt.param_groups(model, images, weight_decay=task.weight_decay)
+    if method.separate_lr:  # as lr, which peers have too
+        groups = [{**group, "lr": run.lr} if group["scale_invariant"] else group for group in groups]
+    tracked = {
+        name: p
+        for group in groups
+        if group["scale_invariant"]
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    }
+    options: dict[str, Any] = {
+        "lr": task.other_lr if method.separate_lr else run.lr,
+        "momentum": task.momentum,
+    }
+    if method.optimizer == "elrsgd":
+        return elropt.ELRSGD(groups, rule=method.rule, **options), tracked
+    if method.optimizer == "sgd":
+        return torch.optim.SGD(groups, **options), tracked
+    peers = importlib.import_module("pytorch_optimizer")
+    return getattr(peers, method.optimizer.upper())(groups, **options), tracked
+
+
+def check_installed(methods: Iterable[Method]) -> None:
+    """Raises ValueError if the optimizer of a method is in a package that is missing."""
+    peers = [method.name for method in methods if method.optimizer not in ("sgd", "elrsgd")]
+    if peers and importlib.util.find_spec("pytorch_optimizer") is None:
+        raise ValueError(f"{', '.join(peers)}: pip install pytorch-optimizer, or leave them out")
+
+
+def make_schedule(optimizer: Optimizer, steps: int, linear: float) -> LRScheduler:
+    """Cosine to zero, after a linear warm-up over a share of the steps."""
+    warmup = round(linear * steps)
+    cosine = CosineAnnealingLR(optimizer, steps - warmup)
+    if not warmup:
+        return cosine
+    rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+    return SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
+
+
+class Trace:
+    """E = ‖g‖/‖w‖ of the tracked weights, and the ELR that is applied to them, at some steps."""
+
+    def __init__(self, optimizer: Optimizer, tracked: dict[str, Tensor], steps: int) -> None:
+        self._optimizer, self._tracked = optimizer, tracked
+        self._due = set(recorded_steps(steps)) if tracked else set()
+        self._relative_grads: dict[int, Tensor] = {}
+        self._elrs: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def before(self, step: int) -> None:
+        """After backward, before the optimizer and what is hooked to it have touched anything."""
+        if step not in self._due:
+            return
+        self._relative_grads[step] = self._measure()
+        if isinstance(self._optimizer, elropt.ELRSGD):
+            self._optimizer.record_next_step()
+        elif isinstance(self._optimizer, torch.optim.SGD):
+            hook = self._optimizer.register_step_pre_hook(
+                lambda *_: self._elrs.update({step: self._applied()})
+            )
+            self._remove = hook.remove
+
+    def after(self, step: int) -> None:
+        """After the optimizer's step."""
+        if step not in self._due:
+            return
+        if isinstance(self._optimizer, elropt.ELRSGD):
+            applied = elropt.effective_lrs(self._optimizer)
+            self._elrs[step] = torch.tensor([applied.get(name, math.nan) for name in self._tracked])
+        elif isinstance(self._optimizer, torch.optim.SGD):
+            self._remove()
+
+    def result(self, layers: bool) -> dict[str, Any]:
+        """Columns over the recorded steps; with `layers` also E and the applied ELRs, [T, L]."""
+        steps = sorted(self._relative_grads)
+        E = [self._relative_grads[step].double().cpu().numpy() for step in steps]
+        elr = [self._elrs[step].double().cpu().numpy() for step in steps if step in self._elrs]
+        columns: dict[str, Any] = {"trace_steps": steps}
+        columns["spread"] = [significant(spread(row)) for row in E]
+        columns["log_std"] = [significant(log_std(row)) for row in E]
+        columns["mean_E"] = [significant(geometric_mean(row)) for row in E]
+        columns["applied_spread"] = [significant(spread(row)) for row in elr]
+        columns["mean_elr"] = [significant(geometric_mean(row)) for row in elr]
+        if layers:
+            columns["E"] = [[significant(value) for value in row] for row in E]
+            columns["elr"] = [[significant(value) for value in row] for row in elr]
+        return columns
+
+    def _measure(self) -> Tensor:
+        """[L]; NaN where there is no gradient."""
+        norms = [
+            torch.full((), math.nan, device=w.device) if w.grad is None else w.grad.norm() / w.norm()
+            for w in self._tracked.values()
+        ]
+        return torch.stack(norms)
+
+    @torch.no_grad()
+    def _applied(self) -> Tensor:
+        return self._optimizer.param_groups[0]["lr"] * self._measure()
+
+
+def recorded_steps(steps: int) -> list[int]:
+    """The first `FIRST_STEPS` steps, 100, the last, and between them some evenly in the logarithm and some evenly."""
+    last = steps - 1
+    between = [*np.geomspace(1, max(last, 1), 24), *np.linspace(0, last, 12)]
+    chosen = {*range(FIRST_STEPS), 100, *np.rint(between).astype(int).tolist()}
+    return sorted(step for step in chosen if step < steps)
+
+
+def spread(values: NDArray[np.float64]) -> float:
+    """max / min of the positive and finite values; NaN without any."""
+    values = _usable(values)
+    return float(values.max() / values.min()) if values.size else math.nan
+
+
+def log_std(values: NDArray[np.float64]) -> float:
+    """Standard deviation of the logarithms of the positive and finite values; NaN without any."""
+    values = _usable(values)
+    return float(np.log(values).std()) if values.size else math.nan
+
+
+def geometric_mean(values: NDArray[np.float64]) -> float:
+    """Of the positive and finite values; NaN without any."""
+    values = _usable(values)
+    return float(np.exp(np.log(values).mean())) if values.size else math.nan
+
+
+def _usable(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return values[np.isfinite(values) & (values > 0)]
+
+
+def significant(value: float) -> float:
+    """Rounded to 4 significant digits."""
+    return float(f"{value:.4g}")
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, dataset: data.Dataset, part: Part, task: Task) -> float:
+    """Share of the images of a part whose class has the largest logit."""
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=task.device)
+    total = 0
+    for images, labels in dataset.batches(part, 512, channels_last=task.channels_last):
+        with _autocast(task):
+            correct += (model(images).argmax(1) == labels).sum()
+        total += len(labels)
+    model.train()
+    return correct.item() / total
+
+
+def _autocast(task: Task) -> torch.autocast:
+    return torch.autocast(torch.device(task.device).type, dtype=torch.bfloat16, enabled=task.amp)
+
+
+def load(task: Task) -> data.Dataset:
+    """The data set of a task on its device, read once by a process."""
+    return _load(task.data, task.root, task.image_size, task.limit, task.split, task.device)
+
+
+@functools.cache
+def _load(
+    name: str, root: str | None, image_size: int | None, limit: int | None, split: int, device: str
+) -> data.Dataset:
+    return data.load(name, root=root, image_size=image_size, limit=limit, seed=split).to(device)

@@ -1,0 +1,1 @@
+"""What sharded layers cost: the all-reduce, measured and computed."""

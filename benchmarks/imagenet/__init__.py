@@ -1,0 +1,1 @@
+"""ImageNet training with any of the optimizers."""

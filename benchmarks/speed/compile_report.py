@@ -1,0 +1,305 @@
+"""The kernels compiled ahead of time: registers, spills, shared memory and the width of their accesses.
+
+    python -m benchmarks.speed.compile_report            # compile, and rewrite the table in kernels/README.md
+    python -m benchmarks.speed.compile_report --json     # everything, the PTX too, on standard output
+
+It needs triton, which brings the assembler and the disassembler along, but no GPU. `tests/kernels/test_compile.py`
+holds the same cases to what they promise.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from elropt import kernels as elr_kernels
+
+README = Path(__file__).parents[2] / "kernels" / "README.md"
+BEGIN, END = "<!-- compile report: begin -->", "<!-- compile report: end -->"
+
+CAPABILITIES = (80, 90, 100)
+THREADS_PER_WARP = 32
+# Of a multiprocessor of sm_80, sm_90 and sm_100; a thread gets registers in units.
+REGISTERS, THREADS, REGISTER_UNIT = 65_536, 2_048, 8
+
+
+class Case(NamedTuple):
+    """A kernel as it is launched, and the bytes per element that it is to load and to store 128 bits at a time.
+
+    elements: the types of w, g and m. changes: what differs from a float32 step with momentum: constants, and the marks
+    AMP, damped and rounded for arguments that are otherwise absent.
+    """
+
+    kernel: str
+    elements: str
+    changes: dict[str, Any]
+    loaded: int
+    stored: int
+
+
+PLAIN = {"grad_factor": None, "weight_factor": None, "radial": None, "SUMS": 0}
+FP32, BF16, FP16, MIXED = "fp32 fp32 fp32", "bf16 bf16 bf16", "fp16 fp16 fp16", "bf16 fp32 fp32"
+CASES = {
+    "measure fp32": Case("measure", FP32, {"memory": None, "RULE": None}, 8, 0),
+    "measure fp32, warmup": Case("measure", FP32, {"RULE": "warmup"}, 8, 0),
+    "measure fp32, uniform, AMP": Case("measure", FP32, {"RULE": "uniform", "AMP": True}, 8, 0),
+    "measure fp32, sphere of all, projected": Case(
+        "measure",
+        FP32,
+        {"RULE": "sphere", "WHOLE": True, "PROJECT": True, "HAS_BUFFERS": True, "damped": True},
+        12,
+        0,
+    ),
+    "measure fp32, warmup, projected": Case(
+        "measure", FP32, {"RULE": "warmup", "PROJECT": True, "HAS_BUFFERS": True}, 12, 0
+    ),
+    "measure bf16, angle": Case("measure", BF16, {"RULE": "angle"}, 4, 0),
+    "measure bf16, projected": Case("measure", BF16, {"PROJECT": True, "HAS_BUFFERS": True}, 6, 0),
+    "measure bf16, fp32 gradients": Case("measure", MIXED, {"HAS_BUFFERS": True}, 10, 0),
+    "update fp32": Case("update", FP32, PLAIN, 12, 8),
+    "update fp32, warmup": Case("update", FP32, {"radial": None}, 12, 8),
+    "update fp32, projected, damped, AMP": Case(
+        "update", FP32, {"SUMS": 2, "damped": True, "AMP": True}, 12, 8
+    ),
+    "update fp32 without momentum": Case("update", FP32, {**PLAIN, "momenta": None}, 8, 4),
+    "update bf16": Case("update", BF16, PLAIN, 6, 4),
+    "update bf16, warmup": Case("update", BF16, {"radial": None}, 6, 4),
+    "update bf16, rounded stochastically": Case("update", BF16, {**PLAIN, "rounded": True}, 6, 4),
+    "update fp16": Case("update", FP16, PLAIN, 6, 4),
+    "update bf16, fp32 gradients": Case("update", MIXED, PLAIN, 10, 6),
+    "cooperative fp32, warmup": Case("cooperative", FP32, {"RULE": "warmup", "radial": None}, 12, 8),
+    "cooperative fp32, uniform, AMP": Case(
+        "cooperative",
+        FP32,
+        {"RULE": "uniform", "weight_factor": None, "radial": None, "AMP": True},
+        12,
+        8,
+    ),
+    "cooperative fp32, sphere, projected": Case(
+        "cooperative",
+        FP32,
+        {"RULE": "sphere", "PROJECT": True, "HAS_BUFFERS": True},
+        16,  # m twice
+        8,
+    ),
+    "cooperative fp32, warmup, projected, damped, AMP": Case(
+        "cooperative",
+        FP32,
+        {"RULE": "warmup", "PROJECT": True, "HAS_BUFFERS": True, "NESTEROV": False}
+        | {"AMP": True, "damped": True},
+        16,
+        8,
+    ),
+    "cooperative bf16, fp32 gradients, warmup, projected, damped, AMP, rounded": Case(
+        "cooperative",
+        MIXED,
+        {"RULE": "warmup", "PROJECT": True, "HAS_BUFFERS": True, "NESTEROV": False}
+        | {"AMP": True, "damped": True, "rounded": True},
+        10,
+        6,
+    ),
+    "cooperative bf16, warmup": Case("cooperative", BF16, {"RULE": "warmup", "radial": None}, 6, 4),
+}
+
+Report = dict[str, dict[str, dict[str, Any]]]
+
+
+def compile_cases() -> Report:
+    """{case: {capability: what `examine` found}}.
+
+    Not for a process in which TRITON_INTERPRET is set: there the kernels are Python.
+    """
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = ("measure", "update", "cooperative", "tables")
+    measure, update, cooperative, tables = (
+        importlib.import_module(f"elropt.kernels.{name}") for name in names
+    )
+    types: dict[str, Any] = {"addresses": "*i64", "segments": "*i64", "chunk_segment": "*i32"}
+    types |= {"counters": "*i32", "gate": "*i32", "group_of_row": "*i32", "step": "*i64", "seed": "i64"}
+    types |= dict.fromkeys(["n_rows", "read_all", "read_momentum", "n_deciding"], "i32")
+    tuples = ["lrs", "momenta", "keeps", "decays", "gains", "per_grads", "per_momenta"]
+    types |= dict.fromkeys(tuples, ("fp32", "fp32")) | {"lrs": ("fp32", "*fp32")}
+    constants: dict[str, Any] = {
+        "RULE": None, "WHOLE": False, "PROJECT": False, "HAS_BUFFERS": False,
+        "SUMS": 1, "NESTEROV": True, "MAXIMIZE": False, "CHUNK": tables.CHUNK,
+    }  # fmt: skip
+    kernels: dict[str, Any] = {
+        "measure": measure.measure_kernel,
+        "update": update.update_kernel,
+        "cooperative": cooperative.cooperative_kernel,
+    }
+    elements = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+    elements_per_thread = tables.CHUNK // (THREADS_PER_WARP * tables.NUM_WARPS)
+
+    report: Report = {}
+    for name, case in CASES.items():
+        function = kernels[case.kernel]
+        changes = dict(case.changes)
+        of_elements = (elements[dtype] for dtype in case.elements.split())
+        constexprs = {**constants, **dict(zip("WGM", of_elements, strict=True))}
+        if not changes.pop("AMP", False):
+            constexprs |= {"grad_scale": None, "found_inf": None}
+        if not changes.pop("damped", False):
+            constexprs["keeps"] = None
+        if not changes.pop("rounded", False):
+            constexprs |= {"seed": None, "step": None}
+        constexprs |= changes
+        constexprs = {k: v for k, v in constexprs.items() if k in function.arg_names}
+        if constexprs.get("RULE") != "warmup" and case.kernel != "update":
+            constexprs["handed_over"] = None
+        signature = {
+            arg: "constexpr" if arg in constexprs else types.get(arg, "*fp32") for arg in function.arg_names
+        }
+        attrs = {
+            (i,): [["tt.divisibility", 16]]
+            for i, arg in enumerate(function.arg_names)
+            if isinstance(signature[arg], str) and signature[arg].startswith("*")
+        }
+        options: dict[str, Any] = {"num_warps": tables.NUM_WARPS, "enable_fp_fusion": False}
+        if case.kernel == "cooperative":
+            options |= {"maxnreg": cooperative.MAX_REGISTERS, "launch_cooperative_grid": True}
+        source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attrs)
+        report[name] = {}
+        for capability in CAPABILITIES:
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            report[name][str(capability)] = examine(compiled, elements_per_thread)
+    return report
+
+
+def examine(compiled: Any, elements_per_thread: int) -> dict[str, Any]:
+    """What became of a kernel.
+
+    registers: of a thread. stack, local: bytes per thread; 0 unless registers were spilled there. static_shared,
+    launch_shared: bytes of shared memory per program, in the binary and given at the launch. loaded, stored: bytes per
+    element in accesses of 128 bits. threads: of a program. ptx.
+    """
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", printed)}
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"],
+        "static_shared": usage["SHARED"],
+        "launch_shared": compiled.metadata.shared,
+        "loaded": wide_bytes(ptx, "ld") / elements_per_thread,
+        "stored": wide_bytes(ptx, "st") / elements_per_thread,
+        "threads": THREADS_PER_WARP * compiled.metadata.num_warps,
+        "ptx": ptx,
+    }
+
+
+def wide_bytes(ptx: str, instruction: str) -> int:
+    """Bytes of tensors that one thread moves with `instruction` (ld or st) in accesses of at least 128 bits.
+
+    Partial sums, which other programs wrote, are loaded past the first cache (.cg).
+    """
+    accesses = re.findall(rf"\b{instruction}\.global(?!\.cg)\S*?\.v(\d)\.\w(\d+)", ptx)
+    return sum(int(n) * int(bits) // 8 for n, bits in accesses if int(n) * int(bits) >= 128)
+
+
+def programs_per_multiprocessor(registers: int, threads: int) -> int:
+    """How many programs of so many threads fit the registers of a multiprocessor, and its threads."""
+    allocated = -(-registers // REGISTER_UNIT) * REGISTER_UNIT
+    return min(REGISTERS // (allocated * threads), THREADS // threads)
+
+
+def table_of(report: Report, triton_version: str, date: datetime.date) -> str:
+    """The report as Markdown, a line for each case; what differs between the targets in the order of CAPABILITIES."""
+    targets = " / ".join(f"sm_{capability}" for capability in CAPABILITIES)
+    lines = [
+        f"triton {triton_version}, {date.isoformat()}, for {targets}: one number where all agree.",
+        f"*Programs*: what {REGISTERS:,} registers hold on a multiprocessor. *Spilled*: bytes of stack per thread.",
+        "*Shared*: bytes in the binary (the 1,024 are the system's own) + given at the launch.",
+        "*Loaded*, *stored*: bytes per element, 128 bits at a time.",
+        "",
+        "| case | registers | programs | spilled | shared | loaded | stored |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, results in report.items():
+        columns = [
+            (
+                str(r["registers"]),
+                str(programs_per_multiprocessor(r["registers"], r["threads"])),
+                str(r["stack"]),
+                f"{r['static_shared']:,}+{r['launch_shared']:,}",
+                f"{r['loaded']:g}",
+                f"{r['stored']:g}",
+            )
+            for r in (results[str(capability)] for capability in CAPABILITIES)
+        ]
+        cells = [of[0] if len(set(of)) == 1 else " / ".join(of) for of in zip(*columns, strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def split_at_table(text: str) -> tuple[str, str, str]:
+    """What precedes the table, the table, and what follows it.
+
+    Raises:
+        ValueError: the two comments that enclose the table are not there, once and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the table belongs between one line {BEGIN!r} and, after it, one line {END!r}")
+    before, rest = text.split(BEGIN)
+    table, after = rest.split(END)
+    return before + BEGIN, table.strip("\n"), END + after
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command()
+def main(
+    readme: Annotated[
+        Path, typer.Option(help="File whose table is rewritten.", show_default="kernels/README.md")
+    ] = README,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything, the PTX too, instead of rewriting the table.")
+    ] = False,
+) -> None:
+    """Compile the kernels for sm_80, sm_90 and sm_100 and report registers, spills and the width of accesses.
+
+    Example: python -m benchmarks.speed.compile_report --readme kernels/README.md
+    """
+    if not elr_kernels.available():
+        raise typer.BadParameter(f"{elr_kernels.why_unavailable()}; this needs triton: pip install triton")
+    import triton
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        raise typer.BadParameter(
+            "TRITON_INTERPRET is set, so the kernels are not compiled: unset TRITON_INTERPRET"
+        )
+    if as_json:
+        print(json.dumps(compile_cases()))
+        return
+    try:
+        before, _, after = split_at_table(readme.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--readme") from error
+    table = table_of(compile_cases(), triton.__version__, datetime.datetime.now(datetime.UTC).date())
+    readme.write_text(f"{before}\n{table}\n{after}", encoding="utf-8")
+    typer.echo(f"wrote {readme}")
+
+
+if __name__ == "__main__":
+    app()

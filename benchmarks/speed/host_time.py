@@ -1,0 +1,283 @@
+"""What a step of ELRSGD costs on the host, measured without a GPU.
+
+    python -m benchmarks.speed.host_time cpu --out runs/host-time-cpu-steps.json
+
+| part | what | peer of the ratios |
+|---|---|---|
+| `launches` | Python's work for a step of the kernels; 160, 2,000 tiny tensors, 160 param groups | torch's fused SGD |
+| `cpu` | steps without kernels; the tensors of a 30-layer BN-MLP, of ResNet-50, and these cut down | torch's for-loop |
+| `groups` | steps without kernels; 160 tensors of 4 elements in 1 and in 160 param groups | torch's for-loop, 1 group |
+
+`launches`: kernels run under the interpreter on the CPU, and here each launch is replaced by nothing. What is left is
+finding out whether tensors, state and options are those of the step before, and preparing arguments. The peer is the
+whole `step()` of torch's fused SGD on the CPU, which computes next to nothing. On a GPU, `benchmarks.speed.step_time
+host` measures both with their launches.
+
+Everything runs on one thread. Optimizers take turns step by step, in another order each turn; ratios are those of one
+turn. In `cpu` and `groups`
+each has tensors of its own, and two sets of gradients that take turns, as after `zero_grad` and `backward`; their times
+are CPU time of this process, which other processes on the machine disturb less.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import gc
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+from unittest.mock import patch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+import numpy as np
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from benchmarks.common import models
+from benchmarks.speed.workloads import WORKLOADS, Workload
+from elropt import ELRSGD, env_report
+
+TENSORS = (160, 2000)
+GROUPS = 160
+QUANTILES = (0.2, 0.5, 0.8)
+OPTIONS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
+RULES = {"elr-none": None, "elr-warmup": "warmup", "elr-uniform": "uniform", "elr-angle": "angle"}
+CPU_RULES = {**RULES, "elr-sphere": "sphere"}
+TORCH: dict[str, dict[str, bool]] = {
+    "torch-loop": {"foreach": False},
+    "torch-foreach": {"foreach": True},
+    "torch-fused": {"fused": True},
+}
+CUT = 4  # elements of each dimension that are left of ResNet-50's tensors, cut down
+
+
+class Part(enum.StrEnum):
+    """What is measured."""
+
+    LAUNCHES = "launches"
+    CPU = "cpu"
+    GROUPS = "groups"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Optimizers that take turns on tensors of the same shapes, and the one that their times are divided by."""
+
+    name: str
+    tensors: int
+    elements: int
+    make: Callable[[], dict[str, Optimizer]]
+    baseline: str
+    slowdown: int = 1  # one turn for so many of the smallest case
+
+
+class NoLaunch:
+    """In the place of a kernel."""
+
+    def __getitem__(self, grid: object) -> Any:
+        return lambda *arguments, **options: None
+
+
+def tensors(count: int) -> list[nn.Parameter]:
+    """Parameters of 4 elements with gradients."""
+    params = [nn.Parameter(torch.randn(2, 2)) for _ in range(count)]
+    for p in params:
+        p.grad = torch.randn(2, 2)
+    return params
+
+
+def without_launches(count: int) -> dict[str, Optimizer]:
+    """torch's SGD and ELRSGD's rules, each on `count` tensors of its own, all of them tracked."""
+    made: dict[str, Optimizer] = {
+        name: SGD(tensors(count), **TORCH[name], **OPTIONS) for name in ("torch-fused", "torch-foreach")
+    }
+    for name, rule in RULES.items():
+        groups = [{"params": tensors(count), "scale_invariant": True}]
+        made[name] = ELRSGD(groups, rule=rule, fused=True, **OPTIONS)
+    if count == GROUPS:
+        made[f"elr-uniform, {GROUPS} groups"] = ELRSGD(
+            [{**group, "scale_invariant": True} for group in groups_of(GROUPS)],
+            rule="uniform",
+            fused=True,
+            **OPTIONS,
+        )
+    return made
+
+
+def groups_of(count: int) -> list[dict[str, Any]]:
+    """160 tensors in so many param groups, with learning rates of their own."""
+    params = tensors(GROUPS)
+    size = GROUPS // count
+    return [
+        {"params": params[i * size : (i + 1) * size], "lr": OPTIONS["lr"] * (1 - i / 1000)}
+        for i in range(count)
+    ]
+
+
+def bn_mlp() -> Workload:
+    """The tensors of a 30-layer BN-MLP of width 128 on digits; a BatchNorm follows each matrix but the head."""
+    named = list(models.build("bn-mlp-30", in_shape=(1, 8, 8), classes=10).named_parameters())
+    shapes = tuple(tuple(p.shape) for _, p in named)
+    matrices = [i for i, shape in enumerate(shapes) if len(shape) == 2]
+    tracked = tuple(i in matrices[:-1] for i in range(len(shapes)))
+    return Workload("bn-mlp-30", tuple(name for name, _ in named), shapes, tracked)
+
+
+def cut_down(workload: Workload) -> Workload:
+    """As many tensors of as many dimensions, of at most `CUT` elements each way."""
+    shapes = tuple(tuple(min(size, CUT) for size in shape) for shape in workload.shapes)
+    return dataclasses.replace(workload, name=f"{workload.name}, cut down", shapes=shapes)
+
+
+def real_steps(workload: Workload) -> dict[str, Optimizer]:
+    """torch's SGD and ELRSGD's rules, as a user gets them, each on tensors of its own."""
+    cpu = torch.device("cpu")
+    made: dict[str, Optimizer] = {
+        name: SGD(workload.make(cpu), **options, **OPTIONS) for name, options in TORCH.items()
+    }
+    for name, rule in CPU_RULES.items():
+        made[name] = ELRSGD(workload.param_groups(workload.make(cpu)), rule=rule, **OPTIONS)
+    return made
+
+
+def in_groups() -> dict[str, Optimizer]:
+    """One and 160 param groups."""
+    made: dict[str, Optimizer] = {}
+    for count in (1, GROUPS):
+        for name, options in TORCH.items():
+            made[f"{name}, {count}"] = SGD(groups_of(count), **{**OPTIONS, **options})
+        for name, rule in RULES.items():
+            if rule == "warmup":  # which would hand over
+                continue
+            tracked = [{**group, "scale_invariant": True} for group in groups_of(count)]
+            made[f"{name}, {count}"] = ELRSGD(tracked, rule=rule, **OPTIONS)
+    return made
+
+
+def cases(part: Part) -> list[Case]:
+    """What a part measures."""
+    if part == Part.LAUNCHES:
+        return [
+            Case(f"{count} x 4", count, 4 * count, lambda count=count: without_launches(count), "torch-fused")
+            for count in TENSORS
+        ]
+    if part == Part.GROUPS:
+        return [Case(f"{GROUPS} x 4", GROUPS, 4 * GROUPS, in_groups, "torch-loop, 1")]
+    resnet = WORKLOADS["resnet-50"]()
+    return [
+        Case(w.name, len(w.shapes), w.elements, lambda w=w: real_steps(w), "torch-loop", slowdown)
+        for w, slowdown in ((bn_mlp(), 1), (cut_down(resnet), 1), (resnet, 15))
+    ]
+
+
+def swap_gradients(optimizer: Optimizer, others: list[list[Tensor | None]]) -> None:
+    """Give the parameters the gradients of `others`, and leave theirs there."""
+    for group, held in zip(optimizer.param_groups, others, strict=True):
+        for i, p in enumerate(group["params"]):
+            p.grad, held[i] = held[i], p.grad
+
+
+def seconds_per_step(case: Case, turns: int, *, two_gradients: bool) -> dict[str, np.ndarray]:
+    """For each optimizer, the seconds of each of its steps; `two_gradients`: of CPU time."""
+    clock = time.process_time if two_gradients else time.perf_counter
+    made = case.make()
+    spare = {
+        name: [
+            [None if p.grad is None else p.grad.clone() for p in group["params"]] for group in o.param_groups
+        ]
+        for name, o in made.items()
+        if two_gradients
+    }
+    order = np.random.default_rng(0)
+    samples: dict[str, list[float]] = {name: [] for name in made}
+    for optimizer in made.values():
+        for _ in range(5):
+            optimizer.step()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in track(range(max(1, turns // case.slowdown)), description=f"{case.name}"):
+            for name in order.permutation(list(made)).tolist():
+                optimizer = made[name]
+                if two_gradients:
+                    swap_gradients(optimizer, spare[name])
+                started = clock()
+                optimizer.step()
+                samples[name].append(clock() - started)
+    finally:
+        gc.enable()
+    return {name: np.array(values) for name, values in samples.items()}
+
+
+def rows_of(part: Part, turns: int) -> list[dict[str, Any]]:
+    """A row per case and optimizer."""
+    rows = []
+    for case in cases(part):
+        samples = seconds_per_step(case, turns, two_gradients=part != Part.LAUNCHES)
+        for name, seconds in samples.items():
+            rows.append(
+                {
+                    "case": case.name,
+                    "tensors": case.tensors,
+                    "elements": case.elements,
+                    "optimizer": name,
+                    "n": len(seconds),
+                    "us": (1e6 * np.quantile(seconds, QUANTILES)).tolist(),
+                    "ratio": np.quantile(seconds / samples[case.baseline], QUANTILES).tolist(),
+                }
+            )
+    return rows
+
+
+def main(
+    part: Annotated[Part, typer.Argument(help="What is measured.")] = Part.LAUNCHES,
+    turns: Annotated[int, typer.Option(min=1, help="Steps of each optimizer (ResNet-50: a 15th).")] = 300,
+    out: Annotated[Path, typer.Option(help="Result file.")] = Path("runs/host_time.json"),
+) -> None:
+    """Host time of a step: of the Triton backend with launches left out, or whole steps on the CPU.
+
+    Example: python -m benchmarks.speed.host_time cpu --turns 300
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if part == Part.LAUNCHES:
+        step_module = importlib.import_module("elropt.kernels.fused_step")
+        no_launches = dict.fromkeys(("measure_kernel", "update_kernel", "cooperative_kernel"), NoLaunch())
+        with patch.multiple(step_module, **no_launches):
+            rows = rows_of(part, turns)
+    else:
+        rows = rows_of(part, turns)
+    report = {
+        "kind": "host-time",
+        "env": env_report.collect(),
+        "config": {"part": part.value, "turns": turns, "quantiles": QUANTILES},
+        "rows": rows,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    console = Console()
+    baseline = {case.baseline for case in cases(part)}.pop()
+    table = Table(title=f"host time of a step: {part.value}", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("tensors", "optimizer", "µs (median)", f"ratio to {baseline} (20 %, 50 %, 80 %)"):
+        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    for row in rows:
+        ratios = ", ".join(f"{value:.2f}" for value in row["ratio"])
+        table.add_row(row["case"], row["optimizer"], f"{row['us'][1]:,.0f}", ratios)
+    console.print(table)
+    console.print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
