@@ -173,6 +173,9 @@ def warmup(
     log_a = torch.where(tested, torch.where(ends, smooth_offset, EQUALIZATION_RATE * offset) / 2, 0.0)
     s, a = (torch.where(active, value, 0.0).exp() for value in (log_a - offset, log_a))
     handed_over = torch.where(ends, 1.0, state.handed_over)
+    c = torch.where(
+        active, c, state.sphere_grad_norm
+    )  # a host that learns of the end late leaves the same state
     return LayerControls(s, a), state._replace(sphere_grad_norm=c, handed_over=handed_over)
 
 

@@ -132,7 +132,8 @@ def decide(
             rescaled = tl.where(only_if(over == 0, passed == RADIAL_TESTS), rescaled, 0.0)
             a = tl.exp(rescaled)
             s = tl.exp(tl.where(over != 0, 0.0, rescaled - offset))
-            tl.store(memory + at, _smooth_c(ww, gg, c, moving), mask=only_if(skipped == 0, moving))
+            remembers = only_if((over == 0) & (skipped == 0), moving)
+            tl.store(memory + at, _smooth_c(ww, gg, c, moving), mask=remembers)
         elif RULE == "uniform":
             s = tl.where(moving, tl.exp(log_target - _log_e(ww, gg, moving)), 1.0)
         elif (RULE == "angle") | (RULE == "sphere"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elropt import ELRSGD, dynamics, effective_lrs, rules
 from elropt import reference as reference_backend
+from elropt._rule_group import WarmupEndPoll
 
 from .nets import backward, bn_mlp, invariant_weights, train
 
@@ -281,6 +282,25 @@ def test_the_last_rescaling_uses_the_smoothed_c() -> None:
     np.testing.assert_allclose(after.sphere_grad_norm.numpy(), c, rtol=1e-6)
     offset = np.log(c) - np.log(c).mean()
     np.testing.assert_allclose(controls.weight_factor.numpy(), np.exp(offset / 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [{"foreach": False}, {"foreach": True}], ids=str)
+def test_a_host_that_learns_late_that_it_is_over_leaves_the_same_state(
+    backend: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the rule is asked some steps longer, and in a CUDA graph for good."""
+    results = []
+    for late in (False, True):
+        net = bn_mlp()
+        optimizer = ELRSGD(net.parameters(), lr=0.05, momentum=0.9, **backend)
+        train(net, optimizer, range(60))
+        assert optimizer.state[net[0].weight]["handed_over"] == 1
+        if late:
+            monkeypatch.setattr(WarmupEndPoll, "warmup_is_over", lambda self: False)
+        train(net, optimizer, range(60, 65))
+        state = [t for p in net.parameters() for t in optimizer.state[p].values()]
+        results.append([t.detach() for t in (*net.parameters(), *state)])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize(("dampening", "nesterov"), [(0.0, False), (0.5, False), (0.0, True)])

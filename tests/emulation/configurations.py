@@ -61,10 +61,10 @@ SMALLEST_FLOAT16 = 2.0**-24
 def attach(emulator: Emulator, *, cooperative: bool) -> None:
     """Let `elropt.kernels` take CPU tensors, and tell the emulator where a step's tables point to. With `cooperative`
     every step that may is one cooperative launch. These are all the places in the package that are replaced."""
-    from elropt.kernels import step, tables
+    from elropt.kernels import fused_step, tables
 
     tables.DEVICE_TYPE = "cpu"
-    step.max_programs = lambda device: H100_PROGRAMS if cooperative else 0
+    fused_step.max_programs = lambda device: H100_PROGRAMS if cooperative else 0
     emulator.cooperative = {"cooperative_kernel"}
     if not hasattr(kernels.FusedStep, "step_without_emulator"):
         kernels.FusedStep.step_without_emulator = kernels.FusedStep.step  # type: ignore[attr-defined]

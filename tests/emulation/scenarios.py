@@ -1,4 +1,4 @@
-"""What random configurations hardly reach: the step at which the warm-up ends, and stochastic rounding."""
+"""What random configurations hardly reach: the end of the warm-up, what comes after it, and stochastic rounding."""
 
 from __future__ import annotations
 
@@ -59,6 +59,46 @@ def hand_over(emulator: Emulator) -> Iterator[str]:
         emulator.machine.reports.clear()
 
 
+def late_news(emulator: Emulator) -> Iterator[str]:
+    """A host that learns late that the warm-up is over goes on with the rule's kernels, as does a CUDA graph: no bit of
+    parameters and state depends on it, not even where a record has everything measured."""
+    runs = []
+    for knows in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        emulator.machine.schedule = Schedule(seed=int(knows), quantum=100)
+        shapes = [(64, 64), (16, 8), (5, 1000)]
+        tracked = [nn.Parameter(_unit(torch.randn(shape, generator=generator))) for shape in shapes]
+        bias = nn.Parameter(torch.randn(300, generator=generator))
+        groups = [
+            {"params": tracked, "scale_invariant": True},
+            {"params": [bias], "scale_invariant": False, "weight_decay": 1e-3},
+        ]
+        optimizer = ELRSGD(groups, lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
+        steps = []
+        for step in range(5):
+            for p in (*tracked, bias):
+                p.grad = _unit(torch.randn(p.shape, generator=generator))
+            if not knows and step > 0:
+                (rule_group,) = optimizer._rule_groups or []
+                rule_group._watch.warmup_is_over = lambda: False  # type: ignore[method-assign]
+            if not knows and step == 3:
+                optimizer.record_next_step()
+            optimizer.step()
+            tensors = {("weight", i): p.detach().clone() for i, p in enumerate((*tracked, bias))}
+            for i, p in enumerate((*tracked, bias)):
+                tensors |= {(name, i): t.clone() for name, t in optimizer.state[p].items()}
+            steps.append(tensors)
+        runs.append(steps)
+    if [step["handed_over", 0].item() for step in runs[0]] != [1.0] * len(runs[0]):
+        yield "the warm-up has not ended at the first step"
+    for step, (early, late) in enumerate(zip(*runs, strict=True)):
+        for (name, i), t in early.items():
+            if not torch.equal(t, late[name, i]):
+                yield f"step {step}: {name} of {i} differs by {(t - late[name, i]).abs().max():.2g}"
+    yield from emulator.machine.reports
+    emulator.machine.reports.clear()
+
+
 def _unit(t: Tensor) -> Tensor:
     return t / t.norm()
 
@@ -104,4 +144,8 @@ def rounding(emulator: Emulator) -> Iterator[str]:
         emulator.machine.reports.clear()
 
 
-SCENARIOS: dict[str, Callable[[Emulator], Iterator[str]]] = {"hand-over": hand_over, "rounding": rounding}
+SCENARIOS: dict[str, Callable[[Emulator], Iterator[str]]] = {
+    "hand-over": hand_over,
+    "late-news": late_news,
+    "rounding": rounding,
+}

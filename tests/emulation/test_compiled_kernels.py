@@ -111,6 +111,15 @@ def test_no_barrier_can_be_left_out(findings: Findings, kind: str, job: str) -> 
     assert findings(kind, job) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "job"), [param for kind in KINDS for param in in_group(kind, f"late-news/{kind}")]
+)
+def test_a_host_that_learns_late_that_the_warmup_is_over_changes_no_bit(
+    findings: Findings, kind: str, job: str
+) -> None:
+    assert findings(kind, job) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", RANGES)
 def test_many_configurations(folder: Path, jobs: str) -> None:

@@ -24,7 +24,8 @@ def run(backend: dict[str, bool], steps: int) -> tuple[list[torch.Tensor], ELRSG
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(net(x), x[:, :4].argmax(1)).backward()
         optimizer.step()
-    return [p.detach().clone() for p in net.parameters()], optimizer
+    state = [t for p in net.parameters() for t in optimizer.state[p].values()]
+    return [t.detach().clone() for t in (*net.parameters(), *state)], optimizer
 
 
 @pytest.mark.parametrize("backend", [{"foreach": True}, {"fused": True}, {}], ids=str)
