@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
 from elropt import ELRSGD, kernels
-from elropt.kernels import cooperative, step, tables
+from elropt.kernels import cooperative, fused_step, tables
 from elropt.optimizer import validate_choices
 
 Options = dict[str, Any]
@@ -130,7 +130,7 @@ class Recorder:
 
     def step(self, options: Options) -> None:
         """A step of an optimizer with these options."""
-        step.max_programs = lambda device: 10**6 if options["launches"] == "one" else 0
+        fused_step.max_programs = lambda device: 10**6 if options["launches"] == "one" else 0
         groups = [[_tensors(options) for _ in range(options["tensors"])] for _ in range(options["groups"])]
         lrs = {"float": [0.1], "tensor": [torch.tensor(0.1)], "mixed": [0.1, torch.tensor(0.1)]}[
             options["lr"]
