@@ -129,7 +129,7 @@ def compile_cases() -> Report:
     types: dict[str, Any] = {"addresses": "*i64", "segments": "*i64", "chunk_segment": "*i32"}
     types |= {"counters": "*i32", "gate": "*i32", "group_of_row": "*i32", "step": "*i64", "seed": "i64"}
     types |= dict.fromkeys(["n_rows", "read_all", "read_momentum", "n_deciding"], "i32")
-    tuples = ["lrs", "momenta", "keeps", "decays", "gains", "per_grads", "per_momenta"]
+    tuples = ["lrs", "momenta", "one_minus_dampening", "decays", "gains", "per_grads", "per_momenta"]
     types |= dict.fromkeys(tuples, ("fp32", "fp32")) | {"lrs": ("fp32", "*fp32")}
     constants: dict[str, Any] = {
         "RULE": None, "WHOLE": False, "PROJECT": False, "HAS_BUFFERS": False,
@@ -152,7 +152,7 @@ def compile_cases() -> Report:
         if not changes.pop("AMP", False):
             constexprs |= {"grad_scale": None, "found_inf": None}
         if not changes.pop("damped", False):
-            constexprs["keeps"] = None
+            constexprs["one_minus_dampening"] = None
         if not changes.pop("rounded", False):
             constexprs |= {"seed": None, "step": None}
         constexprs |= changes
