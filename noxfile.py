@@ -27,7 +27,7 @@ TESTS = [
     "tests/test_contract.py",
     "tests/test_sgd_parity.py",
     "tests/kernels/test_kernels.py",
-    "tests/kernels/test_step.py",
+    "tests/kernels/test_fused_step.py",
     "tests/kernels/test_availability.py",
     "tests/kernels/test_specializations.py",
 ]

@@ -75,7 +75,7 @@ SANITIZER_TESTS = [
     "tests/gpu/test_device.py::test_one_launch_and_two_launches_agree[False-uniform-layer]",
     "tests/gpu/test_device.py::test_one_launch_and_two_launches_agree[True-warmup-layer]",
     "tests/gpu/test_device.py::test_runs_are_repeatable_to_the_bit",
-    "tests/kernels/test_step.py::test_a_launch_for_each_combination_of_dtypes",
+    "tests/kernels/test_fused_step.py::test_a_launch_for_each_combination_of_dtypes",
     "tests/kernels/test_kernels.py::test_measure_gives_the_same_bits_every_time",
     "tests/kernels/test_kernels.py::test_non_finite_gradients_show_up_in_their_row_alone",
 ]
@@ -203,7 +203,9 @@ def end_to_end(context: Context) -> list[list[str]]:
 
 PARTS = {
     "compile": Part(compile_ahead(), 30, gpu_only=True),
-    "tests": Part(tests("tests/gpu", "tests/kernels/test_step.py", "tests/kernels/test_kernels.py"), 85),
+    "tests": Part(
+        tests("tests/gpu", "tests/kernels/test_fused_step.py", "tests/kernels/test_kernels.py"), 85
+    ),
     "step-time": Part(step_time, 110),
     "kernels": Part(lambda c: [module("kernels", "--out", str(c.out / "kernels.json"))], 55, gpu_only=True),
     "end-to-end": Part(end_to_end, 70),

@@ -609,9 +609,10 @@ class TritonStep:
             for p, count in zip(self.params, self.row_counts, strict=True)
         ]
         number = {p: i for i, group in enumerate(rule_group.groups) for p in group["params"]}
+        grads = [g for group in groups for g in group.grads]
         self.kernels = kernels.FusedStep(
             self.params,
-            [g for group in groups for g in group.grads],
+            grads,
             self.buffers,
             groups=[number[p] for p in self.params],
             kinds=[
@@ -635,21 +636,23 @@ class TritonStep:
             else None,
             number=rule_group.number,
         )
+        self.plan = self.kernels.plan(grads)  # of the next step
         self._are_new = any(
             m is None for group in groups if group.momentum != 0 for m in group.momentum_buffers
         )
 
     def fits(self, grads: Sequence[Tensor]) -> bool:
-        """Whether this can take the next step too; if gradients have only moved, it follows them."""
+        """Whether this can take the next step too; then `plan` is what it is to do."""
         groups = self.rule_group.groups
         if has_tensor_decay(groups):  # the kernels have none; and comparing it would wait for the device
             return False
         values = list(map(_HYPERS, groups))
-        return (
-            self.options == list(map(_LAUNCH_OPTIONS, groups))
-            and (values == self._values or self.present_terms == _present_terms(values))
-            and self.kernels.points_to(grads)
-        )
+        if self.options != list(map(_LAUNCH_OPTIONS, groups)) or (
+            values != self._values and self.present_terms != _present_terms(values)
+        ):
+            return False
+        self.plan = self.kernels.plan(grads)
+        return self.plan is not None
 
     def step(self, *, grad_scale: Tensor | None, found_inf: Tensor | None, **options: Any) -> None:
         device = self.kernels.device
@@ -668,8 +671,15 @@ class TritonStep:
             has_tensors = any(isinstance(value, Tensor) for of_group in values for value in of_group)
             self._values = None if has_tensors else values
         step = self.rule_group.rounding_step
+        assert self.plan is not None
         self.kernels.step(
-            lrs, self._hypers, grad_scale=grad_scale, found_inf=found_inf, rounding_step=step, **options
+            self.plan,
+            lrs,
+            self._hypers,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            rounding_step=step,
+            **options,
         )
         if step is not None:
             step.add_(1 if found_inf is None else (found_inf == 0).squeeze())

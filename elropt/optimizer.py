@@ -309,7 +309,7 @@ class ELRSGD(Optimizer):
             (rule_group, rule_group.prepare(self.state)) for rule_group in self._current_rule_groups()
         ]
         for _, tensors in prepared:
-            if isinstance(tensors, TritonStep) and tensors.kernels.in_capture:
+            if isinstance(tensors, TritonStep) and tensors.plan is not None and tensors.plan.in_capture:
                 self._captured[id(tensors)] = tensors  # a graph that is replayed later uses its memory
         # set by torch.amp.GradScaler around this call
         amp = {name: _tensor_or_none(self, name) for name in ("grad_scale", "found_inf")}

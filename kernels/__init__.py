@@ -19,6 +19,7 @@ __all__ = [
     "FusedStep",
     "GroupHyper",
     "LaunchKey",
+    "StepPlan",
     "available",
     "bytes_moved",
     "can_use",
@@ -91,6 +92,6 @@ def can_use(
 if available():
     from .args import GroupHyper
     from .bytes_moved import bytes_moved
-    from .fused_step import DecisionInputs, FusedStep, LaunchKey
+    from .fused_step import DecisionInputs, FusedStep, LaunchKey, StepPlan
     from .measure import measure
     from .update import new_buffer, update, without_marks

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import tables
 from .args import GroupArguments, GroupHyper, HyperArguments
 from .cooperative import MAX_REGISTERS, cooperative_kernel, max_programs
+from .graph_tables import GraphTables
 from .measure import measure_kernel
 from .tables import (
     Row,
@@ -27,7 +28,7 @@ from .tables import (
 )
 from .update import update_kernel
 
-__all__ = ["DecisionInputs", "FusedStep", "LaunchKey"]
+__all__ = ["DecisionInputs", "FusedStep", "LaunchKey", "StepPlan"]
 
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 _STRIDED = {torch.strided}
@@ -52,10 +53,17 @@ class DecisionInputs(NamedTuple):
     handed_over: Tensor
 
 
+class StepPlan(NamedTuple):
+    """What a step is to do about its tables: where the gradients are, and whether a CUDA graph captures the step."""
+
+    grad_pointers: tuple[int, ...]
+    in_capture: bool
+
+
 class FusedStep:
     """The launches of a step: tables and scratch memory on the device, made once.
 
-    `points_to` says whether they still fit, `step` measures, decides and updates.
+    `plan` says whether they still fit and changes nothing; `step` measures, decides and updates.
 
     Args:
         params, grads, buffers: tensors that `can_use` accepts; buffers are None in groups without momentum, and made by
@@ -88,7 +96,7 @@ class FusedStep:
         self.rule = rule
         self.written = [*self.params, *self.buffers]
         self.written_pointers = _pointers(self.written)
-        self.grad_layouts, self.grad_pointers = _layouts(grads), _pointers(grads)
+        self.grad_layouts, self.grad_pointers = _layouts(grads), tuple(_pointers(grads))
 
         triples = triples_of(params, grads, buffers)
         together: dict[Any, list[int]] = {}
@@ -111,10 +119,8 @@ class FusedStep:
         ]
         self.addresses = [launch.table.addresses for launch in self.launches]
         self.hypers = HyperArguments(len(kinds), self.device)
-        self.in_capture = False  # whether this step becomes part of a CUDA graph
-        self._of_graphs: list[GraphTables] = []
-        self._n_groups = len(kinds)
-        self._spare = self._make_spare()
+        self.graph_tables = GraphTables(len(kinds), self.device)
+        self.graph_tables.make_ready(self.grad_pointers, self.addresses)
         self._prepare_rule(params, groups, rows, 0 if rule is None else rule.memory.shape[1])
 
     def _prepare_rule(
@@ -148,58 +154,24 @@ class FusedStep:
             and self.launches[0].table.n_chunks <= max_programs(self.device)
         )
 
-    def points_to(self, grads: Sequence[Tensor]) -> bool:
-        """Whether the tables fit these gradients and where the parameters and buffers are now. Gradients that are
-        merely elsewhere are followed, without waiting for the device."""
+    def plan(self, grads: Sequence[Tensor]) -> StepPlan | None:
+        """What `step` needs to know of these gradients; None if the launches do not fit them, or if a parameter or a
+        buffer has moved. Gradients may have moved. Changes nothing.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured and no tables are ready for it.
+        """
         if _pointers(self.written) != self.written_pointers or _layouts(grads) != self.grad_layouts:
-            return False
-        pointers = _pointers(grads)
-        self.in_capture = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.in_capture:
-            self.addresses = self._addresses_for_graph(pointers)
-            return True
-        self.addresses = [launch.table.addresses for launch in self.launches]
-        if pointers != self.grad_pointers:
-            self.grad_pointers = pointers
-            for launch, addresses in zip(self.launches, self.addresses, strict=True):
-                host = torch.from_numpy(launch.addresses_with(pointers))
-                addresses.copy_(host.pin_memory() if addresses.is_cuda else host, non_blocking=True)
-        if self._spare is None:
-            self._spare = self._make_spare()
-        return True
-
-    def _make_spare(self) -> GraphTables | None:
-        """Address tables for the next CUDA graph, with the addresses of this step."""
-        if self.device.type != "cuda":
             return None
-        device = [launch.table.addresses.clone() for launch in self.launches]
-        hypers = HyperArguments(self._n_groups, self.device)
-        pinned = None if hypers.table is None else _pinned_like(hypers.table)
-        return GraphTables(list(self.grad_pointers), list(map(_pinned_like, device)), device, hypers, pinned)
-
-    def _addresses_for_graph(self, pointers: list[int]) -> list[Tensor]:
-        """A graph gets tables of its own, which later steps leave alone. If its gradients lie elsewhere than those of
-        the step before, it uploads them whenever it is replayed."""
-        is_new = self._spare is not None
-        if self._spare is not None:
-            self._of_graphs.append(self._spare)
-            self._spare = None
-        held = self._of_graphs[-1] if self._of_graphs else None
-        if held is None or not (is_new or held.pointers == pointers):
-            raise RuntimeError(
-                "another CUDA graph has taken the tables that were ready: run one step between two captures"
-            )
-        if held.pointers != pointers:
-            held.pointers, held.uploads = pointers, True
-            for launch, pinned in zip(self.launches, held.host, strict=True):
-                pinned.numpy()[:] = launch.addresses_with(pointers)
-        if held.uploads:
-            for pinned, addresses in zip(held.host, held.device, strict=True):
-                addresses.copy_(pinned, non_blocking=True)
-        return held.device
+        in_capture = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        plan = StepPlan(tuple(_pointers(grads)), in_capture)
+        if in_capture:
+            self.graph_tables.refuse(plan.grad_pointers)
+        return plan
 
     def step(
         self,
+        plan: StepPlan,
         lrs: Sequence[float | Tensor],
         hypers: tuple[GroupHyper, ...],
         *,
@@ -212,6 +184,7 @@ class FusedStep:
         """Update parameters and buffers in place.
 
         Args:
+            plan: of this step, from `plan`.
             lrs, hypers: of each param group, see `HyperArguments.of`.
             active: whether the rule takes part; without it, this is SGD.
             read_all: measure every row in full, whatever the rule needs.
@@ -224,13 +197,13 @@ class FusedStep:
         together = rule is not None and self.cooperates
         try:
             with torch.cuda.device_of(self.params[0]):
-                groups = self._group_arguments(lrs, hypers)
+                addresses, groups = self._follow(plan, lrs, hypers)
                 if rule is not None and together:
-                    self._cooperate(rule, groups, amp, rounding_step)
+                    self._cooperate(rule, addresses, groups, amp, rounding_step)
                 else:
                     if rule is not None:
-                        self._measure(rule, groups, read_all, amp)
-                    self._update(rule, groups, amp, rounding_step)
+                        self._measure(rule, addresses, groups, read_all, amp)
+                    self._update(rule, addresses, groups, amp, rounding_step)
         except BaseException:  # between launches: programs have been counted that will not be followed
             self.counters.zero_()
             self.versions = None
@@ -242,28 +215,39 @@ class FusedStep:
         elif self.shares_counters and self.versions is not None:
             self.versions = [p._version for p in self.measured], self.versions[1]
 
-    def _group_arguments(
-        self, lrs: Sequence[float | Tensor], hypers: tuple[GroupHyper, ...]
-    ) -> GroupArguments:
-        if self.in_capture:
-            held = self._of_graphs[-1]
-            return held.hypers.of(lrs, hypers, held.pinned_hypers)
-        return self.hypers.of(lrs, hypers)
+    def _follow(
+        self, plan: StepPlan, lrs: Sequence[float | Tensor], hypers: tuple[GroupHyper, ...]
+    ) -> tuple[list[Tensor], GroupArguments]:
+        """The address tables and the arguments of the groups for this step. Nothing waits for the device."""
+        if plan.in_capture:
+            of_graph = self.graph_tables.take(plan.grad_pointers, self._addresses_for)
+            return of_graph.addresses, of_graph.hypers.of(lrs, hypers, of_graph.host_hypers)
+        if plan.grad_pointers != self.grad_pointers:
+            self.grad_pointers = plan.grad_pointers
+            for array, addresses in zip(self._addresses_for(plan.grad_pointers), self.addresses, strict=True):
+                host = torch.from_numpy(array)
+                addresses.copy_(host.pin_memory() if addresses.is_cuda else host, non_blocking=True)
+        self.graph_tables.make_ready(plan.grad_pointers, self.addresses)
+        return self.addresses, self.hypers.of(lrs, hypers)
 
-    def _norms_are_known(self, rule: DecisionInputs) -> bool:
-        """Whether the last update's sums are those of the weights (and buffers) as they are: no write that PyTorch
-        knows of has come between. Expects the next update."""
-        weights = [p._version for p in self.measured]
-        buffers = [m._version for m in self.buffers] if rule.project else []
-        known = (weights, buffers) == self.versions
-        self.versions = [version + 1 for version in weights], buffers
-        return known
+    def _addresses_for(self, grad_pointers: Sequence[int]) -> list[np.ndarray]:
+        return [launch.addresses_with(grad_pointers) for launch in self.launches]
 
     def _measure(
-        self, rule: DecisionInputs, groups: GroupArguments, read_all: bool, amp: dict[str, Tensor | None]
+        self,
+        rule: DecisionInputs,
+        addresses_of_launches: list[Tensor],
+        groups: GroupArguments,
+        read_all: bool,
+        amp: dict[str, Tensor | None],
     ) -> None:
-        unknown = not self._norms_are_known(rule)
-        for launch, addresses in zip(self.launches, self.addresses, strict=True):
+        # The sums that the last update left are those of the weights (and buffers) as they are, unless PyTorch knows
+        # of a write since.
+        weights = [p._version for p in self.measured]
+        buffers = [m._version for m in self.buffers] if rule.project else []
+        unknown = (weights, buffers) != self.versions
+        self.versions = [version + 1 for version in weights], buffers  # after the update that follows
+        for launch, addresses in zip(self.launches, addresses_of_launches, strict=True):
             if launch.table.n_measured > 0:
                 measure_kernel[(launch.table.n_measured,)](
                     addresses,
@@ -306,11 +290,12 @@ class FusedStep:
     def _update(
         self,
         rule: DecisionInputs | None,
+        addresses_of_launches: list[Tensor],
         groups: GroupArguments,
         amp: dict[str, Tensor | None],
         rounding_step: Tensor | None,
     ) -> None:
-        for index, (launch, addresses) in enumerate(zip(self.launches, self.addresses, strict=True)):
+        for index, (launch, addresses) in enumerate(zip(self.launches, addresses_of_launches, strict=True)):
             update_kernel[(launch.table.n_chunks,)](
                 addresses,
                 launch.table.segments,
@@ -328,11 +313,12 @@ class FusedStep:
     def _cooperate(
         self,
         rule: DecisionInputs,
+        addresses_of_launches: list[Tensor],
         groups: GroupArguments,
         amp: dict[str, Tensor | None],
         rounding_step: Tensor | None,
     ) -> None:
-        (launch,), (addresses,) = self.launches, self.addresses
+        (launch,), (addresses,) = self.launches, addresses_of_launches
         cooperative_kernel[(launch.table.n_chunks,)](
             addresses,
             launch.table.segments,
@@ -374,19 +360,6 @@ class FusedStep:
         }
 
 
-@dataclass
-class GraphTables:
-    """The tables of a CUDA graph: addresses on the device, and pinned on the host in case the graph `uploads` them; the
-    hyper-parameters of its groups, and where there is a table of these, host memory that the graph uploads it from."""
-
-    pointers: list[int]
-    host: list[Tensor]
-    device: list[Tensor]
-    hypers: HyperArguments
-    pinned_hypers: Tensor | None
-    uploads: bool = False
-
-
 @dataclass(frozen=True)
 class Launch:
     """What one launch of the update covers.
@@ -410,10 +383,6 @@ class Launch:
 def _mixed(*numbers: int) -> int:
     """A seed of 63 bits that differs if one of the numbers does."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _pinned_like(t: Tensor) -> Tensor:
-    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
 
 
 def _pointers(tensors: Sequence[Tensor]) -> list[int]:

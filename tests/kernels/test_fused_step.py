@@ -700,6 +700,21 @@ def test_pointers_that_stay_upload_nothing_and_moved_parameters_are_followed(
     assert torch.cosine_similarity(direction, grad.flatten(), dim=0) > 0.99
 
 
+def test_a_plan_changes_nothing() -> None:
+    net, optimizer = net_and_optimizer(True, rule="uniform", flagged=True)
+    backward(net, 0)
+    optimizer.step()
+    step = optimizer._rule_groups[0]._fused.kernels  # type: ignore[index,union-attr]
+    held, addresses = dict(vars(step)), [t.clone() for t in step.addresses]
+    grads = [p.grad for p in step.params]
+    moved = [g.clone() for g in grads]  # type: ignore[union-attr]
+    assert step.plan(grads) == kernels.StepPlan(step.grad_pointers, in_capture=False)
+    assert step.plan(moved) == kernels.StepPlan(tuple(g.data_ptr() for g in moved), in_capture=False)
+    assert step.plan([g.double() for g in moved]) is None
+    assert vars(step) == held
+    assert all(map(torch.equal, step.addresses, addresses))
+
+
 def everything(net: nn.Module, optimizer: ELRSGD) -> list[Tensor]:
     state = [t.clone() for p in net.parameters() for t in optimizer.state[p].values()]
     return [*(p.detach().clone() for p in net.parameters()), *state]
