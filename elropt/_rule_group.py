@@ -159,6 +159,8 @@ class RuleGroup:
         counts, shards = list(self.row_counts.values()), [self.shards.get(p) for p in self.params]
         self._reductions = reductions(self.params, counts, shards, self.device) if self.shards else None
         self._watch = WarmupEndPoll(self.memory.handed_over, in_step=self._reductions is not None)
+        if self._has_old_state:
+            self._watch.read()
         self._present: tuple[bool, ...] | None = None  # which parameters have a gradient, None: all
         self._fused: TritonStep | None = None  # of the last step
         self._all_fused: dict[tuple[bool, ...] | None, TritonStep] = {}  # by what is `present`
@@ -194,6 +196,7 @@ class RuleGroup:
                 self._leave(state, p, {"handed_over": handed_over})
         self._remember_rounding(state)
         c, radius, tracked = packed
+        self._has_old_state = seen
         self._untested = self._tests_left(tracked if seen else None, always)
         return RuleState(c, radius, tracked, handed_over), packed
 
@@ -755,7 +758,7 @@ def buffer_for(grad: Tensor, buffer: Tensor | None, group: Group) -> Tensor | No
 
 
 class WarmupEndPoll:
-    """Tells the host that the warm-up is over, without ever waiting for the device.
+    """Tells the host that the warm-up is over, without waiting for the device in the middle of training.
 
     On the CPU the flag is read in memory. On a GPU each look enqueues a copy into pinned memory; the host learns of
     it at the first step after the copy has arrived, and until then measures without effect. With `in_step`, for ranks
@@ -773,6 +776,12 @@ class WarmupEndPoll:
         self.value = self.copy.numpy() if self.is_readable else np.zeros(())
         self.arrival: torch.cuda.Event | None = None
         self.steps = itertools.count(1)
+
+    def read(self) -> None:
+        """Wait for the flag, where a state is taken over and read anyway: it may be long set."""
+        if self.is_readable:
+            self.copy.copy_(self.flag)
+            self.over_in_step = bool(self.value > 0)
 
     def look(self) -> None:
         """Ask for the flag, now and then; at most one question is under way."""

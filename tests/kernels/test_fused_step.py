@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from elropt import ELRSGD, effective_lrs, kernels, layer_stats, rules
+from elropt import ELRSGD, _rule_group, effective_lrs, kernels, layer_stats, rules
 from elropt.rules import RADIAL_TESTS, LayerStats, RowHyper, RuleState
 from elropt.rules import decide as specified
 
@@ -288,6 +288,31 @@ def test_the_warmup_ends_at_the_same_step_as_in_the_reference() -> None:
     assert ends[0] == ends[1]
     assert 8 < ends[0] < 70
     assert_same_nets(*nets, rtol=1e-5)
+
+
+def test_layers_that_join_after_the_warmup_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a host asks a GPU for its end only now and then: taking over a state, it reads that of the warm-up too."""
+
+    class OnAGPU(_rule_group.WarmupEndPoll):
+        def __init__(self, flag: Tensor, **options: Any) -> None:
+            super().__init__(flag, **options)
+            if INTERPRETED:  # there it would look at the flag itself
+                self.copy = torch.zeros(())
+                self.value = self.copy.numpy()
+
+    monkeypatch.setattr(_rule_group, "WarmupEndPoll", OnAGPU)
+    net = bn_mlp(depth=4, width=8).to(DEVICE)
+    first, *others = invariant_weights(net)
+    optimizer = ELRSGD([{"params": others, "scale_invariant": True}], lr=0.05, momentum=0.9, fused=True)
+    backward(net, 0)
+    optimizer.step()
+    optimizer.state[others[0]]["handed_over"].fill_(1.0)
+    optimizer.add_param_group({"params": [first, net[-1].weight]})
+    for step in range(1, RADIAL_TESTS + 1):
+        backward(net, step)
+        optimizer.step()
+    assert optimizer.state[first]["tracked"] == RADIAL_TESTS
+    assert optimizer.state[net[-1].weight]["tracked"] == -1
 
 
 def test_layer_stats_are_those_of_the_reference() -> None:
