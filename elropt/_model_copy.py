@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .sharding import is_dtensor
+
+Outputs: TypeAlias = Callable[[Any], Any]  # what of a model's outputs counts
 
 
 class Inputs(NamedTuple):
@@ -125,6 +127,12 @@ def backward_from_loss(model: nn.Module, inputs: Inputs, loss: Callable[[Any], A
         raise ValueError(f"loss returned {found}; it must be a scalar tensor that depends on the parameters")
     value.sum().backward()
     return value.detach()
+
+
+def owner_of(name: str) -> str:
+    """The module that a parameter belongs to; for a parametrized one, the module that is parametrized."""
+    owner, parametrized, _ = f".{name}".partition(".parametrizations.")
+    return owner if parametrized else owner.rpartition(".")[0]
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

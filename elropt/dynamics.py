@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 Array: TypeAlias = NDArray[np.float64]
-Rule: TypeAlias = Callable[[Array], ArrayLike | tuple[ArrayLike, ArrayLike]]
+ModelRule: TypeAlias = Callable[[Array], ArrayLike | tuple[ArrayLike, ArrayLike]]
 Gradients: TypeAlias = Literal["aligned", "independent"]
 
 
@@ -123,7 +123,7 @@ def elr_spread(E: ArrayLike) -> Array:
 
 def simulate(
     E0: ArrayLike,
-    lr: ArrayLike | Rule,
+    lr: ArrayLike | ModelRule,
     steps: int,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
@@ -269,7 +269,7 @@ def equilibrium_relative_grad(
     return k * np.sin(equilibrium_angle(lr, weight_decay, momentum)) / lr
 
 
-def _decide(rule: Rule, step: int, E: Array) -> tuple[Array, Array]:
+def _decide(rule: ModelRule, step: int, E: Array) -> tuple[Array, Array]:
     """What the rule answers for this step: learning rate and gradient factor, each a number or [L]."""
     decision = rule(E)
     lr, grad_factor = decision if isinstance(decision, tuple) else (decision, 1.0)

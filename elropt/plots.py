@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .report import RunHistory
+from .run_history import RunHistory
 
 try:
     from matplotlib import colormaps

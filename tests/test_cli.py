@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 import elropt
 from elropt import ELRSGD, Recorder, dynamics, effective_lrs, env_report, find_scale_invariant, param_groups
 from elropt.cli import app
-from elropt.report import inspect_model, random_label_loss, read_run
+from elropt.inspection import inspect_model, random_label_loss
+from elropt.run_history import read_run
 
 TARGET = """
 import torch

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elropt import ELRSGD, Recorder, effective_lrs, find_scale_invariant, layer_stats, record_next_step
-from elropt.monitor import LayerRow, LayerTable
-from elropt.report import read_run
+from elropt.layer_table import LayerRow, LayerTable
 from elropt.rules import GRANULARITIES
+from elropt.run_history import read_run
 
 RULES = [(rule, granularity) for rule, allowed in GRANULARITIES.items() for granularity in allowed]
 SHAPES = ((7, 3), (5, 2, 3, 3), (4, 7))

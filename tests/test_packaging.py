@@ -76,7 +76,7 @@ for path in {sorted({str(Path(m.__file__).parents[1]) for m in (torch, np)})!r}:
     sys.path.append(path)
 for name in ("triton", "typer", "rich", "matplotlib", "scipy", "sklearn", "tensorboard"):
     sys.modules[name] = None  # as if only torch and NumPy were installed there
-import elropt, elropt.kernels, elropt.report
+import elropt, elropt.kernels, elropt.inspection, elropt.run_history
 assert "env" in elropt.__file__, elropt.__file__
 assert importlib.util.find_spec("kernels") is None
 w = elropt.optimizer.torch.nn.Parameter(elropt.optimizer.torch.ones(2, 2))

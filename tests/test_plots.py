@@ -21,7 +21,7 @@ from elropt.plots import (
     save,
     spread_over_steps,
 )
-from elropt.report import RunHistory
+from elropt.run_history import RunHistory
 
 STEPS = np.arange(0, 50, 10)
 ELRS = np.logspace(0, -4, 12)[None, :] * np.linspace(1, 0.5, len(STEPS))[:, None]

@@ -20,13 +20,7 @@ from torch.optim import SGD, lr_scheduler
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from elropt import ELRSGD
-from elropt.scale_invariance import (
-    equalize_,
-    explain_scale_invariance,
-    find_scale_invariant,
-    param_groups,
-)
+from elropt import ELRSGD, equalize_, explain_scale_invariance, find_scale_invariant, param_groups
 from tests.architectures import ARCHITECTURES, PreActivationResNet, Prediction
 
 # With every eps at 1e-30, rescaling an invariant weight moves the outputs by rounding or, where an eps is

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import elropt
 from elropt import ELRSGD
-from elropt.report import read_run
+from elropt.run_history import read_run
 from tests.distributed.conftest import Ranks
 
 STEPS, BATCH, WIDTH = 12, 16, 12

@@ -1,18 +1,17 @@
-"""Learning rates by layer that do for a wider net what one learning rate did for a narrow one.
-
-For nets in standard parameterization: weights drawn with a variance of constant/fan_in (He, Glorot, torch's own).
-"""
+"""Parameter groups for an optimizer: by scale invariance, and with learning rates that scale with the width."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from .scale_invariance import owner_of
+from ._model_copy import Inputs, Outputs, owner_of
+from .scale_invariance import explain, warn_of_eps
 
-__all__ = ["width_scaled_groups"]
+__all__ = ["param_groups", "width_scaled_groups"]
 
 Role: TypeAlias = Literal["input", "hidden", "output", "vector", "fixed"]
 
@@ -24,6 +23,99 @@ EXPONENTS: dict[tuple[str, str], dict[Role, float]] = {
 }
 EXPONENTS["adam", "mse"] = EXPONENTS["adam", "cross_entropy"]
 WIDTH_ATTRIBUTES = ("out_features", "out_channels", "embedding_dim")  # of Linear, convolutions, Embedding
+
+
+def param_groups(
+    model: nn.Module,
+    /,
+    *inputs: Any,
+    weight_decay: float = 0.0,
+    tracked_lr: float | None = None,
+    exclude: Iterable[str] = (),
+    outputs: Outputs | None = None,
+    **kwargs: Any,
+) -> list[dict[str, Any]]:
+    """Sort a model's trainable parameters into groups for ELRSGD, or any other torch optimizer.
+
+    Returns plain dicts with the keys `name`, `params`, `param_names`, `scale_invariant` (bool) and
+    `weight_decay`; empty groups are left out:
+    - "scale_invariant": what `find_scale_invariant` finds, if it has 2 or more dimensions;
+    - "other": all else with 2 or more dimensions, for example the head;
+    - "no_decay": norm gains and biases (fewer than 2 dimensions, or the magnitude of
+      `torch.nn.utils.parametrizations.weight_norm`), with weight decay 0;
+    - "sparse": weights with sparse gradients, which only plain SGD without decay can apply: ``rule=None``,
+      ``project=False``, weight decay 0.
+
+    Args:
+        model, inputs, outputs, kwargs: as for `find_scale_invariant`, ``param_groups(model, **batch)`` for a batch
+            that is a dict. An argument of the model that is called like one of this function is passed by position.
+        weight_decay: weight decay of the first two groups, per step and unit of lr; not negative.
+        tracked_lr: becomes `tracked_lr` of the "scale_invariant" group, in the unit of the optimizer's rule (rad for
+            "angle", `sphere_lr` for "sphere"): see `ELRSGD`, the only optimizer that reads it. None: no group has the
+            key, the optimizer's own holds.
+        exclude: names or `fnmatch` patterns ("head.*") of parameters that are never tracked.
+
+    Warns:
+        UserWarning: nothing is tracked. Or: the invariance is only approximate, see `find_scale_invariant`.
+
+    Raises:
+        ValueError: a number that is negative or not finite, an entry of `exclude` that matches no parameter,
+            a model without trainable parameters; and those of `find_scale_invariant`.
+        TypeError: `exclude` is a single string.
+    """
+    for argument, value in (("weight_decay", weight_decay), ("tracked_lr", tracked_lr)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{argument} is {value}; it must be finite and >= 0")
+    excluded = _matching(
+        "exclude",
+        exclude,
+        [name for name, _ in model.named_parameters()],
+        "no parameter; give a name from model.named_parameters() or a pattern such as 'head.*'",
+    )
+    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    if not trainable:
+        raise ValueError("model has no parameter with requires_grad=True, so there is nothing to optimize")
+
+    call = Inputs(inputs, kwargs)
+    explained = explain(model, call, outputs, training=True)
+    members: dict[str, list[str]] = {"scale_invariant": [], "other": [], "no_decay": [], "sparse": []}
+    for name, param in trainable.items():
+        if explained[name].sparse_grad:
+            members["sparse"].append(name)
+        elif param.ndim < 2 or (name.endswith(".original0") and param.numel() == param.shape[0]):
+            members["no_decay"].append(name)
+        elif explained[name].kind is not None and name not in excluded:
+            members["scale_invariant"].append(name)
+        else:
+            members["other"].append(name)
+    warn_of_eps(model, call, outputs, {name: explained[name] for name in members["scale_invariant"]})
+    if not members["scale_invariant"]:
+        warnings.warn(
+            "no parameter is tracked: none that is trainable and not excluded is a scale-invariant weight. "
+            "explain_scale_invariance(model, *inputs) says why for each; pass real data, at least 8 samples, "
+            "as inputs, and put a normalization behind the weights to be tracked",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    groups: list[dict[str, Any]] = []
+    for group_name, param_names in members.items():
+        if not param_names:
+            continue
+        tracked = group_name == "scale_invariant"
+        group = {
+            "name": group_name,
+            "params": [trainable[name] for name in param_names],
+            "param_names": param_names,
+            "scale_invariant": tracked,
+            "weight_decay": 0.0 if group_name in ("no_decay", "sparse") else weight_decay,
+        }
+        if group_name == "sparse":
+            group |= {"rule": None, "project": False}
+        if tracked and tracked_lr is not None:
+            group["tracked_lr"] = tracked_lr
+        groups.append(group)
+    return groups
 
 
 def width_scaled_groups(
@@ -103,7 +195,8 @@ def width_scaled_groups(
             f"{', '.join(computed[:2])}{' …' if len(computed) > 2 else ''}: weights that are computed from other "
             "parameters (weight_norm and the like) scale otherwise, which is not derived: remove the parametrization"
         )
-    inputs = _matching("input", input, matrices)
+    otherwise = f"no weight matrix; the model has {', '.join(matrices)}"
+    inputs = _matching("input", input, matrices, otherwise)
     if not inputs:
         inputs = matrices[:1]
         if _layer_width(model, inputs[0]) is None:
@@ -111,7 +204,7 @@ def width_scaled_groups(
                 f"the first weight matrix, {inputs[0]!r}, is of no Linear, convolution or Embedding: name all whose "
                 "fan-in does not grow in input=, such as ['patch_embedding.weight', 'class_token', 'position']"
             )
-    outputs = _matching("output", output, matrices) or matrices[-1:]
+    outputs = _matching("output", output, matrices, otherwise) or matrices[-1:]
     params = dict(model.named_parameters(remove_duplicate=False))
     roles: dict[Tensor, Role] = {params[name]: "input" for name in inputs}
     for name in outputs:
@@ -155,25 +248,24 @@ def width_scaled_groups(
     ]
 
 
-def _matching(argument: str, patterns: Iterable[str], matrices: list[str]) -> list[str]:
-    """The weight matrices that a name or pattern matches, in their own order."""
+def _matching(argument: str, patterns: Iterable[str], names: list[str], otherwise: str) -> list[str]:
+    """Those of `names` that a name or pattern matches, in their own order. A pattern that matches none is an error,
+    which says that it matches `otherwise`."""
     if isinstance(patterns, str):
         raise TypeError(
             f"{argument} is the string {patterns!r}; pass an iterable of names or patterns: [{patterns!r}]"
         )
     matched = set()
     for pattern in patterns:
-        matches = [name for name in matrices if name == pattern or fnmatchcase(name, pattern)]
+        matches = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
         if not matches:
-            raise ValueError(
-                f"{argument} has {pattern!r}, which matches no weight matrix; the model has {', '.join(matrices)}"
-            )
+            raise ValueError(f"{argument} has {pattern!r}, which matches {otherwise}")
         matched.update(matches)
-    return [name for name in matrices if name in matched]
+    return [name for name in names if name in matched]
 
 
 def _layer_width(model: nn.Module, name: str) -> int | None:
-    """The outputs of the layer that a weight belongs to; None if it is of no layer that says."""
+    """The number of outputs of the layer that a weight belongs to; None for a layer without WIDTH_ATTRIBUTES."""
     layer = model.get_submodule(owner_of(name).removeprefix("."))
     found = (getattr(layer, attribute, None) for attribute in WIDTH_ATTRIBUTES)
     return next((width for width in found if isinstance(width, int)), None)

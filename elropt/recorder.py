@@ -1,0 +1,176 @@
+"""Writing down the layers of an ELRSGD every k steps, during training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import distributed
+
+from ._json import to_json
+from ._unwrap import type_name, unwrap
+from .layer_table import LayerTable, table_of
+
+__all__ = ["Recorder", "ScalarWriter"]
+
+
+class ScalarWriter(Protocol):
+    """What a `Recorder` needs of a writer; `torch.utils.tensorboard.SummaryWriter` has it."""
+
+    def add_scalar(self, tag: str, value: float, step: int, /) -> object: ...
+
+
+class Recorder:
+    """Writes `layer_stats` every k steps, from hooks on the optimizer.
+
+    Recording does not change what the optimizer computes. Each record is one line of JSON:
+    ``{"step", "elr_spread", "log_elr_std", "layers": {name: {column: value}}}``. If a killed run has left half a line
+    at the end of the file, the next record starts on a new line.
+
+    A failure after the step (a full disk, an exception in `writer` or `on_record`) does not stop the training: that
+    record is lost there, and a RuntimeWarning says so, once for the file, once for `writer`, once for `on_record`.
+
+    Under `torch.distributed` only rank 0 writes and calls. The other ranks take part in the sums over sharded
+    parameters, so either every rank has a Recorder or none has.
+
+    A copy (by `copy`, `pickle` or with the model that holds it) is a closed Recorder: it keeps `path`, `every` and
+    `step`, watches no optimizer and writes nothing. A copy of the optimizer has no Recorder.
+
+    Args:
+        optimizer: the ELRSGD to watch, or what wraps it.
+        path: JSONL file; records are appended, and a missing folder is made.
+        every: record the steps whose number is a multiple of it.
+        first_step: number of the next step; after a resume, how many steps the run has made.
+        writer: anything with ``add_scalar(tag, value, step)``, such as a `SummaryWriter`. It gets elr/<name>,
+            elr_spread and log_elr_std.
+        on_record: called with the same scalars as ``on_record({tag: value}, step=step)``: `wandb.log`,
+            `accelerator.log`, `mlflow.log_metrics`, `log_metrics` of Lightning's loggers, or a function of your own.
+
+    Raises:
+        ValueError: `every` is below 1.
+        TypeError: `optimizer` is no ELRSGD and wraps none; `writer` or `on_record` is not as above.
+        OSError: `path` cannot be written.
+
+    Use as a context manager or call `close()`; ``elropt plot PATH`` draws the file.
+    """
+
+    def __init__(
+        self,
+        optimizer: object,
+        path: str | Path,
+        *,
+        every: int = 100,
+        first_step: int = 0,
+        writer: ScalarWriter | None = None,
+        on_record: Callable[..., object] | None = None,
+    ) -> None:
+        watched = unwrap(optimizer)
+        if every < 1:
+            raise ValueError(f"every={every} is not valid: it must be at least 1")
+        if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(
+                f"writer is a {type_name(writer)}, which has no add_scalar(tag, value, step): pass a SummaryWriter, "
+                "or the logger's own function, called as on_record({tag: value}, step=step), as on_record"
+            )
+        if on_record is not None and not callable(on_record):
+            raise TypeError(
+                f"on_record is a {type_name(on_record)}: it must be a function that can be called as "
+                "on_record({tag: value}, step=step), such as the log method of a logger"
+            )
+        self.path = Path(path).absolute()  # the working directory may change
+        self.every = every
+        self.step = first_step
+        self.writer = writer
+        self.on_record = on_record
+        self._failed: set[str] = set()
+        if _is_first_rank():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("ab").close()
+        self._hooks = (
+            watched.register_step_pre_hook(self._before),
+            watched.register_step_post_hook(self._after),
+        )
+
+    def _before(self, optimizer: Any, *_: object) -> None:
+        if self.step % self.every == 0:
+            optimizer.record_next_step()
+
+    def _after(self, optimizer: Any, *_: object) -> None:
+        if self.step % self.every == 0:
+            with self._going_on("measure the layers"):
+                records = optimizer.layer_records()
+                if records and _is_first_rank():
+                    self._write(table_of(optimizer, records))
+        self.step += 1
+
+    def _write(self, table: LayerTable) -> None:
+        scalars = {"elr_spread": table.elr_spread, "log_elr_std": table.log_elr_std}
+        layers = {row.name: dataclasses.asdict(row) for row in table}
+        for values in layers.values():
+            del values["name"]
+        record = to_json({"step": self.step, **scalars, "layers": layers})
+        scalars |= {f"elr/{row.name}": row.elr for row in table}
+        with self._going_on(f"write {self.path}"):
+            _append_line(self.path, json.dumps(record, allow_nan=False))
+        if self.writer is not None:
+            with self._going_on("use its writer"):
+                for tag, value in scalars.items():
+                    self.writer.add_scalar(tag, value, self.step)
+        if self.on_record is not None:
+            with self._going_on("call on_record"):
+                self.on_record(scalars, step=self.step)
+
+    @contextmanager
+    def _going_on(self, action: str) -> Iterator[None]:
+        """Make a warning of any error: the step has changed the weights, so the training must not stop here."""
+        try:
+            yield
+        except Exception as error:
+            if action not in self._failed:
+                self._failed.add(action)
+                warnings.warn(
+                    f"elropt.Recorder could not {action} at step {self.step}: {type(error).__name__}: {error}. The "
+                    "training goes on without this record; the next one is tried again, without another warning",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def close(self) -> None:
+        """Stop watching the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "every": self.every, "step": self.step}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, writer=None, on_record=None, _failed=set(), _hooks=())
+
+
+def _is_first_rank() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _append_line(path: Path, text: str) -> None:
+    with path.open("ab") as file:
+        file.write(b"\n" * _ends_in_mid_line(path) + text.encode() + b"\n")
+
+
+def _ends_in_mid_line(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"

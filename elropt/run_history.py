@@ -1,0 +1,129 @@
+"""Reading what a Recorder wrote down during a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._json import from_json
+
+__all__ = ["RunHistory", "read_run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunHistory:
+    """What a `Recorder` wrote about the tracked layers during one run. What was not recorded is NaN.
+
+    Attributes:
+        steps: [T], increasing.
+        names: of the L layers that were tracked in every record that they are in.
+        elr: applied effective learning rates, [T, L].
+        applied_lr: lr·grad_factor of each layer, [T, L].
+        elr_spread: max / min of `elr` over those layers, [T].
+        notes: what was left out of the file, in words.
+    """
+
+    steps: NDArray[np.int64]
+    names: list[str]
+    elr: NDArray[np.float64]
+    applied_lr: NDArray[np.float64]
+    elr_spread: NDArray[np.float64]
+    notes: list[str]
+
+
+def read_run(path: str | Path) -> RunHistory:
+    """Read the JSONL file of a `Recorder`.
+
+    A line that is cut off, as a killed run leaves it, is skipped with a note. Where the steps start again, a
+    new run begins (a Recorder appends): the last one is returned, with a note.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no complete record, or something else, or no layer that is tracked.
+    """
+    records, notes = _parse_records(Path(path))
+    starts = [0] + [i for i in range(1, len(records)) if records[i]["step"] <= records[i - 1]["step"]]
+    if len(starts) > 1:
+        notes.append(f"{path} holds {len(starts)} runs; this is the last")
+        records = records[starts[-1] :]
+
+    tracked: dict[str, bool] = {}
+    for record in records:
+        for name, layer in record["layers"].items():
+            tracked[name] = tracked.get(name, True) and layer["tracked"]
+    names = [name for name, always in tracked.items() if always]
+    if not names:
+        raise ValueError(
+            f"{path} has no layer that was tracked throughout: give the optimizer the groups of "
+            "elropt.param_groups, and see `elropt inspect` for which weights are scale-invariant"
+        )
+    elr = np.full((len(records), len(names)), np.nan)
+    applied_lr = elr.copy()
+    for t, record in enumerate(records):
+        for i, name in enumerate(names):
+            if layer := record["layers"].get(name):
+                elr[t, i] = from_json(layer["elr"])
+                applied_lr[t, i] = from_json(layer["lr"]) * from_json(layer["grad_factor"])
+    elr[~(elr > 0)] = np.nan
+    has_elr = ~np.isnan(elr).all(axis=1)
+    spread = np.full(len(records), np.nan)
+    spread[has_elr] = np.nanmax(elr[has_elr], axis=1) / np.nanmin(elr[has_elr], axis=1)
+    steps = np.array([record["step"] for record in records])
+    return RunHistory(steps, names, elr, applied_lr, spread, notes)
+
+
+def _parse_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not a text file; give the JSONL file that elropt.Recorder wrote"
+        ) from error
+    records = []
+    notes = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number < len(lines) and not _is_cut_off(line):
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); {_EXPECTED}") from error
+            notes.append(f"{path}, line {number}: cut off, skipped")
+            continue
+        if not _is_record(record):
+            raise ValueError(f"{path}, line {number}: not a record of elropt.Recorder; {_EXPECTED}")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path} holds no complete record; {_EXPECTED}")
+    return records, notes
+
+
+def _is_cut_off(line: str) -> bool:
+    """Whether a killed run may have left it: the beginning of a record, or zeros after a power failure."""
+    line = line.strip("\0")
+    return line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
+
+
+_BEGINNING = '{"step":'
+_EXPECTED = (
+    'each line must be {"step": …, "layers": {name: {"elr": …, "lr": …, "grad_factor": …, "tracked": …}}}'
+)
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return False
+    layers = record.get("layers")
+    return isinstance(layers, dict) and all(
+        isinstance(layer, dict)
+        and isinstance(layer.get("tracked"), bool)
+        and all(
+            key in layer and isinstance(layer[key], int | float | None)
+            for key in ("elr", "lr", "grad_factor")
+        )
+        for layer in layers.values()
+    )
