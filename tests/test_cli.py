@@ -1,14 +1,12 @@
-"""The `elropt` command, and elropt.report and elropt.env_report behind it."""
+"""The `elropt` command."""
 
 import datetime
 import importlib
 import io
 import json
-import math
 import os
 import platform
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,14 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import elropt
-from elropt import ELRSGD, Recorder, dynamics, effective_lrs, env_report, find_scale_invariant, param_groups
+from elropt import dynamics
 from elropt.cli import app
-from elropt.inspection import inspect_model, random_label_loss
-from elropt.run_history import read_run
+
+from .test_run_history import record, record_run
 
 TARGET = """
 import torch
@@ -93,184 +90,6 @@ def run(*args: object, code: int = 0) -> str:
     assert result.exit_code == code, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return " ".join(result.output.split())
-
-
-def net(depth: int = 3) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Linear(12, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU()]
-    for _ in range(depth - 1):
-        layers += [nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(8, 5))
-
-
-# inspect_model
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_report_agrees_with_autograd_in_float64(momentum: float) -> None:
-    torch.manual_seed(0)
-    model, x, y = net().double(), torch.randn(16, 12).double(), torch.randint(5, (16,))
-
-    def loss(outputs: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(outputs, y)
-
-    report = inspect_model(model, x, loss=loss, lr=0.2, momentum=momentum)
-
-    value = loss(model(x))
-    value.backward()
-    kinds = find_scale_invariant(model, x)
-    expected = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
-    assert [weight.name for weight in report.weights] == list(expected)
-    assert report.loss == pytest.approx(value.item())
-    E = []
-    for weight in report.weights:
-        w, g = expected[weight.name].detach(), expected[weight.name].grad
-        relative_grad = (g.norm() / w.norm()).item()
-        assert weight.shape == tuple(w.shape)
-        assert weight.invariance == kinds[weight.name]
-        assert weight.tracked == (kinds[weight.name] is not None)
-        assert weight.weight_norm == pytest.approx(w.norm().item())
-        assert weight.grad_norm == pytest.approx(g.norm().item())
-        assert weight.radial_cosine == pytest.approx(((w * g).sum() / w.norm() / g.norm()).item(), abs=1e-9)
-        assert weight.relative_grad == pytest.approx(relative_grad)
-        assert weight.elr == pytest.approx(0.2 * relative_grad)
-        if weight.tracked:
-            E.append(relative_grad)
-    E.sort(reverse=True)
-    assert len(E) == 3
-    assert [weight.relative_grad for weight in report.tracked] == pytest.approx(E)
-    assert report.elr_spread == pytest.approx(E[0] / E[-1])
-    assert report.log_elr_std == pytest.approx(np.std(np.log(E)))
-    assert report.balance_lr == pytest.approx((1 - momentum) / math.sqrt(E[0] * E[-1]))
-    assert report.monotone_lr == pytest.approx((1 - momentum) / math.sqrt(E[0] * E[1]))
-
-
-@pytest.mark.parametrize("lr", [1e-3, 0.3, 100.0])
-def test_first_step_of_the_warmup_is_that_of_the_optimizer(lr: float) -> None:
-    torch.manual_seed(0)
-    model, x, y = net(depth=6), torch.randn(32, 12), torch.randint(5, (32,))
-
-    def loss(outputs: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(outputs, y)
-
-    report = inspect_model(model, x, loss=loss, lr=lr, momentum=0.9)
-
-    optimizer = ELRSGD(param_groups(model, x), lr=lr, momentum=0.9)
-    loss(model(x)).backward()
-    optimizer.step()
-    elrs = effective_lrs(optimizer)
-    assert elrs == pytest.approx(dict.fromkeys(elrs, report.warmup_elr), rel=1e-4)
-    assert report.warmup_ends == bool(optimizer.state[model[0].weight]["handed_over"] > 0)
-
-
-def test_inspection_leaves_no_trace() -> None:
-    model = net()
-    model[3].eval()
-    x = torch.randn(16, 12)
-    model(x).sum().backward()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    grads = [p.grad.clone() for p in model.parameters()]
-    torch.manual_seed(5)
-    expected_draw = torch.rand(3)
-    torch.manual_seed(5)
-
-    inspect_model(model, x, lr=0.1)
-
-    assert torch.equal(torch.rand(3), expected_draw)
-    assert model.training
-    assert not model[3].training
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name])
-    for p, grad in zip(model.parameters(), grads, strict=True):
-        assert torch.equal(p.grad, grad)
-
-
-def test_frozen_and_dead_weights_are_left_out_and_named() -> None:
-    model = net(depth=4)
-    model[0].weight.requires_grad_(False)
-    with torch.no_grad():
-        model[4].weight.zero_()  # the gain behind model[3]
-        model[4].bias.fill_(1.0)
-    report = inspect_model(model, torch.randn(16, 12), lr=0.1)
-
-    assert [weight.name for weight in report.weights if weight.tracked] == ["6.weight", "9.weight"]
-    assert math.isnan(report.weights[0].grad_norm)
-    assert report.weights[1].grad_norm == 0
-    assert "frozen: 0.weight." in report.summary()
-    assert "gradient is zero: 3.weight." in report.summary()
-
-
-def test_one_tracked_weight_has_no_pair() -> None:
-    report = inspect_model(net(depth=1), torch.randn(16, 12), lr=0.1)
-    assert report.elr_spread == 1
-    assert math.isnan(report.monotone_lr)
-    assert "the only tracked weight" in report.summary()
-    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["monotone_lr"] is None
-
-
-def test_summary_says_on_which_side_of_the_critical_learning_rates_lr_is() -> None:
-    torch.manual_seed(0)
-    model, x = net(depth=8), torch.randn(64, 12)
-
-    def summary(lr: float) -> str:
-        torch.manual_seed(1)
-        return inspect_model(model, x, lr=lr).summary()
-
-    torch.manual_seed(1)
-    report = inspect_model(model, x, lr=0.1)
-    assert report.monotone_lr < report.balance_lr
-    below, between, above = (
-        summary(lr) for lr in (report.monotone_lr / 2, math.sqrt(report.monotone_lr * report.balance_lr), 1e3)
-    )
-    assert "below both critical learning rates" in below
-    assert "change places" in between
-    assert "overshoots" in above
-    turns = [float(turn) for turn in re.findall(r"by ([\d.]+) rad", above)]
-    assert turns[0] == pytest.approx(math.atan(1e3 * report.tracked[0].relative_grad), abs=0.05)
-    assert report.tracked[0].name in above
-    assert report.tracked[-1].name in above
-
-
-@pytest.mark.parametrize(
-    ("outputs", "found"),
-    [
-        (torch.randn(4, 1), r"\[4, 1\]"),
-        (torch.randn(4), r"\[4\]"),
-        (torch.randn(4, 3, 5, 5), r"\[4, 3, 5, 5\]"),
-        (torch.ones(4, 3, dtype=torch.int64), "int64"),
-        ({"loss": 3}, "no tensor"),
-    ],
-)
-def test_default_loss_wants_logits(outputs: object, found: str) -> None:
-    with pytest.raises(ValueError, match=f"{found}.*give a loss of your own"):
-        random_label_loss(outputs)
-
-
-def test_default_loss_is_cross_entropy_of_the_first_tensor() -> None:
-    logits = torch.randn(6, 3)
-    torch.manual_seed(3)
-    labels = torch.randint(3, (6,))
-    torch.manual_seed(3)
-    value = random_label_loss({"logits": logits, "hidden": torch.ones(2)})
-    assert value.item() == pytest.approx(-logits.log_softmax(1)[range(6), labels].mean().item())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": 0.0}, "lr=0.0"),
-        ({"lr": math.nan}, "lr=nan"),
-        ({"lr": 0.1, "momentum": 1.0}, "momentum=1.0"),
-        ({"lr": 0.1, "perturb": -1.0}, "perturb=-1.0"),
-        ({"lr": 0.1, "loss": lambda y: y}, r"loss returned a tensor of shape \(16, 5\)"),
-        ({"lr": 0.1, "loss": lambda y: 3.0}, "loss returned 3.0"),
-    ],
-)
-def test_wrong_arguments_are_named(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        inspect_model(net(), torch.randn(16, 12), **options)
-
-
-# elropt inspect
 
 
 def test_inspect_prints_the_report_and_writes_it(target: str, tmp_path: Path) -> None:
@@ -436,9 +255,6 @@ def test_inspect_is_readable_at_80_columns(
     assert not any("?" in line for line in lines)
 
 
-# elropt simulate
-
-
 def table_rows(output: str) -> list[list[float | None]]:
     """The rows of numbers of a rich table that was printed in one line."""
     cells = [[cell.strip() for cell in row.split("│")[1:6]] for row in re.findall(r"(?:│[^│]*){5}│", output)]
@@ -510,42 +326,9 @@ def test_simulate_says_what_is_wrong(options: list[str], message: str) -> None:
     assert message in run("simulate", *options, code=2)
 
 
-# elropt plot and read_run
-
-
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
-    """A real run of 6 steps; three layers are tracked, the head is not."""
-    torch.manual_seed(0)
-    model, x, y = net(), torch.randn(16, 12), torch.randint(5, (16,))
-    groups = param_groups(model, x)
-    optimizer = ELRSGD(groups, lr=0.5, momentum=0.9)
-    path = tmp_path / "run.jsonl"
-    with Recorder(optimizer, path, every=2):
-        for _ in range(6):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-    return path
-
-
-def record(step: int, **layers: dict) -> str:
-    default = {"tracked": True, "elr": 0.1, "lr": 0.5, "grad_factor": 0.5}
-    return json.dumps({"step": step, "layers": {k: default | v for k, v in layers.items()}}) + "\n"
-
-
-def test_a_recorded_run_is_read_as_it_was_written(recorded: Path) -> None:
-    history = read_run(recorded)
-    records = [json.loads(line) for line in recorded.read_text().splitlines()]
-
-    assert history.steps.tolist() == [0, 2, 4]
-    assert history.names == ["0.weight", "3.weight", "6.weight"]
-    assert history.notes == []
-    for t, written in enumerate(records):
-        layers = [written["layers"][name] for name in history.names]
-        assert history.elr[t].tolist() == [layer["elr"] for layer in layers]
-        assert history.applied_lr[t].tolist() == [layer["lr"] * layer["grad_factor"] for layer in layers]
-        assert history.elr_spread[t] == pytest.approx(written["elr_spread"])
+    return record_run(tmp_path / "run.jsonl")
 
 
 def test_plot_writes_beside_the_run_or_where_it_is_told(recorded: Path, tmp_path: Path) -> None:
@@ -555,76 +338,19 @@ def test_plot_writes_beside_the_run_or_where_it_is_told(recorded: Path, tmp_path
     assert "<svg" in (tmp_path / "new" / "run.svg").read_text()
 
 
-def test_null_is_nan_and_absent_layers_leave_gaps(tmp_path: Path) -> None:
+def test_plot_draws_gaps_and_says_what_it_left_out(recorded: Path) -> None:
+    recorded.write_text(record(9, a={}) + record(0, a={"elr": None}) + record(5, a={}, b={}) + '{"st')
+    output = run("plot", recorded)
+    assert "note: " in output
+    assert "line 4: cut off, skipped" in output
+    assert "holds 2 runs" in output
+
+
+def test_plot_says_what_is_wrong_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    path.write_text(
-        record(0, a={}, b={"elr": None}, lost={"tracked": True})
-        + record(1, a={"elr": 0.0}, b={"elr": 0.2, "grad_factor": None}, lost={"tracked": False})
-        + record(2, b={"elr": 0.2}, late={"elr": 0.8})
-        + record(3, a={"elr": None})
-    )
-    history = read_run(path)
-    nan = math.nan
-    assert history.names == ["a", "b", "late"]
-    np.testing.assert_array_equal(
-        history.elr, [[0.1, nan, nan], [nan, 0.2, nan], [nan, 0.2, 0.8], [nan, nan, nan]]
-    )
-    np.testing.assert_array_equal(history.applied_lr[1], [0.25, nan, nan])
-    np.testing.assert_allclose(history.elr_spread, [1, 1, 4, nan])
-    run("plot", path)
-
-
-def test_lines_that_a_killed_run_cut_off_are_skipped_with_a_note(recorded: Path) -> None:
-    whole = read_run(recorded)
-    text = recorded.read_text()
-    recorded.write_text(text[:-30])
-    assert "note:" in (output := run("plot", recorded))
-    assert "line 3: cut off, skipped" in output
-    np.testing.assert_array_equal(read_run(recorded).elr, whole.elr[:2])
-
-    recorded.write_text(text[:-30] + text)  # the next run appended to the broken line
-    history = read_run(recorded)
-    assert history.steps.tolist() == [2, 4]
-    assert len(history.notes) == 2
-
-    recorded.write_text(
-        text + '{"st\n' + "\0" * 9 + "\n" + record(6, a={})
-    )  # begun, and after a power failure
-    history = read_run(recorded)
-    assert history.steps.tolist() == [0, 2, 4, 6]
-    assert [note.split(", ", 1)[1] for note in history.notes] == [
-        f"line {n}: cut off, skipped" for n in (4, 5)
-    ]
-
-
-def test_of_several_runs_in_a_file_the_last_is_drawn(tmp_path: Path) -> None:
-    path = tmp_path / "run.jsonl"
-    path.write_text(record(0, a={}) + record(5, a={}) + record(0, b={"elr": 0.3}))
-    history = read_run(path)
-    assert history.names == ["b"]
-    assert history.steps.tolist() == [0]
-    assert "holds 2 runs" in run("plot", path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "holds no complete record"),
-        (b'{"step": 0, "lay', "holds no complete record"),
-        (b"epoch,loss\n1,2.0\n", "line 1: not JSON"),
-        (b'{"epoch": 1}\n', "line 1: not a record of elropt.Recorder"),
-        (b"[1, 2]\n", "line 1: not a record"),
-        (b'{"step": "0", "layers": {}}\n', "line 1: not a record"),
-        (b'{"step": 0, "layers": {"a": {"elr": 1}}}\n', "line 1: not a record"),
-        (b'{"step": 0, "layers": {"a": 3}}\n', "line 1: not a record"),
-        (b"\x89PNG\r\n\x1a\n\xff", "is not a text file"),
-        (record(0, a={"tracked": False}).encode(), "no layer that was tracked"),
-    ],
-)
-def test_plot_says_what_is_wrong_with_a_file(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "run.jsonl"
-    path.write_bytes(content)
-    assert message in run("plot", path, code=2)
+    path.write_text("epoch,loss\n1,2.0\n")
+    assert "error: " in (output := run("plot", path, code=2))
+    assert "line 1: not JSON" in output
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -632,9 +358,6 @@ def test_plot_says_what_is_wrong_with_the_options(recorded: Path, tmp_path: Path
     assert "use one of .png, .svg, .pdf" in run("plot", recorded, "--out", "plot.gif", code=2)
     assert "does not exist" in run("plot", tmp_path / "nothing.jsonl", code=2)
     assert "cannot write" in run("plot", recorded, "--out", recorded / "plot.png", code=2)
-
-
-# elropt env
 
 
 def test_env_is_strict_json_with_the_versions() -> None:
@@ -651,65 +374,10 @@ def test_env_is_strict_json_with_the_versions() -> None:
     assert abs((datetime.datetime.now(datetime.UTC) - written).total_seconds()) < 60
 
 
-def test_env_names_no_host_user_or_path() -> None:
-    values = json.dumps(list(env_report.collect().values()))
-    host = socket.gethostname()
-    assert not re.search(rf"\b{re.escape(host)}\b", values) or host in platform.platform()
-    assert str(Path.home()) not in values
-    assert os.getcwd() not in values
-
-
 def test_env_prints_a_table() -> None:
     output = run("env")
     assert f"torch │ {torch.__version__}" in output
     assert "reference: yes" in output
-
-
-def git(*args: str) -> str:
-    options = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", *options, *args], check=True, capture_output=True, text=True).stdout.strip()
-
-
-def test_env_names_the_commit_of_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    found = env_report.collect()
-    assert (found["git_commit"], found["git_dirty"]) == (None, None)
-
-    git("init", "-q")
-    Path("file").write_text("1")
-    git("add", "file")
-    git("commit", "-q", "-m", "one", "--no-verify")
-    found = env_report.collect()
-    assert (found["git_commit"], found["git_dirty"]) == (git("rev-parse", "HEAD"), False)
-
-    Path("untracked").write_text("1")
-    assert env_report.collect()["git_dirty"] is False
-    Path("file").write_text("2")
-    assert env_report.collect()["git_dirty"] is True
-
-
-def test_env_describes_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Properties:
-        name, major, minor, total_memory = "Some GPU", 9, 0, 80 * 2**30
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    monkeypatch.setattr(env_report, "_triton_runs", lambda device: device == "cuda")
-    monkeypatch.setattr(
-        env_report, "_output", lambda *command: "1.2\n1.2" if command[0] == "nvidia-smi" else None
-    )
-    found = env_report.collect()
-    assert found["gpus"] == [{"name": "Some GPU", "capability": "9.0", "memory_gib": 80.0}] * 2
-    assert found["driver"] == "1.2"
-    assert found["backends"] == {"reference": True, "foreach": True, "triton": True}
-    assert found["git_commit"] is None
-
-
-# the command as a whole
 
 
 @pytest.mark.parametrize("command", ["inspect", "simulate", "plot", "env"])

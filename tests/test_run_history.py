@@ -1,0 +1,119 @@
+"""elropt.run_history: what a Recorder wrote is read again, and files that something has damaged."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from elropt import ELRSGD, Recorder, param_groups
+from elropt.run_history import read_run
+
+from .nets import bn_mlp, train
+
+
+def record_run(path: Path) -> Path:
+    """A real run of 6 steps; three layers are tracked, the head is not."""
+    model = bn_mlp(depth=3)
+    optimizer = ELRSGD(param_groups(model, torch.randn(16, 8)), lr=0.5, momentum=0.9)
+    with Recorder(optimizer, path, every=2):
+        train(model, optimizer, range(6))
+    return path
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    return record_run(tmp_path / "run.jsonl")
+
+
+def record(step: int, **layers: dict) -> str:
+    default = {"tracked": True, "elr": 0.1, "lr": 0.5, "grad_factor": 0.5}
+    return json.dumps({"step": step, "layers": {k: default | v for k, v in layers.items()}}) + "\n"
+
+
+def test_a_recorded_run_is_read_as_it_was_written(recorded: Path) -> None:
+    history = read_run(recorded)
+    records = [json.loads(line) for line in recorded.read_text().splitlines()]
+
+    assert history.steps.tolist() == [0, 2, 4]
+    assert history.names == ["0.weight", "3.weight", "6.weight"]
+    assert history.notes == []
+    for t, written in enumerate(records):
+        layers = [written["layers"][name] for name in history.names]
+        assert history.elr[t].tolist() == [layer["elr"] for layer in layers]
+        assert history.applied_lr[t].tolist() == [layer["lr"] * layer["grad_factor"] for layer in layers]
+        assert history.elr_spread[t] == pytest.approx(written["elr_spread"])
+
+
+def test_null_is_nan_and_absent_layers_leave_gaps(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text(
+        record(0, a={}, b={"elr": None}, lost={"tracked": True})
+        + record(1, a={"elr": 0.0}, b={"elr": 0.2, "grad_factor": None}, lost={"tracked": False})
+        + record(2, b={"elr": 0.2}, late={"elr": 0.8})
+        + record(3, a={"elr": None})
+    )
+    history = read_run(path)
+    nan = math.nan
+    assert history.names == ["a", "b", "late"]
+    np.testing.assert_array_equal(
+        history.elr, [[0.1, nan, nan], [nan, 0.2, nan], [nan, 0.2, 0.8], [nan, nan, nan]]
+    )
+    np.testing.assert_array_equal(history.applied_lr[1], [0.25, nan, nan])
+    np.testing.assert_allclose(history.elr_spread, [1, 1, 4, nan])
+
+
+def test_lines_that_a_killed_run_cut_off_are_skipped_with_a_note(recorded: Path) -> None:
+    whole = read_run(recorded)
+    text = recorded.read_text()
+    recorded.write_text(text[:-30])
+    history = read_run(recorded)
+    assert history.notes == [f"{recorded}, line 3: cut off, skipped"]
+    np.testing.assert_array_equal(history.elr, whole.elr[:2])
+
+    recorded.write_text(text[:-30] + text)  # the next run appended to the broken line
+    history = read_run(recorded)
+    assert history.steps.tolist() == [2, 4]
+    assert len(history.notes) == 2
+
+    recorded.write_text(
+        text + '{"st\n' + "\0" * 9 + "\n" + record(6, a={})
+    )  # begun, and after a power failure
+    history = read_run(recorded)
+    assert history.steps.tolist() == [0, 2, 4, 6]
+    assert [note.split(", ", 1)[1] for note in history.notes] == [
+        f"line {n}: cut off, skipped" for n in (4, 5)
+    ]
+
+
+def test_of_several_runs_in_a_file_the_last_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text(record(0, a={}) + record(5, a={}) + record(0, b={"elr": 0.3}))
+    history = read_run(path)
+    assert history.names == ["b"]
+    assert history.steps.tolist() == [0]
+    assert history.notes == [f"{path} holds 2 runs; this is the last"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no complete record"),
+        (b'{"step": 0, "lay', "holds no complete record"),
+        (b"epoch,loss\n1,2.0\n", "line 1: not JSON"),
+        (b'{"epoch": 1}\n', "line 1: not a record of elropt.Recorder"),
+        (b"[1, 2]\n", "line 1: not a record"),
+        (b'{"step": "0", "layers": {}}\n', "line 1: not a record"),
+        (b'{"step": 0, "layers": {"a": {"elr": 1}}}\n', "line 1: not a record"),
+        (b'{"step": 0, "layers": {"a": 3}}\n', "line 1: not a record"),
+        (b"\x89PNG\r\n\x1a\n\xff", "is not a text file"),
+        (record(0, a={"tracked": False}).encode(), "no layer that was tracked"),
+    ],
+)
+def test_errors_say_what_is_wrong_with_the_file(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_run(path)
