@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in two commands that end in time: tests, benchmarks, sanitizer.
 
-    python -m benchmarks.gpu_suite --out DIR --call first                # at most 8.5 minutes
+    python -m benchmarks.gpu_suite --out DIR --call first                # 7 minutes, at most 8
     python -m benchmarks.gpu_suite --out DIR --call second               # at most 4
     python -m benchmarks.gpu_suite --out DIR --part tests --part kernels # some parts
     python -m benchmarks.gpu_suite --out DIR --device cpu --tiny         # try it without a GPU
@@ -10,33 +10,33 @@ can be carried in a folder `.vendor` in the checkout (`pip install --target .ven
 PYTHONPATH. A peer that is missing is a row that says so.
 
 Each part is a process with a limit, ended with all its children when that is over; what it has written stays. Time that
-a part does not use goes to the next. DIR gets at most eight files: `summary.json` (for each part its command, exit
-code, seconds, what failed and the end of what it printed), `suite.log` (all of that) and the result files of the
+a part does not use goes to the next. What is short or matters most comes first. DIR gets at most eight files:
+`summary.json` (for each part its command, exit code, seconds, what failed and the end of what it printed; `trees` says
+which code ran, whatever the commit of the checkout is), `suite.log` (all that was printed) and the result files of the
 benchmarks. A later call with the same DIR adds its parts; one that runs again replaces its result.
 
-Where the time goes, for 16 cores and an H200. These are estimates: nothing has been timed on a GPU.
-Distinct kernels were counted by the arguments of their launches. Triton 3.6 took 0.54 s of one core for each of the 43
-of `compile`, launchers included, without a GPU; the table has 1.5 s, and 10 s until a process has imported torch and
-reached the GPU.
+Where the time goes, with 16 cores and an H200. *Measured*: a first call with torch 2.11 and triton 3.6. There `host`
+was cut short, and `end-to-end` took 20 rounds of 11 steps where it now takes 100 of 3. The second call has not been
+measured: its limits are estimates, from 0.5 s of one core to compile a kernel, 10 s to start and 0.3 s for a row.
 
-| part | limit, s | what it does |
-|---|---:|---|
-| start | 10 | versions and GPU, in a process of its own |
-| `compile` | 30 | 43 kernels of the benchmarks in 12 processes: 10 + 43 · 1.5 / 12 = 16 |
-| `tests` | 85 | tests/gpu (90 kernels), then tests/kernels (270): 10 + 360 · 1.5 / 12 = 55, and the tests themselves |
-| `step-time` | 110 | 12 rows: 1 s of samples, 2 to 4 s to make, capture and profile: 20 + 12 · 5 = 80 |
-| `kernels` | 55 | 112 rows of 0.3 s: 10 + 34 = 44 |
-| `end-to-end` | 70 | cuDNN's choices 15, 4 · (10 + 20 · 11) steps of 26 ms = 24, start 10: 49 |
-| `more-steps` | 70 | rows of 5 s, as many as there is time for, those on the large tensors first |
-| `more-tests` | 45 | contract and host reads: 190 kernels: 10 + 190 · 1.5 / 12 = 34 |
-| `host` | 35 | 10 rows of 1.5 s, start 10: 25 |
-| first call | 510 | |
-| start | 10 | |
-| `racecheck` | 75 | 6 tests, 16 kernels in one process: 15 + 16 · 1.5 = 39, and the tool |
-| `memcheck` | 55 | the same tests, compiled already |
-| `compile-sweep` | 30 | 44 kernels: 16 |
-| `sweep` | 70 | 88 settings of 2 kernels, 0.3 s each: 10 + 53 = 63; the large tensors first |
-| second call | 240 | |
+| part | limit, s | measured, s | what it does |
+|---|---:|---:|---|
+| start | 12 | 10.1 | versions and GPU, in a process of its own |
+| `compile` | 30 | 22.8 | 43 kernels of the benchmarks, in 12 processes |
+| `tests` | 65 | 46.5 | tests/gpu and tests/kernels, in 12 processes |
+| `step-time` | 60 | 45.8 | 12 rows on ResNet-50 and ViT-B/16 |
+| `kernels` | 30 | 20.8 | 112 rows |
+| `host` | 50 | > 33.4 | 10 rows of 1 to 3 s |
+| `more-tests` | 60 | 45.3 | contract and host reads, in 12 processes |
+| `end-to-end` | 75 | 56.3 | 4 · (10 + 100 · 3) steps of 27 ms = 33, cuDNN's choices, start |
+| `more-steps` | 98 | 134.9 | 22 rows, as many as there is time for, those on the large tensors first |
+| first call | 480 | about 425 | |
+| start | 12 | | |
+| `racecheck` | 75 | | 6 tests, 16 kernels in one process: 15 + 16 · 1.5 = 39, and the tool |
+| `memcheck` | 55 | | the same tests, compiled already |
+| `compile-sweep` | 30 | | 44 kernels |
+| `sweep` | 68 | | 88 settings of 2 kernels: 10 + 53 = 63; the large tensors first |
+| second call | 240 | | |
 """
 
 from __future__ import annotations
@@ -49,25 +49,31 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 
+from benchmarks.common.command_line import one_of
+from benchmarks.common.files import remove_unfinished, write_json
+
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("elropt", "kernels", "benchmarks", "tests")
 TAIL_LINES = 40
-SHOWN_LINES = 15
-START_SECONDS = 10.0
+SHOWN_LINES = 15  # of a part that failed
+LINE_LENGTH = 300  # of what is kept in the summary
+START_SECONDS = 12.0
 LEAST_SECONDS = 12.0  # a part is not started with less than that left
 GRACE_SECONDS = 5.0  # between asking a part to end and ending it
 PROCESSES = 12
 
 # PYTHONPATH is what counts: pytest must not put the checkout in front of it.
 PYTEST = [
-    *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--import-mode=append"),
+    *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--import-mode=append"),
     *("--continue-on-collection-errors", "--tb=short", "-m", "not slow"),
     *("-W", "default"),  # what packages there warn of is not what is tested here
 ]
@@ -204,25 +210,25 @@ def end_to_end(context: Context) -> list[list[str]]:
 PARTS = {
     "compile": Part(compile_ahead(), 30, gpu_only=True),
     "tests": Part(
-        tests("tests/gpu", "tests/kernels/test_fused_step.py", "tests/kernels/test_kernels.py"), 85
+        tests("tests/gpu", "tests/kernels/test_fused_step.py", "tests/kernels/test_kernels.py"), 65
     ),
-    "step-time": Part(step_time, 110),
-    "kernels": Part(lambda c: [module("kernels", "--out", str(c.out / "kernels.json"))], 55, gpu_only=True),
-    "end-to-end": Part(end_to_end, 70),
-    "more-steps": Part(more_steps, 70),
-    "more-tests": Part(tests("tests/test_host_reads.py", "tests/test_contract.py"), 45, gpu_only=True),
-    "host": Part(host, 35),
+    "step-time": Part(step_time, 60),
+    "kernels": Part(lambda c: [module("kernels", "--out", str(c.out / "kernels.json"))], 30, gpu_only=True),
+    "host": Part(host, 50),
+    "more-tests": Part(tests("tests/test_host_reads.py", "tests/test_contract.py"), 60, gpu_only=True),
+    "end-to-end": Part(end_to_end, 75),
+    "more-steps": Part(more_steps, 98),
     "racecheck": Part(sanitizer("racecheck"), 75, gpu_only=True),
     "memcheck": Part(sanitizer("memcheck"), 55, gpu_only=True),
     "compile-sweep": Part(compile_ahead("--sweep"), 30, gpu_only=True),
     "sweep": Part(
-        lambda c: [module("kernels", "sweep", "--out", str(c.out / "sweep.json"))], 70, gpu_only=True
+        lambda c: [module("kernels", "sweep", "--out", str(c.out / "sweep.json"))], 68, gpu_only=True
     ),
     "compiled": Part(compiled, 120, gpu_only=True),
 }
 CALLS = {
     "first": (
-        *("compile", "tests", "step-time", "kernels", "end-to-end", "more-steps", "more-tests", "host"),
+        *("compile", "tests", "step-time", "kernels", "host", "more-tests", "end-to-end", "more-steps"),
     ),
     "second": ("racecheck", "memcheck", "compile-sweep", "sweep"),
 }
@@ -239,7 +245,7 @@ def environment() -> dict[str, str]:
         "PYTHONSAFEPATH": "1",  # `python -m` leaves the working directory out
         "PYTHONUNBUFFERED": "1",
         "NVIDIA_TF32_OVERRIDE": "0",  # tests compare runs in float32
-        "COLUMNS": "160",
+        "COLUMNS": "200",
     }
     variables.pop("TRITON_INTERPRET", None)
     return variables
@@ -253,6 +259,30 @@ def describe(variables: dict[str, str]) -> dict[str, Any]:
     if printed.returncode != 0:
         raise typer.BadParameter(f"elropt cannot be imported here:\n{printed.stderr}")
     return json.loads(printed.stdout.splitlines()[-1])
+
+
+def trees() -> dict[str, str]:
+    """git's ids of the folders as they are on the disk; empty without git.
+
+    `git rev-parse COMMIT:kernels` gives the same for the commit that was measured, also where the checkout is of
+    another commit and counts as changed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # an index and objects of its own: the checkout stays as it is
+        own = {"GIT_INDEX_FILE": f"{folder}/index", "GIT_OBJECT_DIRECTORY": folder}
+
+        def git(*arguments: str, **variables: str) -> str:
+            command = ["git", *arguments]
+            run = subprocess.run(
+                command, cwd=ROOT, env=os.environ | variables, capture_output=True, check=True
+            )
+            return run.stdout.decode().strip()
+
+        try:
+            git("add", "--all", *SOURCES, **own)
+            return {name: git("write-tree", f"--prefix={name}/", **own) for name in SOURCES}
+        except (OSError, subprocess.CalledProcessError):
+            return {}
 
 
 def ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -301,7 +331,7 @@ def run_part(commands: list[list[str]], limit: float, log: Path, variables: dict
         printed = output.read().decode(errors="replace")
     for folder in filter(None, [*variables.get("PYTHONPATH", "").split(os.pathsep), str(ROOT)]):
         printed = printed.replace(f"{folder}{os.sep}", "").replace(folder, ".")
-    lines = printed.splitlines()
+    lines = [line[:LINE_LENGTH] for line in printed.splitlines()]
     return {
         "commands": [public(command) for command in commands],
         "rc": None if timed_out else code,
@@ -351,7 +381,7 @@ def run_suite(names: list[str], context: Context, seconds: float, console: Conso
     env = describe(variables)
     if context.device.startswith("cuda") and not env["gpus"]:
         raise typer.BadParameter("there is no CUDA device; --device cpu --tiny tries the suite without one")
-    summary = {"kind": "suite", "env": env, "device": context.device, "parts": parts}
+    summary = {"kind": "suite", "env": env, "trees": trees(), "device": context.device, "parts": parts}
     scheduled = begin + START_SECONDS
     for name in names:
         scheduled += PARTS[name].seconds
@@ -366,14 +396,12 @@ def run_suite(names: list[str], context: Context, seconds: float, console: Conso
             console.print(f"{name}: at most {left:.0f} s …")
             commands = PARTS[name].commands(context._replace(seconds=left))
             part = parts[name] = run_part(commands, left, log, variables)
-            for line in [*part["failed"], *part["tail"][-SHOWN_LINES:]]:
-                console.print(f"    {line}", markup=False, highlight=False)
             console.print(f"{name}: {outcome(part)}, {part['seconds']} s")
-        for unfinished in context.out.glob("*.part"):
-            unfinished.unlink()
-        whole = summary_file.with_name("summary.json.part")
-        whole.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        whole.replace(summary_file)
+            if part["rc"] != 0:
+                for line in [*part["failed"], *part["tail"][-SHOWN_LINES:]]:
+                    console.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
+        remove_unfinished(context.out)
+        write_json(summary_file, summary, indent=1)
     return summary
 
 
@@ -382,20 +410,17 @@ def outcome(part: dict[str, Any]) -> str:
     return part.get("skipped") or ("time is over" if part["timed_out"] else f"exit code {part['rc']}")
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Refuse what there is not."""
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(f"unknown {what} {name!r}; choose of {', '.join(known)}")
-
-
 def main(
     out: Annotated[Path, typer.Option(help="Folder for all results.")],
     call: Annotated[
-        str, typer.Option(help="first or second: which parts, for at most 8.5 or 4 minutes.")
+        str,
+        typer.Option(
+            callback=one_of(CALLS), help="first or second: which parts, for at most 8 or 4 minutes."
+        ),
     ] = "first",
     part: Annotated[
-        list[str] | None, typer.Option(help=f"Repeatable, instead of --call; of {', '.join(PARTS)}.")
+        list[str] | None,
+        typer.Option(callback=one_of(PARTS), help=f"Repeatable, instead of --call; of {', '.join(PARTS)}."),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="For all parts together; default: the sum of their limits.")
@@ -407,8 +432,6 @@ def main(
 
     Example: python -m benchmarks.gpu_suite --out runs/gpu --call first
     """
-    refuse_unknown(part or [], PARTS, "part")
-    refuse_unknown([call], CALLS, "call")
     names = list(part or CALLS[call])
     seconds = START_SECONDS + sum(PARTS[name].seconds for name in names) if minutes is None else 60 * minutes
     console = Console()

@@ -36,7 +36,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.optim import SGD, Optimizer
 
 from benchmarks.common.statistics import grouped
-from benchmarks.speed.workloads import WORKLOADS, Workload
+from benchmarks.speed.workloads import WORKLOADS, Workload, param_groups
 from elropt import ELRSGD, env_report
 from elropt._rule_group import STEPS_PER_LOOK
 from elropt.plots import COLORS, MARKERS, save
@@ -118,7 +118,7 @@ def optimizers(workload: Workload, params: list[Tensor]) -> dict[str, Optimizer]
     """They share weights and gradients, and have momentum buffers of their own."""
 
     def elr(members: list[Tensor], rule: str | None) -> ELRSGD:
-        return ELRSGD(workload.param_groups(members), lr=LR, momentum=MOMENTUM, rule=rule)
+        return ELRSGD(param_groups(members, workload.tracked), lr=LR, momentum=MOMENTUM, rule=rule)
 
     return {
         BASELINE: SGD(params, lr=LR, momentum=MOMENTUM),

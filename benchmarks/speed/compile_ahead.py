@@ -12,14 +12,19 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import Annotated, NamedTuple
 
 import torch
 import typer
 from rich.console import Console
 
+from benchmarks.common.command_line import progress_bar
 from benchmarks.speed import kernels
-from benchmarks.speed.step_time import OPTIMIZERS, Copy, check_device, first_line
+from benchmarks.speed.device import check_device
+from benchmarks.speed.optimizers import OPTIMIZERS, RULES
+from benchmarks.speed.step_time import Copy
+from benchmarks.speed.timing import first_line, synchronize
 from benchmarks.speed.workloads import Workload
 
 DEVICE = "cuda"
@@ -41,7 +46,6 @@ class Task(NamedTuple):
 
 def step_tasks() -> list[Task]:
     """Those of the workloads: networks have tracked and other parameters, `2000-tensors` and its like one group."""
-    rules = [name for name in OPTIMIZERS if name.startswith("elr-")]
     kinds = [
         (torch.float32, 2, APART),
         (torch.float32, 1, APART),
@@ -49,7 +53,7 @@ def step_tasks() -> list[Task]:
         (torch.float32, 1, TOGETHER),
         (torch.bfloat16, 2, APART),
     ]
-    return [Task(kind[0], rule, *kind[1:]) for kind, rule in itertools.product(kinds, rules)]
+    return [Task(kind[0], rule, *kind[1:]) for kind, rule in itertools.product(kinds, RULES)]
 
 
 def kernel_tasks() -> list[Task]:
@@ -69,27 +73,26 @@ def workload_of(task: Task) -> Workload:
     return Workload("small", tuple(map(str, range(n))), ((4, 4),) * n, tracked, task.dtype)
 
 
-def perform(task: Task) -> str:
-    """Launch it; says what took how long, or went wrong."""
+def perform(task: Task) -> tuple[str, float, str | None]:
+    """Launch it: its name, the seconds that took, and what went wrong."""
     started = time.perf_counter()
     name = " ".join(str(value).removeprefix("torch.") for value in task if value)
+    failure = None
     try:
         device = torch.device(DEVICE)
         workload = workload_of(task)
         if task.optimizer:
-            copy = Copy(workload, OPTIMIZERS[task.optimizer], workload.make(device))
-            for _ in range(STEPS):
-                copy.step()
+            Copy(workload, OPTIMIZERS[task.optimizer], workload.make(device)).warm_up(STEPS, device)
         else:
             tensors = kernels.Tensors(workload, task.dtype, device)
             changed = {"CHUNK": task.chunk, "NUM_WARPS": task.warps} if task.chunk else {}
             with kernels.constants(**changed):
                 for kernel in kernels.SWEPT if task.chunk else kernels.KERNELS:
                     kernels.KERNELS[kernel][0](tensors)
-        torch.cuda.synchronize()
+        synchronize(device)
     except Exception as error:
-        return f"failed: {name}: {type(error).__name__}: {first_line(error)}"
-    return f"{name}: {time.perf_counter() - started:.1f} s"
+        failure = f"{type(error).__name__}: {first_line(error)}"
+    return name, time.perf_counter() - started, failure
 
 
 def main(
@@ -103,11 +106,19 @@ def main(
     check_device(DEVICE)
     tasks = sweep_tasks() if sweep else [*step_tasks(), *kernel_tasks()]
     console = Console()
-    failed = 0
-    with torch.multiprocessing.get_context("spawn").Pool(min(processes, len(tasks))) as pool:
-        for done, line in enumerate(pool.imap_unordered(perform, tasks), start=1):
-            failed += line.startswith("failed")
-            console.print(f"{done}/{len(tasks)} {line}", highlight=False)
+    failed, slowest = 0, ("", 0.0)
+    spawn = torch.multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(min(processes, len(tasks)), mp_context=spawn) as pool,
+        progress_bar(console) as progress,
+    ):
+        for name, seconds, failure in progress.track(pool.map(perform, tasks), total=len(tasks)):
+            slowest = max(slowest, (name, seconds), key=lambda pair: pair[1])
+            if failure:
+                failed += 1
+                console.print(f"failed: {name}: {failure}", highlight=False, soft_wrap=True)
+    done = f"{len(tasks) - failed} of {len(tasks)} tasks are compiled"
+    console.print(f"{done}; the slowest, {slowest[0]}, took {slowest[1]:.1f} s")
     if failed:
         raise typer.Exit(1)
 

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from benchmarks.common import models
-from benchmarks.speed.workloads import WORKLOADS, Workload
+from benchmarks.speed.workloads import WORKLOADS, Workload, param_groups
 from elropt import ELRSGD, env_report
 
 TENSORS = (160, 2000)
@@ -148,7 +148,7 @@ def real_steps(workload: Workload) -> dict[str, Optimizer]:
         name: SGD(workload.make(cpu), **options, **OPTIONS) for name, options in TORCH.items()
     }
     for name, rule in CPU_RULES.items():
-        made[name] = ELRSGD(workload.param_groups(workload.make(cpu)), rule=rule, **OPTIONS)
+        made[name] = ELRSGD(param_groups(workload.make(cpu), workload.tracked), rule=rule, **OPTIONS)
     return made
 
 

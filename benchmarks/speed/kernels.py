@@ -2,7 +2,6 @@
 
     python -m benchmarks.speed.kernels                          # GB/s over sizes and workloads, float32 and bfloat16
     python -m benchmarks.speed.kernels sweep                    # which chunk size and number of warps are fastest
-    python -m pytest benchmarks/speed/kernels.py --benchmark-only
 
 Times are `triton.testing.do_bench`'s, milliseconds as [20 %, 50 %, 80 %] quantiles of `n` calls, the L2 cache flushed
 before each. They include what the host cannot hide behind that flush. `bytes` are those that have to move: w and g read
@@ -17,27 +16,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import numpy as np
-import pytest
 import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.speed.step_time import (
-    LR,
-    MOMENTUM,
-    QUANTILES,
-    WEIGHT_DECAY,
-    Row,
-    bar,
-    first_line,
-    show,
-    write,
-)
+from benchmarks.common.command_line import progress_bar, show, table_of
+from benchmarks.common.files import write_json
+from benchmarks.common.statistics import grouped
+from benchmarks.speed.optimizers import HYPER
+from benchmarks.speed.timing import QUANTILES, Row, first_line
 from benchmarks.speed.workloads import WORKLOADS, Workload, many
 from elropt import env_report
 from elropt import kernels as elr_kernels
@@ -50,14 +42,7 @@ CHUNKS = (2048, 4096, 8192, 16384)
 WARPS = (4, 8, 16)
 SWEEP_LISTS = ("resnet-50", "vit-b-16", "resnet-56", "2000-tensors")
 
-HYPER: dict[str, Any] = {
-    "lr": LR,
-    "momentum": MOMENTUM,
-    "dampening": 0.0,
-    "weight_decay": WEIGHT_DECAY,
-    "nesterov": False,
-    "maximize": False,
-}
+SGD: dict[str, Any] = {**HYPER, "dampening": 0.0, "nesterov": False, "maximize": False}
 
 
 class Tensors:
@@ -81,7 +66,7 @@ KERNELS: dict[str, tuple[Callable[[Tensors], object], int]] = {
     "copy": (lambda t: copy(t.buffers, t.grads), 2),
     "measure": (lambda t: elr_kernels.measure(t.params, t.grads), 2),
     "measure-momentum": (lambda t: elr_kernels.measure(t.params, t.grads, t.buffers), 3),
-    "update": (lambda t: elr_kernels.update(t.params, t.grads, t.buffers, **HYPER), 5),
+    "update": (lambda t: elr_kernels.update(t.params, t.grads, t.buffers, **SGD), 5),
 }
 SWEPT = ("measure", "update")
 
@@ -92,7 +77,7 @@ def cases(sizes: Sequence[int], lists: Sequence[str]) -> dict[str, Workload]:
     return {name: WORKLOADS[name]() for name in lists} | singles
 
 
-def bench(kernel: str, tensors: Tensors) -> Row:
+def bench(tensors: Tensors, kernel: str) -> Row:
     """Time and GB/s of one kernel on some tensors: replayed from a CUDA graph, as what the host does takes longer."""
     from triton.testing import do_bench
 
@@ -113,43 +98,13 @@ def bench(kernel: str, tensors: Tensors) -> Row:
 
 
 @contextlib.contextmanager
-def recorded(row: Row, report: dict[str, Any], out: Path) -> Iterator[None]:
-    """Add the row to the result file once it is complete, or with what went wrong."""
-    try:
-        yield
-    except Exception as error:
-        row["error"] = f"{type(error).__name__}: {first_line(error)}"
-    report["rows"].append(row)
-    write(out, report)
-
-
-def all_rows(device: torch.device, report: dict[str, Any], out: Path, console: Console) -> None:
-    """Every kernel on every case; the result file grows by a row at a time."""
-    every = cases(SIZES, LISTS)
-    with bar(console) as progress:
-        task = progress.add_task("kernels", total=len(every) * len(DTYPES) * len(KERNELS))
-        for (case, workload), dtype in itertools.product(every.items(), DTYPES):
-            tensors = None
-            for kernel in KERNELS:
-                row: Row = {"kernel": kernel, "case": case, "dtype": str(dtype).removeprefix("torch.")}
-                row |= {"tensors": len(workload.shapes), "elements": workload.elements}
-                progress.update(task, description=f"{case} {row['dtype']} {kernel}")
-                with recorded(row, report, out):
-                    tensors = tensors or Tensors(workload, dtype, device)
-                    row |= bench(kernel, tensors)
-                progress.advance(task)
-            del tensors
-            torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
 def constants(**values: int) -> Iterator[None]:
     """The kernels' module constants, wherever a module has taken them over by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            for module_name, module in list(sys.modules.items()):
-                if module_name.startswith("elropt.kernels") and hasattr(module, name):
-                    patch.setattr(module, name, value)
+    modules = [module for name, module in sys.modules.items() if name.startswith("elropt.kernels")]
+    with contextlib.ExitStack() as patches:
+        for name, module in itertools.product(values, modules):
+            if hasattr(module, name):
+                patches.enter_context(patch.object(module, name, values[name]))
         yield
 
 
@@ -161,11 +116,11 @@ def is_correct(device: torch.device) -> bool:
     tensors.buffers = [*momenta]
     expected = []
     for w, g, m in zip(tensors.params, tensors.grads, momenta, strict=True):
-        expected.append(w - LR * (MOMENTUM * m + g + WEIGHT_DECAY * w))
+        expected.append(w - SGD["lr"] * (SGD["momentum"] * m + g + SGD["weight_decay"] * w))
     sums = elr_kernels.measure(tensors.params, tensors.grads)
     norms = torch.stack([w.double().square().sum() for w in tensors.params])
     right = torch.allclose(sums[0].double(), norms, rtol=1e-5)
-    elr_kernels.update(tensors.params, tensors.grads, tensors.buffers, **HYPER)
+    elr_kernels.update(tensors.params, tensors.grads, tensors.buffers, **SGD)
     return right and all(
         torch.allclose(w, e, rtol=1e-5, atol=1e-9) for w, e in zip(tensors.params, expected, strict=True)
     )
@@ -176,79 +131,78 @@ def settings() -> list[tuple[int, int]]:
     return [(chunk, warps) for chunk, warps in itertools.product(CHUNKS, WARPS) if chunk <= 2048 * warps]
 
 
-def sweep_rows(device: torch.device, report: dict[str, Any], out: Path, console: Console) -> None:
-    """Every chunk size and number of warps on the workloads, in float32 and bfloat16."""
-    every = cases((), SWEEP_LISTS)
-    with bar(console) as progress:
-        task = progress.add_task("sweep", total=len(settings()) * len(every) * len(DTYPES))
-        for (case, workload), dtype in itertools.product(every.items(), DTYPES):
-            tensors = Tensors(workload, dtype, device)
-            for chunk, warps in settings():
-                progress.update(task, description=f"{case} chunk {chunk} warps {warps}")
-                row: Row = {
-                    "case": case,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "chunk": chunk,
-                    "warps": warps,
-                }
-                with recorded(row, report, out), constants(CHUNK=chunk, NUM_WARPS=warps):
-                    row["correct"] = is_correct(device)
-                    row |= {kernel: bench(kernel, tensors) for kernel in SWEPT}
-                progress.advance(task)
-            del tensors
-            torch.cuda.empty_cache()
+class Run:
+    """A run of `kernels` or `sweep`: its result file, which grows by a row at a time."""
+
+    def __init__(self, kind: str, out: Path) -> None:
+        if not torch.cuda.is_available() or not elr_kernels.available():
+            raise typer.BadParameter("this needs a CUDA device and triton")
+        self.out, self.console, self.device = out, Console(), torch.device("cuda")
+        self.report: dict[str, Any] = {"kind": kind, "env": env_report.collect(), "rows": []}
+
+    def measure(
+        self, every: dict[str, Workload], variants: Sequence[dict[str, Any]], row_of: Callable[..., Row]
+    ) -> None:
+        """For each workload, dtype and variant a row of what `row_of(tensors, **variant)` returns, or its error."""
+        with progress_bar(self.console) as progress:
+            task = progress.add_task("", total=len(every) * len(DTYPES) * len(variants))
+            for (case, workload), dtype in itertools.product(every.items(), DTYPES):
+                tensors = None
+                for variant in variants:
+                    row: Row = {"case": case, "dtype": str(dtype).removeprefix("torch."), **variant}
+                    progress.update(task, description=" ".join(map(str, row.values())))
+                    row |= {"tensors": len(workload.shapes), "elements": workload.elements}
+                    try:
+                        tensors = tensors or Tensors(workload, dtype, self.device)
+                        row |= row_of(tensors, **variant)
+                    except Exception as error:
+                        row["error"] = f"{type(error).__name__}: {first_line(error)}"
+                    self.report["rows"].append(row)
+                    write_json(self.out, self.report)
+                    progress.advance(task)
+                del tensors
+                torch.cuda.empty_cache()
+
+    def finish(self, table: Callable[[Sequence[Row]], Table]) -> None:
+        """Print what came out."""
+        self.console.print(table(self.report["rows"]))
+        self.console.print(f"wrote {self.out}")
+
+
+def try_setting(tensors: Tensors, chunk: int, warps: int) -> Row:
+    """Whether the kernels are right with a chunk size and a number of warps, and how fast they are."""
+    with constants(CHUNK=chunk, NUM_WARPS=warps):
+        row: Row = {"correct": is_correct(tensors.params[0].device)}
+        return row | {kernel: bench(tensors, kernel) for kernel in SWEPT}
 
 
 def best_settings(rows: Sequence[Row]) -> Table:
-    """The fastest setting of each kernel on each case, beside all the others' range."""
-    table = Table(title="fastest chunk size and number of warps", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("case", "kernel", "chunk", "warps", "GB/s", "slowest GB/s"):
-        table.add_column(column)
-    for case, dtype in dict.fromkeys((row["case"], row["dtype"]) for row in rows):
+    """The fastest setting of each kernel on each case, beside the speed of the slowest."""
+    columns = ("case", "kernel", "chunk", "warps", "GB/s", "slowest GB/s")
+    table = table_of("fastest chunk size and number of warps", *columns)
+    for (case, dtype), of_case in grouped(rows, lambda row: (row["case"], row["dtype"])).items():
         for kernel in SWEPT:
-            of_case = [
-                row
-                for row in rows
-                if (row["case"], row["dtype"]) == (case, dtype) and row.get("correct") and kernel in row
-            ]
-            if not of_case:
-                table.add_row(f"{case} {dtype}", kernel, "–", "–", "–", "none was right")
-                continue
-            ranked = sorted(of_case, key=lambda row: row[kernel]["gb_per_s"])
-            best = ranked[-1]
-            table.add_row(
-                f"{case} {dtype}",
-                kernel,
-                f"{best['chunk']:,}",
-                str(best["warps"]),
-                f"{best[kernel]['gb_per_s']:,.0f}",
-                f"{ranked[0][kernel]['gb_per_s']:,.0f}",
-            )
+            right = [row for row in of_case if row.get("correct") and kernel in row]
+            ranked = sorted(right, key=lambda row: row[kernel]["gb_per_s"])
+            cells = ["–", "–", "–", "none was right"]
+            if ranked:
+                best = ranked[-1]
+                speeds = [f"{row[kernel]['gb_per_s']:,.0f}" for row in (best, ranked[0])]
+                cells = [f"{best['chunk']:,}", str(best["warps"]), *speeds]
+            table.add_row(f"{case} {dtype}", kernel, *cells)
     return table
 
 
 def bandwidths(rows: Sequence[Row]) -> Table:
     """GB/s by case and kernel."""
-    table = Table(title="GB/s, cold L2 cache", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("case", no_wrap=True)
-    for kernel in KERNELS:
-        table.add_column(kernel, justify="right")
-    for case, dtype in dict.fromkeys((row["case"], row["dtype"]) for row in rows):
-        found = {
-            row["kernel"]: row.get("gb_per_s") for row in rows if (row["case"], row["dtype"]) == (case, dtype)
-        }
+    table = table_of("GB/s, cold L2 cache", "case", *KERNELS)
+    for (case, dtype), of_case in grouped(rows, lambda row: (row["case"], row["dtype"])).items():
+        found = {row["kernel"]: row.get("gb_per_s") for row in of_case}
         table.add_row(f"{case} {dtype}", *(show(found.get(kernel), ",.0f") for kernel in KERNELS))
     return table
 
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-
-
-def start(kind: str) -> tuple[torch.device, dict[str, Any]]:
-    """The device and an empty report; refuses to go on without a GPU."""
-    if not torch.cuda.is_available() or not elr_kernels.available():
-        raise typer.BadParameter("this needs a CUDA device and triton")
-    return torch.device("cuda"), {"kind": kind, "env": env_report.collect(), "rows": []}
 
 
 @app.callback(invoke_without_command=True)
@@ -262,11 +216,9 @@ def main(
     """
     if context.invoked_subcommand:
         return
-    device, report = start("kernels")
-    console = Console()
-    all_rows(device, report, out, console)
-    console.print(bandwidths(report["rows"]))
-    console.print(f"wrote {out}")
+    run = Run("kernels", out)
+    run.measure(cases(SIZES, LISTS), [{"kernel": kernel} for kernel in KERNELS], bench)
+    run.finish(bandwidths)
 
 
 @app.command()
@@ -277,29 +229,10 @@ def sweep(
 
     Example: python -m benchmarks.speed.kernels sweep --out runs/sweep.json
     """
-    device, report = start("sweep")
-    console = Console()
-    sweep_rows(device, report, out, console)
-    console.print(best_settings(report["rows"]))
-    console.print(f"wrote {out}")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("case", ["4,096", f"{2**24:,}", *LISTS])
-def test_kernel(benchmark: Any, case: str, kernel: str) -> None:
-    """Wall-clock time of a call in float32, with the device idle before and after it."""
-    workload = WORKLOADS[case]() if case in WORKLOADS else many(case, [int(case.replace(",", ""))])
-    tensors = Tensors(workload, torch.float32, torch.device("cuda"))
-
-    def call() -> None:
-        KERNELS[kernel][0](tensors)
-        torch.cuda.synchronize()
-
-    call()
-    benchmark.group = case
-    benchmark(call)
+    run = Run("sweep", out)
+    variants = [{"chunk": chunk, "warps": warps} for chunk, warps in settings()]
+    run.measure(cases((), SWEEP_LISTS), variants, try_setting)
+    run.finish(best_settings)
 
 
 if __name__ == "__main__":

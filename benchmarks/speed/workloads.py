@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -77,13 +77,14 @@ class Workload:
             params.append(p)
         return params
 
-    def param_groups(self, params: list[Tensor]) -> list[dict[str, object]]:
-        """Param groups for ELRSGD that say which tensors are scale-invariant."""
-        groups = {
-            flag: [p for p, tracked in zip(params, self.tracked, strict=True) if tracked == flag]
-            for flag in (True, False)
-        }
-        return [{"params": members, "scale_invariant": flag} for flag, members in groups.items() if members]
+
+def param_groups(params: Sequence[Tensor], tracked: Sequence[bool]) -> list[dict[str, object]]:
+    """Param groups for ELRSGD that say which tensors are scale-invariant."""
+    groups = {
+        flag: [p for p, is_tracked in zip(params, tracked, strict=True) if is_tracked == flag]
+        for flag in (True, False)
+    }
+    return [{"params": members, "scale_invariant": flag} for flag, members in groups.items() if members]
 
 
 def clone(params: list[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 pytest.importorskip("matplotlib")
 
 from benchmarks.distributed import all_reduce
-from benchmarks.speed.workloads import WORKLOADS
+from benchmarks.speed.workloads import WORKLOADS, param_groups
 from elropt.optimizer import ELRSGD
 
 ROOT = Path(__file__).parents[3]
@@ -56,7 +56,7 @@ def test_only_what_is_armed_is_handed_over() -> None:
     made = {}
     for rule in ("warmup", None):
         params = workload.make(all_reduce.torch.device("cpu"))
-        made[rule] = ELRSGD(workload.param_groups(params), rule=rule, momentum=0.9)
+        made[rule] = ELRSGD(param_groups(params, workload.tracked), rule=rule, momentum=0.9)
         made[rule].step()
         all_reduce.hand_over(made[rule])
     flags = [state["handed_over"].item() for state in made["warmup"].state.values()]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks.speed import kernels
+from benchmarks.speed.timing import seconds_of
+from benchmarks.speed.workloads import WORKLOADS, many
 from elropt import kernels as elr_kernels
 
 if not elr_kernels.available():
@@ -82,3 +89,40 @@ def test_a_kernel_without_a_time_is_a_dash() -> None:
 def test_help_has_an_example(arguments: list[str]) -> None:
     result = CliRunner().invoke(kernels.app, arguments, env={"COLUMNS": "200"})
     assert "Example: python -m benchmarks.speed.kernels" in result.output
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> kernels.Run:
+    """One that takes the CPU for the device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels.env_report, "collect", dict)
+    made = kernels.Run("kernels", tmp_path / "kernels.json")
+    made.device = torch.device("cpu")
+    return made
+
+
+def test_a_row_for_each_case_dtype_and_kernel(run: kernels.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    variants = [{"kernel": kernel} for kernel in ("copy", "update")]
+    measured = lambda tensors, kernel: {"gb_per_s": 1.0} if kernel == "copy" else 1 / 0  # noqa: E731
+    run.measure(kernels.cases((4096,), ()), variants, measured)
+    rows = json.loads(run.out.read_text())["rows"]
+    assert [(row["case"], row["dtype"], row["kernel"]) for row in rows] == [
+        ("4,096", dtype, kernel) for dtype in ("float32", "bfloat16") for kernel in ("copy", "update")
+    ]
+    assert [row.get("error") for row in rows] == [None, "ZeroDivisionError: division by zero"] * 2
+    assert (rows[0]["tensors"], rows[0]["elements"], rows[0]["gb_per_s"]) == (1, 4096, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("case", ["4,096", f"{2**24:,}", *kernels.LISTS])
+def test_benchmark(benchmark: Any, case: str, kernel: str) -> None:
+    """Wall-clock time of a call in float32, with the device idle before and after it: run with --benchmark-only."""
+    workload = WORKLOADS[case]() if case in WORKLOADS else many(case, [int(case.replace(",", ""))])
+    tensors = kernels.Tensors(workload, torch.float32, DEVICE)
+    call = partial(kernels.KERNELS[kernel][0], tensors)
+    call()
+    benchmark.group = case
+    benchmark(seconds_of, call, DEVICE)

@@ -1,23 +1,22 @@
-"""The step benchmark on the CPU: rows, failures of other packages and of workers, counting, the command line."""
+"""The step benchmark on the CPU: rows, failures of other packages, the command line; with a GPU, pytest-benchmark."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks.speed import kernels, step_time
-from benchmarks.speed.step_time import Job, Worker, perform
-from benchmarks.speed.workloads import WORKLOADS
+from benchmarks.speed.optimizers import OPTIMIZERS, RULES, Entry, peer
+from benchmarks.speed.step_time import Job, perform
+from benchmarks.speed.timing import first_line, seconds_of
+from benchmarks.speed.worker import Worker
+from benchmarks.speed.workloads import NETWORKS, WORKLOADS, Workload
 
 CPU = torch.device("cpu")
 
@@ -26,7 +25,7 @@ def job(optimizer: str, kind: Any = "time") -> Job:
     return Job(kind, "cpu", 0.01, "tiny", optimizer)
 
 
-@pytest.mark.parametrize("optimizer", [name for name in step_time.OPTIMIZERS if name.startswith("elr-")])
+@pytest.mark.parametrize("optimizer", RULES)
 def test_rows_of_the_rules(optimizer: str) -> None:
     row = perform(job(optimizer))
     assert "error" not in row
@@ -53,43 +52,38 @@ def test_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(step_time.kernels, "bytes_moved", bytes_moved, raising=False)
     workload = WORKLOADS["tiny"]()
-    for optimizer, expected in (("torch-fused", 20 * workload.elements), ("elr-uniform", 2)):
-        entry = step_time.OPTIMIZERS[optimizer]
+    for optimizer, together, expected in (
+        ("torch-fused", False, 20 * workload.elements),
+        ("elr-uniform", False, 2),
+        ("elr-uniform", True, 2),
+    ):
+        entry = OPTIMIZERS[optimizer]
         copy = step_time.Copy(workload, entry, workload.make(CPU))
         copy.step()
-        assert step_time.bytes_of(workload, entry, copy) == expected
-    assert asked == [(2, "grad"), (4, None)]
+        assert step_time.bytes_of(copy, workload, entry, together=together) == expected
+    assert asked == [(2, "grad"), (4, None), (2, None), (4, None)]
 
 
-class FakeEvent:
-    """A CUDA event on a clock that only steps move."""
-
-    now = 0.0
-
-    def __init__(self, enable_timing: bool) -> None:
-        self.at: float | None = None
-
-    def record(self) -> None:
-        assert self.at is None
-        self.at = FakeEvent.now
-
-    def elapsed_time(self, other: FakeEvent) -> float:
-        assert self.at is not None
-        assert other.at is not None
-        return other.at - self.at
+def test_one_launch_reads_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload, entry = WORKLOADS["tiny"](), OPTIMIZERS["elr-uniform"]
+    copy = step_time.Copy(workload, entry, workload.make(CPU))
+    copy.step()
+    found = []
+    for launches in (1, 2):
+        counted = {"launches": launches, "memory_ops": 0}
+        monkeypatch.setattr(step_time, "launches_of", lambda _, counted=counted: counted)
+        found.append(step_time.counts(copy, workload, entry)["bytes"])
+    read_again = 4 * sum(p.numel() for p in copy.optimizer.param_groups[0]["params"])
+    assert found == [20 * workload.elements, 20 * workload.elements + read_again]
 
 
-def test_device_time_is_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-
-    def call() -> None:
-        FakeEvent.now += 0.5  # ms
-
-    timing = step_time.device_time([call] * 4, 0.1)
-    assert timing["n"] == 50
-    assert timing["us"] == pytest.approx([500.0] * 3)
-    assert step_time.device_time([call], 0.0, steps=5) == {"us": pytest.approx([100.0] * 3), "n": 5}
+def test_rates() -> None:
+    row = {"bytes": 3000, "graph": {"us": [1, 1.5, 2]}, "eager": None}
+    step_time.add_rates(row, copy_gb_per_s=8.0)
+    assert row["graph"] == {"us": [1, 1.5, 2], "gb_per_s": 2.0, "of_copy": 0.25}
+    uncounted = {"bytes": None, "graph": {"us": [1, 1.5, 2]}, "eager": None}
+    step_time.add_rates(uncounted, copy_gb_per_s=8.0)
+    assert uncounted["graph"] == {"us": [1, 1.5, 2]}
 
 
 def test_copies_fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,9 +95,76 @@ def test_copies_fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step_time.copies_for(WORKLOADS["tiny"](), CPU) == step_time.MAX_COPIES
 
 
+class Gpu:
+    """A device that counts as a GPU, with tensors on the CPU."""
+
+    type, index = "cuda", None
+    measured: dict[str, list[int]]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Everything that needs a GPU is taken for granted; `measured` has the steps of each graph, or of a pass."""
+    made = Gpu()
+    made.measured = {"eager": [], "graph": []}
+
+    def device_time(calls: Any, seconds: float, *, steps: int | None = None) -> dict[str, Any]:
+        made.measured["graph" if steps else "eager"].append(steps or len(calls))
+        return {"us": [1.0, 2.0, 3.0], "n": 5}
+
+    workload, make = WORKLOADS["tiny"](), Workload.make
+    monkeypatch.setattr(Workload, "make", lambda self, _: make(self, CPU))
+    monkeypatch.setattr(step_time, "on_stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(step_time, "device_time", device_time)
+    monkeypatch.setattr(step_time, "extra_bytes", lambda _: 512)
+    monkeypatch.setattr(step_time, "l2_bytes", lambda _: 2 * workload.footprint)
+    monkeypatch.setattr(
+        step_time, "capture", lambda steps, apart: [Graph() for _ in (steps if apart else [0])]
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    return made
+
+
+class Graph:
+    def replay(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("per_step", "passes"), [(1e-4, 12), (5e-3, 6), (0.1, 1)])
+def test_rows_of_a_gpu(per_step: float, passes: int, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short steps are repeated in one graph, long ones have a graph each, slow ones a single copy."""
+    monkeypatch.setattr(step_time, "seconds_of", lambda step, device: step() or per_step)
+    row = step_time.time_row(WORKLOADS["tiny"](), OPTIMIZERS["elr-uniform"], gpu, 0.0)
+    assert gpu.measured == {"eager": [passes], "graph": [passes]}
+    assert (row["copies"], row["cold"]) == ((1, False) if per_step == 0.1 else (6, True))
+    assert row["graph"] == row["eager"] == {"us": [1.0, 2.0, 3.0], "n": 5}
+    assert (row["extra_bytes"], row["bytes"], row["launches"], "graph_error" in row) == (
+        512,
+        None,
+        None,
+        False,
+    )
+
+
+def test_what_cannot_be_captured_says_why(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> Any:
+        try:
+            raise RuntimeError("the cause")
+        finally:
+            raise RuntimeError("ending the capture")
+
+    monkeypatch.setattr(step_time, "capture", fails)
+    row = step_time.time_row(WORKLOADS["tiny"](), OPTIMIZERS["torch-foreach"], gpu, 0.0)
+    assert (row["graph"], row["graph_error"], row["restart"]) == (None, "RuntimeError: the cause", True)
+    reads = OPTIMIZERS["torch-foreach"]._replace(capturable=False)
+    row = step_time.time_row(WORKLOADS["tiny"](), reads, gpu, 0.0)
+    assert (row["graph"], row["graph_error"]) == (None, "it reads values back to the host")
+    assert "restart" not in row
+
+
 def test_a_missing_package_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = step_time.Entry(step_time.peer("no_such_package", "SGD"))
-    monkeypatch.setitem(step_time.OPTIMIZERS, "absent", entry)
+    entry = Entry(peer("no_such_package", "SGD"))
+    monkeypatch.setitem(OPTIMIZERS, "absent", entry)
     row = perform(job("absent"))
     assert row == {"error": "not installed: No module named 'no_such_package'"}
 
@@ -112,60 +173,9 @@ def test_a_failing_package_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> Any:
         raise RuntimeError("the first line\nthe second")
 
-    monkeypatch.setitem(step_time.OPTIMIZERS, "broken", step_time.Entry(fails))
+    monkeypatch.setitem(OPTIMIZERS, "broken", Entry(fails))
     row = perform(job("broken"))
     assert row == {"error": "RuntimeError: the first line", "restart": True}
-
-
-def test_other_packages_get_the_same_hyper_parameters() -> None:
-    params = WORKLOADS["tiny"]().make(CPU)
-    optimizer = step_time.peer("torch.optim", "SGD", nesterov=True)(WORKLOADS["tiny"](), params)
-    (group,) = optimizer.param_groups
-    expected = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
-    assert {name: group[name] for name in expected} == expected
-
-
-def serve_badly(connection: Connection) -> None:
-    """A worker that dies, hangs, wants to be replaced, or says who it is."""
-    connection.send(None)
-    while True:
-        optimizer = connection.recv().optimizer
-        if optimizer == "dies":
-            os._exit(3)
-        if optimizer == "hangs":
-            time.sleep(3600)
-        connection.send({"pid": os.getpid(), "restart": optimizer == "restart"})
-
-
-def test_workers_that_die_or_hang_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_time, "serve", serve_badly)
-    with step_time.workers(1) as (worker,):
-        first = worker.ask(job(""))
-        assert worker.ask(job("")) == first
-        assert worker.ask(job("dies")) == {"error": "the process died with exit code 3"}
-        second = worker.ask(job("restart"))
-        third = worker.ask(job(""))
-        assert len({first["pid"], second["pid"], third["pid"]}) == 3
-        assert worker.ask(job("hangs"), limit=0.2) == {"error": "took longer than 0 s"}
-    assert worker.process is None
-
-
-def test_launches_are_kernels_and_not_copies_or_ranges() -> None:
-    names = ["measure_kernel", "Memcpy HtoD (Pinned -> Device)", "update_kernel", "Memset (Device)"]
-    names += ["Optimizer.step#SGD.step", "ProfilerStep#1"]
-    assert step_time.launches_among(names) == {"launches": 2, "memory_ops": 2}
-
-
-def test_quantiles() -> None:
-    assert step_time.timing(np.arange(101.0)) == {"us": [20.0, 50.0, 80.0], "n": 101}
-
-
-def test_a_result_file_is_never_half_written(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "file.json"
-    step_time.write(path, {"rows": [1]})
-    with pytest.raises(ValueError, match="JSON"):
-        step_time.write(path, {"rows": [float("nan")]})
-    assert json.loads(path.read_text()) == {"rows": [1]}
 
 
 def test_command_line(tmp_path: Path) -> None:
@@ -187,7 +197,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """No worker is started; the optimizers that were measured."""
     measured: list[str] = []
 
-    def ask(_: Worker, asked: Job, limit: float = 0) -> dict[str, Any]:
+    def ask(_: Worker, asked: Job, limit: float) -> dict[str, Any]:
         measured.append(asked.optimizer)
         return perform(asked)
 
@@ -228,7 +238,7 @@ def test_no_row_is_started_when_the_budget_is_spent(
 
 
 def test_host_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Worker, "ask", lambda _, asked, limit=0: perform(asked))
+    monkeypatch.setattr(Worker, "ask", lambda _, asked, limit: perform(asked))
     monkeypatch.setattr(step_time, "HOST_OPTIMIZERS", ("torch-fused", "elr-none"))
     out = tmp_path / "host.json"
     result = CliRunner().invoke(
@@ -240,49 +250,11 @@ def test_host_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row["cpu"]["us"][1] > 0 for row in rows)
 
 
-def test_end_to_end_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[set[int]] = []
-    write = step_time.write
-
-    def watched(path: Path, report: dict[str, Any]) -> None:
-        written.append({row["step"]["n"] for row in report["rows"]})
-        write(path, report)
-
-    monkeypatch.setattr(step_time, "write", watched)
-    out = tmp_path / "end_to_end.json"
-    arguments = [
-        "end-to-end",
-        "--device",
-        "cpu",
-        "--tiny",
-        "--rounds",
-        "2",
-        "--steps",
-        "1",
-        "--out",
-        str(out),
-    ]
-    result = CliRunner().invoke(step_time.app, arguments, env={"COLUMNS": "160"})
-    assert result.exit_code == 0, result.output
-    rows = {row["optimizer"]: row for row in json.loads(out.read_text())["rows"]}
-    assert list(rows) == ["torch-fused", "elr-none", "elr-warmup", "elr-uniform"]
-    assert rows["torch-fused"]["ratio"] == [1.0, 1.0, 1.0]
-    assert rows["elr-warmup"]["handed_over"] is False
-    assert written == [{1}, {2}, {2}]  # after each round, and at the end
-
-
-def test_an_optimizer_that_fails_end_to_end_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    with step_time.bar(Console(quiet=True)) as progress:
-        rows = step_time.end_to_end_rows(["elr-nonsense", "elr-none"], CPU, 1, 1, True, progress)
-    assert "nonsense" in rows[0]["error"]
-    assert rows[1]["ratio"] is None
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--workload", "nonsense", "--device", "cpu"], "unknown workload 'nonsense'"),
-        (["--optimizer", "nonsense", "--device", "cpu"], "unknown optimizer 'nonsense'"),
+        (["--workload", "nonsense", "--device", "cpu"], "'nonsense' is not known; choose from resnet-56"),
+        (["--optimizer", "nonsense", "--device", "cpu"], "'nonsense' is not known; choose from torch-fused"),
     ],
 )
 def test_unknown_names(arguments: list[str], words: str) -> None:
@@ -303,3 +275,23 @@ def test_without_a_gpu_it_says_so(app: Any) -> None:
 def test_help_has_an_example(arguments: list[str]) -> None:
     result = CliRunner().invoke(step_time.app, arguments, env={"COLUMNS": "200"})
     assert "Example: python -m benchmarks.speed.step_time" in result.output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("default")  # of other packages
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("workload", NETWORKS)
+def test_benchmark(benchmark: Any, workload: str, optimizer: str) -> None:
+    """Wall-clock time of a step, with the device idle before and after it: run with --benchmark-only."""
+    device = torch.device("cuda")
+    tensors = WORKLOADS[workload]()
+    try:
+        copy = step_time.Copy(tensors, OPTIMIZERS[optimizer], tensors.make(device))
+        copy.warm_up(step_time.WARM_UP_STEPS, device)
+    except Exception as error:  # other packages: missing, or without this dtype
+        if optimizer.startswith(("torch-", "elr-")):
+            raise
+        pytest.skip(first_line(error))
+    benchmark.group = workload
+    benchmark(seconds_of, copy.step, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.speed.workloads import NETWORKS, WORKLOADS, clone
+from benchmarks.speed.workloads import NETWORKS, WORKLOADS, clone, param_groups
 from elropt import ELRSGD
 
 
@@ -88,7 +88,9 @@ def test_clones_share_nothing() -> None:
 
 def test_the_warm_up_stays_active() -> None:
     workload = WORKLOADS["tiny"]()
-    optimizer = ELRSGD(workload.param_groups(workload.make(torch.device("cpu"))), lr=1e-3, momentum=0.9)
+    optimizer = ELRSGD(
+        param_groups(workload.make(torch.device("cpu")), workload.tracked), lr=1e-3, momentum=0.9
+    )
     for _ in range(200):
         optimizer.step()
     flags = [state["handed_over"] for state in optimizer.state.values() if "handed_over" in state]

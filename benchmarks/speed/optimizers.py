@@ -1,0 +1,72 @@
+"""The optimizers whose steps are timed, by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from benchmarks.speed.workloads import param_groups
+from elropt import ELRSGD
+from elropt.rules import GRANULARITIES
+
+HYPER = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
+Build = Callable[[list[Tensor], Sequence[bool]], Optimizer]  # params, which of them are tracked
+
+
+class Entry(NamedTuple):
+    """An optimizer to time.
+
+    measures: the tensors of tracked layers that ELRSGD reads before the update, as in `kernels.bytes_moved`.
+    capturable: False where it reads values back to the host.
+    """
+
+    build: Build
+    compiled: bool = False
+    measures: Literal["grad", "both"] | None = None
+    capturable: bool = True
+
+
+def elr(rule: str | None, *, project: bool = False) -> Build:
+    """ELRSGD, told which tensors are scale-invariant; Triton on a GPU, foreach on the CPU."""
+
+    def build(params: list[Tensor], tracked: Sequence[bool]) -> Optimizer:
+        options: dict[str, Any] = {**HYPER, "rule": rule, "project": project}
+        options["fused" if params[0].is_cuda else "foreach"] = True
+        return ELRSGD(param_groups(params, tracked), **options)
+
+    return build
+
+
+def torch_sgd(**backend: bool) -> Build:
+    """torch.optim.SGD."""
+    return lambda params, _: SGD(params, **HYPER, **backend)
+
+
+def peer(module: str, name: str, **options: Any) -> Build:
+    """An optimizer of another package, imported when it is built."""
+    return lambda params, _: getattr(importlib.import_module(module), name)(params, **HYPER, **options)
+
+
+# pytorch-optimizer's LARS writes into the gradients: they grow from step to step, which costs no time.
+OPTIMIZERS = {
+    "torch-fused": Entry(torch_sgd(fused=True)),
+    "torch-foreach": Entry(torch_sgd(foreach=True)),
+    "torch-for-loop": Entry(torch_sgd(foreach=False)),
+    "torch-compiled": Entry(torch_sgd(foreach=True), compiled=True),
+    **{
+        f"elr-{rule or 'none'}": Entry(elr(rule), measures="grad" if rule else None) for rule in GRANULARITIES
+    },
+    "elr-project": Entry(elr(None, project=True), measures="both"),
+    "timm-lars": Entry(peer("timm.optim", "Lars")),
+    "timm-sgdp": Entry(peer("timm.optim", "SGDP"), capturable=False),
+    "optimi-sgd": Entry(peer("optimi", "SGD", triton=True, kahan_sum=False)),
+    "pytorch-optimizer-lars": Entry(peer("pytorch_optimizer", "LARS")),
+    "bitsandbytes-sgd": Entry(peer("bitsandbytes.optim", "SGD")),
+    "bitsandbytes-lars": Entry(peer("bitsandbytes.optim", "LARS")),
+}
+BASELINE = "torch-fused"
+RULES = tuple(name for name in OPTIMIZERS if name.startswith("elr-"))
