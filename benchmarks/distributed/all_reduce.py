@@ -38,7 +38,6 @@ from torch.optim import SGD, Optimizer
 from benchmarks.common.statistics import grouped
 from benchmarks.speed.workloads import WORKLOADS, Workload, param_groups
 from elropt import ELRSGD, env_report
-from elropt._rule_group import STEPS_PER_LOOK
 from elropt.plots import COLORS, MARKERS, save
 
 Row = dict[str, Any]
@@ -51,6 +50,7 @@ QUARTILES = (0.25, 0.5, 0.75)
 SIZES = (8, 64, 512, 4096, 32768, 262144, 1048576, 4194304)  # bytes
 BYTES_PER_ROW = 4 * 8  # of the packed sums [4, R], float64
 CALLS = 10  # in a block of bare all-reduces
+STEPS_UNTIL_KNOWN = 32  # on a GPU, from the end of the warm-up until the host knows of it
 LR, MOMENTUM = 1e-3, 0.9
 
 
@@ -187,7 +187,7 @@ def time_steps(name: str, turns: int, watch: Stopwatch, ranks: int) -> list[Row]
         optimizer.step()
         if "handed over" in key:
             hand_over(optimizer)
-        for _ in range(2 * STEPS_PER_LOOK if watch.device.type == "cuda" else 2):
+        for _ in range(STEPS_UNTIL_KNOWN if watch.device.type == "cuda" else 2):
             optimizer.step()
     counts = {key: count_all_reduces(optimizer) for key, optimizer in made.items()}
     seconds: dict[str, list[tuple[float, float]]] = {key: [] for key in made}
