@@ -19,7 +19,6 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from scipy import stats
 from torch.optim import Optimizer
 
 from benchmarks.common import models
@@ -27,7 +26,15 @@ from benchmarks.common.command_line import progress_bar, show, table_of
 from benchmarks.common.files import write_json
 from benchmarks.speed.device import DeviceOption, check_device
 from benchmarks.speed.optimizers import BASELINE, OPTIMIZERS
-from benchmarks.speed.timing import QUANTILES, Row, first_line, no_garbage_collection, quantiles, synchronize
+from benchmarks.speed.timing import (
+    QUANTILES,
+    Row,
+    first_line,
+    median_interval,
+    no_garbage_collection,
+    quantiles,
+    synchronize,
+)
 from elropt import env_report
 
 COMPARED = (BASELINE, "elr-none", "elr-warmup", "elr-uniform")
@@ -148,16 +155,6 @@ def row_of(name: str, training: Training, seconds: dict[str, list[float]], steps
         ratios = mine / np.array(seconds[BASELINE])
         row |= {"ratio": np.quantile(ratios, QUANTILES).tolist(), "ratio_interval": median_interval(ratios)}
     return row
-
-
-def median_interval(values: np.ndarray) -> list[float] | None:
-    """A 95 % interval of the median; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    if np.ptp(values) == 0:
-        return [float(values[0])] * 2
-    found = stats.bootstrap((values,), np.median, method="percentile", rng=0)
-    return [float(bound) for bound in found.confidence_interval]
 
 
 def results_table(rows: Sequence[Row]) -> Table:

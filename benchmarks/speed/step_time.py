@@ -45,7 +45,7 @@ from torch import Tensor
 
 from benchmarks.common.command_line import one_of, progress_bar, show, table_of
 from benchmarks.common.files import write_json
-from benchmarks.speed import end_to_end
+from benchmarks.speed import end_to_end, host
 from benchmarks.speed.device import DeviceOption, check_device
 from benchmarks.speed.optimizers import BASELINE, HYPER, OPTIMIZERS, Entry
 from benchmarks.speed.timing import (
@@ -75,16 +75,12 @@ STEPS_PER_PASS = 8  # at least, between two events
 LONG_STEP = 2e-3  # seconds; such a step is a pass, and a CUDA graph, of its own
 SLOW_STEP = 20e-3  # seconds; such a step is measured on a single copy
 MODES = ("graph", "eager")
-HOST_WORKLOADS = ("160x4", "2000x4")
-HOST_OPTIMIZERS = (BASELINE, "torch-foreach", "elr-none", "elr-warmup", "elr-uniform")
-
-Kind = Literal["step-time", "host"]
 
 
 class Job(NamedTuple):
     """One thing that a worker does."""
 
-    kind: Literal["copy", "time", "cpu", "count"]
+    kind: Literal["copy", "time", "count"]
     device: str
     seconds: float
     workload: str = ""
@@ -100,7 +96,7 @@ def perform(job: Job) -> Row:
         workload, entry = WORKLOADS[job.workload](), OPTIMIZERS[job.optimizer]
         if job.kind == "count":
             return count_row(workload, entry, device)
-        return time_row(workload, entry, device, job.seconds, cpu_only=job.kind == "cpu")
+        return time_row(workload, entry, device, job.seconds)
     except ImportError as error:
         return {"error": f"not installed: {first_line(error)}"}
     except Exception as error:
@@ -128,16 +124,14 @@ class Copy:
         return [seconds_of(self.step, device) for _ in range(steps)][-1]
 
 
-def time_row(
-    workload: Workload, entry: Entry, device: torch.device, seconds: float, *, cpu_only: bool = False
-) -> Row:
+def time_row(workload: Workload, entry: Entry, device: torch.device, seconds: float) -> Row:
     """The times of one optimizer on one workload; each of the three is sampled for a third of `seconds`."""
     row: Row = dict.fromkeys((*MODES, "launches", "memory_ops", "extra_bytes", "bytes", "cold"))
     # Everything runs on the stream that graphs are captured on: what the warm-up prepares for a stream is there.
     with on_stream(device), no_garbage_collection():
         copies = [Copy(workload, entry, workload.make(device))]
         per_step = copies[0].warm_up(WARM_UP_STEPS, device)
-        if device.type != "cuda" or cpu_only:
+        if device.type != "cuda":
             row["cpu"] = host_time(copies[0].step, device, seconds)
         else:
             # Each copy would be compiled anew.
@@ -220,7 +214,6 @@ def bytes_of(copy: Copy, workload: Workload, entry: Entry, *, together: bool) ->
 
 
 def measure_all(
-    kind: Kind,
     names: Sequence[str],
     optimizers: Sequence[str],
     device: str,
@@ -237,9 +230,9 @@ def measure_all(
     are measured again.
     """
     began = time.monotonic()
-    on_device = kind == "step-time" and torch.device(device).type == "cuda"
+    on_device = torch.device(device).type == "cuda"
     config = {"device": torch.device(device).type, "seconds": seconds, **HYPER, "cold_factor": COLD_FACTOR}
-    report = {"kind": kind, "env": env_report.collect(), "config": config, "copy": None, "rows": []}
+    report = {"kind": "step-time", "env": env_report.collect(), "config": config, "copy": None, "rows": []}
     if add and out.exists():
         before = json.loads(out.read_text(encoding="utf-8"))
         report |= {"copy": before["copy"], "rows": before["rows"]}
@@ -264,7 +257,7 @@ def measure_all(
                 "tensors": len(workload.shapes),
                 "elements": workload.elements,
             }
-            job = Job("cpu" if kind == "host" else "time", device, seconds, name, optimizer)
+            job = Job("time", device, seconds, name, optimizer)
             if (
                 entry.measures and name in hung
             ):  # a kernel that waits for ever would do so in every row like it
@@ -338,6 +331,7 @@ def median(row: Row, mode: str) -> float | None:
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 app.command("end-to-end")(end_to_end.main)
+app.command("host")(host.main)
 
 
 @app.callback(invoke_without_command=True)
@@ -371,24 +365,10 @@ def main(
     if context.invoked_subcommand:
         return
     names, optimizers = workload or NETWORKS, optimizer or list(OPTIMIZERS)
-    command("step-time", names, optimizers, device, seconds, out, budget=budget, add=add)
-
-
-@app.command()
-def host(
-    seconds: Annotated[float, typer.Option(min=0, help="Of samples per row.")] = 1.0,
-    device: DeviceOption = "cuda",
-    out: Annotated[Path, typer.Option(help="Result file.")] = Path("runs/step-time/host.json"),
-) -> None:
-    """CPU time of a step over 160 and 2,000 tensors of 4 elements.
-
-    Example: python -m benchmarks.speed.step_time host --device cpu
-    """
-    command("host", HOST_WORKLOADS, HOST_OPTIMIZERS, device, seconds, out)
+    command(names, optimizers, device, seconds, out, budget=budget, add=add)
 
 
 def command(
-    kind: Kind,
     names: Sequence[str],
     optimizers: Sequence[str],
     device: str,
@@ -399,7 +379,7 @@ def command(
     """Measure, and print what came out."""
     check_device(device)
     console = Console()
-    report = measure_all(kind, names, optimizers, device, seconds, out, console, **how)
+    report = measure_all(names, optimizers, device, seconds, out, console, **how)
     for name in names:
         if any(row["workload"] == name for row in report["rows"]):
             console.print(results_table(report, name))

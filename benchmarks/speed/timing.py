@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 QUANTILES = (0.2, 0.5, 0.8)
 COPY_BYTES = 2**30
@@ -25,6 +26,16 @@ Step = Callable[[], object]
 def quantiles(us: np.ndarray) -> Row:
     """`us` and `n` of samples in microseconds."""
     return {"us": [float(q) for q in np.quantile(us, QUANTILES)], "n": len(us)}
+
+
+def median_interval(values: np.ndarray) -> list[float] | None:
+    """A 95 % interval of the median; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    if np.ptp(values) == 0:
+        return [float(values[0])] * 2
+    found = stats.bootstrap((values,), np.median, method="percentile", rng=0)
+    return [float(bound) for bound in found.confidence_interval]
 
 
 def synchronize(device: torch.device) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.speed import kernels, step_time
+from benchmarks.speed import host, kernels, step_time
 from benchmarks.speed.optimizers import OPTIMIZERS, RULES, Entry, peer
 from benchmarks.speed.step_time import Job, perform
 from benchmarks.speed.timing import first_line, seconds_of
@@ -238,16 +238,30 @@ def test_no_row_is_started_when_the_budget_is_spent(
 
 
 def test_host_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Worker, "ask", lambda _, asked, limit: perform(asked))
-    monkeypatch.setattr(step_time, "HOST_OPTIMIZERS", ("torch-fused", "elr-none"))
+    monkeypatch.setattr(host, "COMPARED", ("torch-fused", "timm-sgdp-of-nobody", "elr-none"))
     out = tmp_path / "host.json"
-    result = CliRunner().invoke(
-        step_time.app, ["host", "--device", "cpu", "--seconds", "0", "--out", str(out)]
-    )
+    options = [
+        "--device",
+        "cpu",
+        "--workload",
+        "160x4",
+        "--workload",
+        "tiny",
+        "--rounds",
+        "3",
+        "--out",
+        str(out),
+    ]
+    result = CliRunner().invoke(step_time.app, ["host", *options], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
-    rows = json.loads(out.read_text())["rows"]
-    assert {row["tensors"] for row in rows} == {160, 2000}
-    assert all(row["cpu"]["us"][1] > 0 for row in rows)
+    rows = {(row["workload"], row["optimizer"]): row for row in json.loads(out.read_text())["rows"]}
+    assert len(rows) == 6
+    assert rows["160x4", "torch-fused"]["eager_ratio"] == {"median": 1.0, "interval": [1.0, 1.0]}
+    mine = rows["160x4", "elr-none"]
+    low, high = mine["cpu_ratio"]["interval"]
+    assert mine["cpu"]["n"] == 3
+    assert 0 < low <= mine["cpu_ratio"]["median"] <= high
+    assert "KeyError" in rows["tiny", "timm-sgdp-of-nobody"]["error"]
 
 
 @pytest.mark.parametrize(
