@@ -1,4 +1,4 @@
-"""In a checkout the kernels lie beside this folder, installed they lie in it: lets a checkout find its own."""
+"""Lets a checkout find its kernels: there they are beside this folder, and installed they are in it."""
 
 import sys
 from importlib.machinery import ModuleSpec
@@ -10,7 +10,7 @@ BESIDE = HERE.parent / "kernels" / "__init__.py"
 
 
 class KernelsOfCheckout:
-    """Goes before the finder of an editable install, which may be that of another checkout."""
+    """Finds elropt.kernels. It comes before the finder of an editable install, which may belong to another checkout."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:

@@ -1,4 +1,4 @@
-"""Running a copy of a user's model, so that nothing of the model itself changes."""
+"""Running a copy of a user's model, so that the model itself does not change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from .sharding import is_dtensor
 
-Outputs: TypeAlias = Callable[[Any], Any]  # what of a model's outputs counts
+Outputs: TypeAlias = Callable[[Any], Any]  # picks from what a model returns the outputs that count
 
 
 class Inputs(NamedTuple):
@@ -36,11 +36,11 @@ class Inputs(NamedTuple):
 
 
 def check_model(model: object) -> None:
-    """Raise what keeps a model from being run.
+    """Refuse what is no model that can run.
 
     Raises:
         TypeError: it is no module.
-        ValueError: parameters without a shape, without data, or sharded ones (DTensors).
+        ValueError: it has parameters without a shape, without data, or sharded ones (DTensors).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -66,9 +66,13 @@ def check_model(model: object) -> None:
 
 
 def copied(model: nn.Module, *, dtype: torch.dtype | None = None, training: bool | None = None) -> nn.Module:
-    """A deep copy with parameters that require gradients as the model's do; in mode, and what is real in `dtype`
-    (float64 or float32), if given."""
-    # torch.nn.utils.weight_norm and spectral_norm keep a computed weight that deepcopy would refuse.
+    """A deep copy, whose parameters require gradients where the model's do.
+
+    Args:
+        dtype: float64 or float32, for its real parameters and buffers. None: those of the model.
+        training: whether it is in training mode. None: the modes that the modules of the model are in.
+    """
+    # torch.nn.utils.weight_norm and spectral_norm keep a computed weight, which deepcopy would refuse.
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()
@@ -76,7 +80,7 @@ def copied(model: nn.Module, *, dtype: torch.dtype | None = None, training: bool
         if isinstance(value, Tensor) and not value.is_leaf
     }
     try:
-        with torch.no_grad():  # else the copy of a ScriptModule is a function of the original
+        with torch.no_grad():  # otherwise the copy of a ScriptModule is a function of the original
             twin = copy.deepcopy(model, computed)
     except Exception as error:
         error.add_note(
@@ -91,13 +95,13 @@ def copied(model: nn.Module, *, dtype: torch.dtype | None = None, training: bool
     if training is not None:
         with suppress(
             NotImplementedError
-        ):  # a program of torch.export stays in the mode that it was exported in
+        ):  # a program of torch.export keeps the mode that it was exported in
             twin.train(training)
     return twin
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
-    """model(*args, **kwargs), without torch.compile; an error gets a note on how it was called."""
+    """model(*args, **kwargs), without torch.compile. An error gets a note that says how the model was called."""
     try:
         with torch.compiler.set_stance("force_eager"):
             return model(*inputs.args, **inputs.kwargs)
@@ -116,10 +120,10 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def backward_from_loss(model: nn.Module, inputs: Inputs, loss: Callable[[Any], Any]) -> Tensor:
-    """loss(model(…)), after a backward pass into the gradients of `model`, a copy.
+    """loss(model(…)) of a copy of a model, and a backward pass from it, which sets the gradients of the copy.
 
     Raises:
-        ValueError: it is no scalar tensor that depends on the parameters.
+        ValueError: the loss is no scalar tensor that depends on the parameters.
     """
     value = loss(run(model, inputs))
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
@@ -136,7 +140,7 @@ def owner_of(name: str) -> str:
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors in nested sequences, mappings and dataclasses."""
+    """The tensors in `output`: in nested sequences, mappings and dataclasses."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
@@ -169,16 +173,16 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return mapped
     try:
         return copy.deepcopy(value)
-    except Exception:  # a generator, a lock: it is passed as it is
+    except Exception:  # a generator or a lock cannot be copied: pass it on
         return value
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Keep the random states of torch, Python and NumPy, and the gradients of `model`, as they are.
+    """Restore the random states of torch, Python and NumPy, and the gradients of `model`, at the end.
 
-    A copy may reach parameters of the original all the same, through a closure: its backward pass adds to their
-    gradients.
+    The gradients, because a copy can hold a closure over parameters of the original; the backward pass of the copy
+    then adds to their gradients.
     """
     params = list(model.parameters())
     grads = [param.grad for param in params]
@@ -196,7 +200,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def seed_like(model: nn.Module) -> None:
-    """Seed the generators that a model draws from, and no other device's: torch.manual_seed would."""
+    """Seed the generators of the CPU and of the model's devices. torch.manual_seed would seed every device."""
     torch.default_generator.manual_seed(0)
     for device in _cuda_devices(model):
         torch.cuda.default_generators[device].manual_seed(0)

@@ -18,7 +18,7 @@ EPS_MATTERS = 0.01  # a change of the outputs beyond it is worth a warning
 
 @dataclass(frozen=True)
 class OutputsChange:
-    """Relative change of the outputs, ‖new − old‖/‖old‖, when weights are rescaled: of all, and of each alone."""
+    """Relative change of the outputs, ‖new − old‖/‖old‖, by rescaling all weights, and by rescaling each one alone."""
 
     of_all: float
     of_each: dict[str, float]
@@ -46,20 +46,20 @@ def outputs_change(
     training: bool,
     dtype: torch.dtype | None = None,
 ) -> OutputsChange:
-    """How much the outputs of the model as it is, with its own eps, change with the weights multiplied by `factors`.
+    """The change of the outputs of the model as it is, with its own eps, when its weights are multiplied by `factors`.
 
-    `of_each` is empty while they change by no more than EPS_MATTERS (or rounding).
+    `of_each` is empty if all together change them by no more than EPS_MATTERS (or 30 roundings).
     """
     twin = copied(model, dtype=dtype, training=training or None)
     params = dict(twin.named_parameters())
-    for param in params.values():
-        param.requires_grad_(
-            param.is_floating_point()
-        )  # so that outputs that do not depend on any are left out
+    for (
+        param
+    ) in params.values():  # outputs that depend on no parameter then require no gradient, and are left out
+        param.requires_grad_(param.is_floating_point())
 
     def result() -> Tensor:
         with untouched(twin), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the measurement has given them already
+            warnings.simplefilter("ignore")  # the user has seen them in the measurement
             seed_like(twin)
             returned = run(twin, inputs.cloned(dtype))
             counted = tensors_in(returned if outputs is None else outputs(returned))

@@ -1,6 +1,6 @@
-"""The radial test: ⟨w, g⟩ of every parameter of a model, on a copy, for gradients of random functions of its outputs.
+"""The radial test: ⟨w, g⟩ of every parameter, for gradients g of random functions of a model's outputs.
 
-Where w is scale-invariant it is zero, up to rounding (docs/theory.md §1).
+It is zero, up to rounding, where w is scale-invariant (docs/theory.md §1).
 """
 
 import math
@@ -19,11 +19,13 @@ EPS_FACTOR = 1e-15
 
 
 class Precision(NamedTuple):
-    """How exactly ⟨w, g⟩ = 0 can be told in a dtype, and how often it must be so that chance does not count.
+    """Tolerances of the radial test in a dtype.
 
-    rounding: a weight of n elements that is not scale-invariant has a radial cosine of order 1/√n. Counted in that
-        unit, float64 leaves about 1e-12 for an invariant weight, and 1e-7 where a model computes its norms in float32.
-    no_effect: a parameter has none if its ‖w‖·‖g‖ is below this fraction of the largest in its module.
+    rounding: the largest radial cosine that counts as zero, in units of 1/√n for a weight of n elements. That is the
+        order of the cosine of a weight that is not scale-invariant. In float64 the cosine of an invariant weight is
+        about 1e-12 in that unit, and 1e-7 where the model computes its norms in float32.
+    no_effect: a parameter has no effect if its ‖w‖·‖g‖ is below this fraction of the largest in its module.
+    rounds: number of random points at which the cosine must count as zero.
     """
 
     rounding: float
@@ -40,7 +42,7 @@ PRECISIONS = {
 
 
 class RadialSums:
-    """⟨w_i, g_i⟩ and ‖w_i‖·‖g_i‖ of each slice i along dim 0, [rounds, dim 0], and of the whole, [rounds]."""
+    """⟨w_i, g_i⟩ and ‖w_i‖·‖g_i‖ of each slice i along dim 0, [rounds, dim 0], and of the whole tensor, [rounds]."""
 
     def __init__(self, rounds: list[Tensor], numel: int, rounding: float, sparse: bool) -> None:
         self.radial, squared_weight, squared_grad = torch.stack(rounds, dim=1)
@@ -65,7 +67,7 @@ class RadialSums:
 def radial_sums(
     model: nn.Module, twin: nn.Module, inputs: Inputs, outputs: Outputs | None, precision: Precision
 ) -> dict[str, RadialSums]:
-    """Run `twin`, a copy of `model`, forward and backward; the sums of every parameter that has a gradient."""
+    """The sums of every parameter that gets a gradient when `twin`, a copy of `model`, runs forward and backward."""
     params = {name: param for name, param in twin.named_parameters() if param.numel() > 0}
     if not params:
         return {}
@@ -123,7 +125,7 @@ def _backward_from_random_cotangents(
 
 
 def _move_to_generic_point(params: Iterable[Tensor], generator: torch.Generator) -> None:
-    """Multiply all entries by 0.5 ... 1.5; let no entry of a weight stay near 0, and no bias or gain be constant."""
+    """Move all entries a little: factors of 0.5 to 1.5. No entry of a weight stays near 0, no bias or gain constant."""
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
         unit = torch.rand(like.shape, generator=generator, dtype=torch.float64)
@@ -147,7 +149,7 @@ def _move_to_generic_point(params: Iterable[Tensor], generator: torch.Generator)
 
 
 def _shrink_eps_attributes(model: nn.Module) -> None:
-    """Do what `_SmallEps` does for layers that run again during backward (activation checkpointing)."""
+    """As `_SmallEps`, which does not reach layers that run again during backward (activation checkpointing)."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and not {"eps", "epsilon"}.isdisjoint(name.split("_")):
@@ -167,9 +169,8 @@ class _SmallEps(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        name = getattr(func, "__name__", "").partition(".")[
-            0
-        ]  # those of exported programs are called add.Tensor
+        # in an exported program the name is add.Tensor
+        name = getattr(func, "__name__", "").partition(".")[0]
         limit = math.inf if name in self.NORMS else 1e-3 if name in self.ADDITIONS else 0.0
 
         def shrink(value: Any) -> Any:
@@ -180,6 +181,6 @@ class _SmallEps(TorchFunctionMode):
 
 
 def coarsest_dtype(params: Iterable[Tensor]) -> torch.dtype:
-    """The dtype among them in which the most is rounded away."""
+    """The least exact of their dtypes; float64 if none of them is in PRECISIONS."""
     held = (param.dtype for param in params if param.dtype in PRECISIONS)
     return max(held, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)

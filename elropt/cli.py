@@ -49,7 +49,7 @@ PLAIN = {
     "×": "x",
     "·": "*",
     "…": "...",
-}  # where the terminal, or a file, has no such characters
+}  # for terminals and files whose encoding lacks these characters
 
 
 def _print_version(wanted: bool) -> None:
@@ -129,8 +129,8 @@ def inspect(
 ) -> None:
     """Show which weights of a model are scale-invariant, how far a step turns them, and what that means.
 
-    If FACTORY returns no loss, it is the one that the model returns, or cross-entropy against random labels, for models
-    that return a logit for each sample (or position) and class.
+    If FACTORY returns no loss, the loss is the one that the model returns, or else cross-entropy against random labels,
+    for models that return a logit for each sample (or position) and class.
     """
     with _messages().status(Text(f"measuring {target} …")), _errors_printed():
         torch.manual_seed(seed)

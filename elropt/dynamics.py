@@ -1,8 +1,8 @@
 """The model behind the rules: how E = ‖g‖/‖w‖ of L scale-invariant layers evolves under SGD.
 
 A scale-invariant layer has ⟨w,g⟩ = 0 and ‖g‖ ∝ 1/‖w‖. The model adds that c = ‖g‖·‖w‖ does not change, so
-that E = c/‖w‖² alone describes a layer. NumPy only and in float64; layers are the last axis. E is called
-`relative_grad` elsewhere in elropt; its unit is 1/lr, so lr·E is an angle. Derivations: docs/theory.md.
+that E = c/‖w‖² alone describes a layer. NumPy only and in float64; layers are the last axis. Elsewhere in elropt E is
+called `relative_grad`. Its unit is 1/lr, so lr·E is an angle. Derivations: docs/theory.md.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 Array: TypeAlias = NDArray[np.float64]
+# E [L] → learning rate, or (learning rate, factor on the gradient)
 ModelRule: TypeAlias = Callable[[Array], ArrayLike | tuple[ArrayLike, ArrayLike]]
 Gradients: TypeAlias = Literal["aligned", "independent"]
 
@@ -133,8 +134,8 @@ def simulate(
     """E of every layer over `steps` steps of SGD, updating in the order of `torch.optim.SGD`.
 
     Per layer m ← μ·m + s·g + ω·w, then w ← w − lr·m, with m = 0 before the first step. Without momentum and
-    weight decay every step is `one_step`. The radial and the tangential part of m are tracked exactly; what
-    momentum needs besides is an assumption on how the gradients of successive steps are directed:
+    weight decay every step is `one_step`. The radial and the tangential part of m are tracked exactly. Momentum needs
+    one more assumption: how the gradients of successive steps are directed.
 
     - "aligned": each gradient points along the tangential part of m. Exact for layers that keep turning in
       one plane, such as f(w) = c·atan2(w₂, w₁).
@@ -214,17 +215,17 @@ def small_step(E0: ArrayLike, lr_sq_sum: ArrayLike) -> Array:
 def equilibrium_angle(lr: ArrayLike, weight_decay: ArrayLike, momentum: ArrayLike = 0.0) -> Array:
     """The angle per step when weight decay balances the growth of ‖w‖: arccos(1 − λω/(1+μ)) ≈ √(2λω/(1+μ)).
 
-    It holds for every c and however successive gradients are directed, and so for every rule that only scales
+    It holds for every c and for any directions of successive gradients, and so for every rule that only scales
     the gradient by a factor. The update must be that of `simulate`: heavy ball without Nesterov or dampening,
-    L2 decay inside the gradient, and neither projection nor rescaling of w.
+    L2 decay added to the gradient, no projection, and no rescaling of w.
 
     Args:
         lr, weight_decay: λ ≥ 0 and ω ≥ 0 with λω < 2(1+μ); beyond that the decay alone diverges.
         momentum: μ, 0 ≤ μ < 1.
 
     Returns:
-        radians per step, the arguments broadcast against each other; 0 where λω = 0 (there nothing is in
-        balance and the angle decays for ever).
+        radians per step, the arguments broadcast against each other; 0 where λω = 0 (there nothing balances the
+        growth, and the angle becomes smaller for ever).
 
     Raises:
         ValueError: a value outside the ranges above.
@@ -270,7 +271,7 @@ def equilibrium_relative_grad(
 
 
 def _decide(rule: ModelRule, step: int, E: Array) -> tuple[Array, Array]:
-    """What the rule answers for this step: learning rate and gradient factor, each a number or [L]."""
+    """Learning rate and gradient factor that the rule returns for this step, each a number or [L]."""
     decision = rule(E)
     lr, grad_factor = decision if isinstance(decision, tuple) else (decision, 1.0)
     lr = _non_negative(f"the learning rate that the rule returned at step {step}", lr)

@@ -1,4 +1,4 @@
-"""On what a result was obtained: versions, hardware and commit; no host name, user name or path."""
+"""Versions, hardware and commit, for beside a result; no host name, user name or path."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def collect() -> dict[str, object]:
     - gpus: name, capability and memory_gib of each; empty without CUDA;
     - driver: version of the GPUs' driver, or None;
     - backends: name → whether it can run here;
-    - git_commit, git_dirty: of the working directory, and whether tracked files in it were changed; None
+    - git_commit, git_dirty: the commit of the working directory, and whether tracked files in it were changed; None
       outside a checkout.
     """
     cuda = torch.cuda.is_available()
@@ -81,7 +81,7 @@ def _driver() -> str | None:
 
 
 def _cpu_name() -> str:
-    """The processor's name as Linux and macOS tell it, else what Python knows."""
+    """The processor's name from Linux or macOS, or else from Python."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():

@@ -47,12 +47,13 @@ def param_groups(
       ``project=False``, weight decay 0.
 
     Args:
-        model, inputs, outputs, kwargs: as for `find_scale_invariant`, ``param_groups(model, **batch)`` for a batch
-            that is a dict. An argument of the model that is called like one of this function is passed by position.
+        model, inputs, outputs, kwargs: as for `find_scale_invariant`. If a batch is a dict:
+            ``param_groups(model, **batch)``. If the model has an argument of the same name as this function, pass it by
+            position.
         weight_decay: weight decay of the first two groups, per step and unit of lr; not negative.
-        tracked_lr: becomes `tracked_lr` of the "scale_invariant" group, in the unit of the optimizer's rule (rad for
-            "angle", `sphere_lr` for "sphere"): see `ELRSGD`, the only optimizer that reads it. None: no group has the
-            key, the optimizer's own holds.
+        tracked_lr: the entry `tracked_lr` of the "scale_invariant" group, in the unit of the optimizer's rule (rad for
+            "angle", `sphere_lr` for "sphere"), see `ELRSGD`. Other optimizers do not read it. None: no group has the
+            entry, and the `tracked_lr` of the optimizer holds.
         exclude: names or `fnmatch` patterns ("head.*") of parameters that are never tracked.
 
     Warns:
@@ -142,25 +143,25 @@ def width_scaled_groups(
     | "vector" | biases, norm gains | 1/2 | 0 | 0 |
     | "fixed" | the output's bias, single numbers | 0 | 0 | 0 |
 
-    They are the largest at which, as the width grows, activations and the gradients with respect to them stay bounded.
-    The logits grow like √m, which does no harm where the gradients with respect to *them* are bounded, as under
-    cross-entropy, or where the step does not grow with them, as Adam's; under SGD with MSE they must stay bounded as
-    well. Weight matrices are all parameters of 2 or more dimensions, in the order of `model.named_parameters()`; the
-    height and width of a kernel count as fixed.
+    They are the largest exponents with which activations, and the gradients with respect to them, stay bounded as the
+    width grows. The logits grow like √m. That does no harm under cross-entropy, where the gradients with respect to
+    the logits are bounded, or with Adam, whose step does not grow with them. Under SGD with MSE they must stay bounded
+    as well. Weight matrices are all parameters of 2 or more dimensions, in the order of `model.named_parameters()`.
+    The height and width of a kernel do not count as width.
 
-    The groups fit `torch.optim.SGD`, Adam, AdamW and `ELRSGD`. In the latter they mean the same with rule=None. "angle"
-    turns a tracked layer by the `lr` of its group, "uniform" (and "warmup" while it lasts) by `lr` times an E that is
-    the same for all: there the groups set ratios of angles, to which other exponents belong (docs/width-scaling.md §5).
-    Schedulers scale all groups alike.
+    The groups fit `torch.optim.SGD`, Adam, AdamW and `ELRSGD` with rule=None. Under the rule "angle" the elr of a
+    tracked layer is the `lr` of its group; under "uniform" (and "warmup" while it lasts) it is `lr` times an E that is
+    the same for all. There the groups set ratios of effective learning rates, which need other exponents
+    (docs/width-scaling.md §5). Schedulers scale all groups alike.
 
     Args:
         model: any module in standard parameterization.
         base_width: the width at which `lr` was tuned; positive, counted as `width` is.
         lr: learning rate at `base_width`, in the optimizer's unit; finite, not negative. The default is torch's.
         loss, optimizer: which exponents.
-        width: of `model`. None: the output features, channels or embedding size of the first input-like layer.
-        input, output: names or `fnmatch` patterns ("*embed.weight") of the matrices whose fan-in, or fan-out, does not
-            grow with the width, in place of the first and of the last.
+        width: of `model`. None: the output features, channels or embedding size of the first layer with the role input.
+        input, output: names or `fnmatch` patterns ("*embed.weight") of the matrices whose fan-in (input) or fan-out
+            (output) does not grow with the width. By default the first and the last matrix.
 
     Raises:
         ValueError: a number, `loss` or `optimizer` that is not allowed; fewer than 2 weight matrices; a pattern that

@@ -55,7 +55,7 @@ class WeightReport:
 
 @dataclasses.dataclass(frozen=True)
 class ModelReport:
-    """What `inspect_model` found. What the tracked weights are too few for is NaN.
+    """What `inspect_model` found. A value that needs more tracked weights than there are is NaN.
 
     Attributes:
         weights: all weights of two or more dimensions, in the order of `model.named_parameters()`.
@@ -67,9 +67,9 @@ class ModelReport:
             `elropt.dynamics` for heavy-ball momentum, which acts like λ/(1−μ) in the long run.
         warmup_elr: the effective learning rate, the same for all tracked weights, at the first step of
             ``ELRSGD(lr=λ, momentum=μ)``.
-        warmup_ends: whether its warm-up finds nothing to do and ends at that step.
-        dtype: what the invariance was measured in: float64, if the model runs in it.
-        eps: where the eps of normalizations makes the invariance approximate, how much in words; else None.
+        warmup_ends: whether the warm-up of that optimizer finds nothing to do and ends at its first step.
+        dtype: the dtype that the invariance was measured in: float64, if the model runs in it.
+        eps: if the eps of normalizations makes the invariance approximate, by how much, in words; else None.
     """
 
     weights: list[WeightReport]
@@ -173,10 +173,11 @@ class ModelReport:
 
 
 def random_label_loss(outputs: Any) -> Tensor:
-    """The loss that is part of `outputs`, or cross-entropy against labels drawn from torch's global random state.
+    """The loss that `outputs` holds, or else cross-entropy against labels drawn from torch's global random state.
 
-    The former is an entry `loss`, as Hugging Face's models return it if their inputs have labels; the latter is of the
-    entry `logits`, else of the first tensor: [batch, classes] or, as of token models, [batch, positions, classes].
+    The loss is the entry `loss`, which Hugging Face's models return if their inputs have labels. The logits for the
+    cross-entropy are the entry `logits`, or else the first tensor: [batch, classes] or, of token models,
+    [batch, positions, classes].
 
     Raises:
         ValueError: there is no such tensor, or it has less than 2 classes.
@@ -210,20 +211,19 @@ def inspect_model(
 ) -> ModelReport:
     """Measure every weight of two or more dimensions on one batch, and what that means for a learning rate.
 
-    Which weights are scale-invariant is the answer of `elropt.explain_scale_invariance`, for those outputs that the
-    loss depends on; norms and gradients come from one forward and backward pass of ``loss(model(*inputs, **kwargs))``
-    in training mode. Both run on copies: parameters, buffers, gradients, modes and the random state of `model` stay
-    as they are.
+    `elropt.explain_scale_invariance` says which weights are scale-invariant, for the outputs that the loss depends on.
+    Norms and gradients come from one forward and backward pass of ``loss(model(*inputs, **kwargs))`` in training mode.
+    Both run on copies: parameters, buffers, gradients, modes and the random state stay as they are.
 
     Args:
         model: any module.
-        inputs, kwargs: the arguments of `model`: a batch of at least 8 different samples, best real data. One that is
-            called like an argument of this function is passed by position.
+        inputs, kwargs: the arguments of `model`: a batch of at least 8 different samples, best real data. If the model
+            has an argument of the same name as this function, pass it by position.
         loss: maps the outputs of `model` to a scalar.
         lr: learning rate λ > 0 to judge.
         momentum: μ, 0 ≤ μ < 1.
-        perturb: standard deviation of normal noise in place of parameters that are all zero, like the last gain of a
-            residual branch, through which no gradient flows until it has moved; 0: none.
+        perturb: standard deviation of normal noise that replaces parameters that are all zero, such as the last gain
+            of a residual branch: no gradient flows through it until it has moved. 0: no noise.
 
     Raises:
         ValueError: lr, momentum, perturb or what `loss` returns is not as above.
@@ -305,7 +305,7 @@ def _norms_and_cosine(weight: Tensor, grad: Tensor | None) -> tuple[float, float
 
 
 def _first_warmup_step(tracked: list[WeightReport], lr: float, momentum: float) -> dict[str, Any]:
-    """What the optimizer's own rule makes of it, as the last fields of a ModelReport."""
+    """`warmup_elr` and `warmup_ends` of a ModelReport: what the rule "warmup" decides at its first step."""
     if not tracked:
         return {"warmup_elr": math.nan, "warmup_ends": False}
     weight_norm, grad_norm, numel = (

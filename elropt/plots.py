@@ -95,7 +95,7 @@ def spread_over_steps(ax: Axes, spreads: Mapping[str, tuple[ArrayLike, ArrayLike
 
 
 def lr_over_steps(ax: Axes, steps: ArrayLike, lrs: ArrayLike) -> None:
-    """Applied learning rate over the steps: one line if all layers have the same, else coloured by depth.
+    """Applied learning rate over the steps: one line if all layers have the same one, else coloured by depth.
 
     Args:
         ax: where to draw.
@@ -127,13 +127,13 @@ def accuracy_against_lr(
 ) -> None:
     """Accuracy against the learning rate, log scale, a line with a band for each optimizer.
 
-    Learning rates of different units (see `ELRSGD`) belong into different axes.
+    Draw learning rates of different units (see `ELRSGD`) on different axes.
 
     Args:
         ax: where to draw.
-        results: name of an optimizer → (lrs, mean, low, high), each [N]; low and high bound the band, for
-            example the worst and the best seed. In any order of lr; NaN leaves a gap.
-        xlabel: says the unit of the learning rates.
+        results: name of an optimizer → (lrs, mean, low, high), each [N], in any order of lr. low and high bound the
+            band, for example the worst and the best seed. NaN leaves a gap.
+        xlabel: name and unit of the learning rates.
 
     Raises:
         ValueError: shapes that do not fit, or learning rates that are not positive.
@@ -172,7 +172,7 @@ def run_figure(run: RunHistory) -> Figure:
 
 
 def relative_grad_figure(relative_grads: ArrayLike) -> Figure:
-    """What `elropt.dynamics.simulate` returns, [steps + 1, L]: E of every layer above their spread."""
+    """What `elropt.dynamics.simulate` returns, [steps + 1, L]: E of every layer, and below it the spread."""
     E = np.asarray(relative_grads, dtype=np.float64)
     steps = np.arange(len(E))
     fig = Figure(figsize=(7.5, 6), layout="constrained")
@@ -223,19 +223,19 @@ def _positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _reach(
     ax: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], *, below: float, above: float = 1.3
 ) -> None:
-    """Let a log axis reach beyond the values by these factors; rounding errors would fill it otherwise."""
+    """Let a log axis reach beyond the values by these factors: if all are equal, rounding errors would fill it."""
     shown = values[np.isfinite(values) & (values > 0)]
     if shown.size:
         ax.update_datalim([(steps[0], shown.min() / below), (steps[0], shown.max() * above)])
 
 
 def _style(index: int) -> tuple[str, str]:
-    """Colour and kind of the line; when the colours are used up they come again, dashed."""
+    """Colour and kind of the line. When the colours are used up, they come again, dashed."""
     return COLORS[index % len(COLORS)], ("-", "--", ":")[index // len(COLORS) % 3]
 
 
 def _marker(steps: NDArray[np.float64]) -> str:
-    """A line through a single point is invisible."""
+    """A marker for a single point, through which a line is invisible."""
     return "o" if len(steps) == 1 else ""
 
 

@@ -34,7 +34,7 @@ class Recorder:
     at the end of the file, the next record starts on a new line.
 
     A failure after the step (a full disk, an exception in `writer` or `on_record`) does not stop the training: that
-    record is lost there, and a RuntimeWarning says so, once for the file, once for `writer`, once for `on_record`.
+    record is lost there, and a RuntimeWarning says so: one for the file, one for `writer`, one for `on_record`.
 
     Under `torch.distributed` only rank 0 writes and calls. The other ranks take part in the sums over sharded
     parameters, so either every rank has a Recorder or none has.

@@ -21,11 +21,11 @@ class RunHistory:
 
     Attributes:
         steps: [T], increasing.
-        names: of the L layers that were tracked in every record that they are in.
+        names: names of the L layers. A layer counts if it is tracked in every record that has it.
         elr: applied effective learning rates, [T, L].
         applied_lr: lr·grad_factor of each layer, [T, L].
         elr_spread: max / min of `elr` over those layers, [T].
-        notes: what was left out of the file, in words.
+        notes: which parts of the file were left out, in words.
     """
 
     steps: NDArray[np.int64]
@@ -39,8 +39,8 @@ class RunHistory:
 def read_run(path: str | Path) -> RunHistory:
     """Read the JSONL file of a `Recorder`.
 
-    A line that is cut off, as a killed run leaves it, is skipped with a note. Where the steps start again, a
-    new run begins (a Recorder appends): the last one is returned, with a note.
+    A line that is cut off, because the run was killed, is skipped with a note. A Recorder appends, so a file may hold
+    several runs: one begins where the step number does not grow. The last run is returned, with a note.
 
     Raises:
         OSError: the file cannot be read.
@@ -103,7 +103,7 @@ def _parse_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _is_cut_off(line: str) -> bool:
-    """Whether a killed run may have left it: the beginning of a record, or zeros after a power failure."""
+    """Whether it may be the rest of a killed run: the beginning of a record, or zeros after a power failure."""
     line = line.strip("\0")
     return line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
 

@@ -40,7 +40,7 @@ class Invariance:
     Attributes:
         kind: "channel", "tensor" or None, see `find_scale_invariant`.
         reason: why, in words.
-        dtype: what it was measured in: float64, or where the model does not run in that a dtype that it does run in.
+        dtype: the dtype it was measured in: float64, or another one if the model does not run in float64.
         sparse_grad: whether its gradient is sparse, as that of ``nn.Embedding(sparse=True)``.
     """
 
@@ -60,22 +60,22 @@ def find_scale_invariant(
     None is also the answer for a parameter without any effect, like a bias in front of BatchNorm: it has no
     direction to turn in. `explain_scale_invariance` adds the reason.
 
-    A deep copy of the model, in float64, is run forward and backward from random cotangents on its outputs,
-    and ⟨w, g⟩ = 0 is tested for all parameters at once, frozen ones included.
-    - Training mode: the copy is measured as `model.train()` would run it, whatever the mode of `model`. (In
-      eval mode BatchNorm divides by a constant, and nothing in front of it is scale-invariant.)
-    - At two random points near the parameters, so that neither chance nor an entry that is still at its
-      initial 0 hides a dependence.
-    - With every eps multiplied by 1e-15, since it breaks the invariance by about eps / (σ² + eps), where σ²
-      is the variance being normalized. That covers attributes named eps, eps arguments of torch's norms, and
-      added constants up to 1e-3; a norm that hides its eps counts while eps is below about 1e-4·σ² (1e-2·σ² in
-      TorchScript, whose eps are out of reach). If eps matters in the model as it is, a warning says how much.
-    - Where the model does not run in float64 (casts of its own, kernels for float32 only, quantization), in float32
-      or in its own dtype, at more points, and with a tolerance that fits: weak dependences may then be missed.
-      `Invariance.dtype` says which it was.
+    A deep copy of the model, in float64, runs forward, and backward from random gradients of its outputs. Then
+    ⟨w, g⟩ = 0 is tested for all parameters at once, also for frozen ones.
+    - Mode: the copy runs as after `model.train()`, whatever the mode of `model`. (In eval mode BatchNorm divides by a
+      constant, and nothing in front of it is scale-invariant.)
+    - Points: the test is made at two random points near the parameters. At a single point ⟨w, g⟩ may be zero by
+      chance, and an entry that is still at its initial 0 may hide a dependence.
+    - eps: it breaks the invariance by about eps / (σ² + eps), where σ² is the variance that is normalized. So every
+      eps is multiplied by 1e-15: attributes named eps, eps arguments of torch's norms, and added constants up to 1e-3.
+      A norm whose eps cannot be found still counts while eps is below about 1e-4·σ² (in TorchScript, whose eps cannot
+      be changed, 1e-2·σ²). A warning says how much eps matters in the model as it is.
+    - Precision: a model that does not run in float64 (casts of its own, kernels for float32 only, quantization) is
+      measured in float32 or in its own dtype, at more points and with a larger tolerance. Weak dependences may then be
+      missed. `Invariance.dtype` says which dtype it was.
     - The answer is the same at every call: dropout and all draws are seeded.
 
-    `model` itself is never run: parameters, buffers, gradients, modes and the random state (torch's, Python's
+    `model` itself does not run: parameters, buffers, gradients, modes and the random state (torch's, Python's
     and NumPy's) stay as they are. Forward hooks are copied with the model, and do run.
 
     A transposed convolution has its output channels along dim 1, so in front of BatchNorm it is "tensor".
@@ -83,15 +83,14 @@ def find_scale_invariant(
     Args:
         model: any module on CPU or CUDA, also a ScriptModule or the `.module()` of an exported program; outputs may
             be nested tuples, lists, dicts, dataclasses.
-        inputs, kwargs: the arguments of `model`, ``find_scale_invariant(model, **batch)`` for a batch that is a dict;
-            real data, at least 8 different samples. Floating-point tensors in them, also in tuples, lists, dicts and
-            dataclasses, are cast to float64. A keyword argument of the model that is called like one of this function
-            (`outputs`) must be passed by position.
-        outputs: maps what `model` returns to what counts, for models that return more than the loss uses:
-            ``lambda out: out["logits"]``, or the loss itself. None: all tensors count.
+        inputs, kwargs: the arguments of `model`: real data, at least 8 different samples. If a batch is a dict:
+            ``find_scale_invariant(model, **batch)``. Floating-point tensors in them, also in tuples, lists, dicts and
+            dataclasses, are cast to float64. If the model has an argument named `outputs`, pass it by position.
+        outputs: a function that picks what counts from what `model` returns, for models that return more than the loss
+            uses: ``lambda out: out["logits"]``, or the loss itself. None: all tensors count.
 
     Warns:
-        UserWarning: halving the invariant weights of the model as it is changes the outputs by more than 1 %: the
+        UserWarning: in the model as it is, halving the invariant weights changes the outputs by more than 1 %: the
             eps of a normalization is not small beside the variance that it is added to.
 
     Raises:
@@ -127,8 +126,8 @@ def explain_scale_invariance(
 def explain_for_loss(
     model: nn.Module, inputs: Inputs, loss: Callable[[Any], Tensor], *, training: bool
 ) -> dict[str, Invariance]:
-    """`explain_scale_invariance` for a known loss: what only outputs that it does not use depend on counts as
-    invariant too. In training mode, or in the modes that the modules are in if `training` is False."""
+    """`explain_scale_invariance` for a known loss: a parameter that the outputs are not invariant in, but the loss is,
+    counts as invariant. In training mode, or if `training` is False in the modes that the modules are in."""
     explained = explain(model, inputs, None, training=training)
     if all(explained[name].kind for name, param in model.named_parameters() if param.ndim >= 2):
         return explained
@@ -154,9 +153,9 @@ def equalize_(
     eps/σ² = 1e-5 and α = 0.1. A deep network can amplify it, and the E are equal to the same accuracy. A warning
     says by how much the outputs have changed where that is more than 1 % (in half precision, 30 roundings).
 
-    Invariance, too, is measured in the model's own mode. In training mode, the running statistics of
-    BatchNorm belong to the old weights afterwards, and only training adapts them: equalize before training.
-    In eval mode, weights in front of BatchNorm with running statistics are not scale-invariant and left out.
+    Invariance is measured in the model's own mode, too. In training mode: the running statistics of BatchNorm still
+    belong to the old weights afterwards, and only training adapts them, so equalize before training. In eval mode:
+    weights in front of BatchNorm with running statistics are not scale-invariant and are left out.
 
     Args:
         model, inputs, kwargs: as for `find_scale_invariant`; an argument of the model that is called `loss` is
@@ -226,7 +225,10 @@ def equalize_(
 def warn_of_eps(
     model: nn.Module, inputs: Inputs, outputs: Outputs | None, explained: Mapping[str, Invariance]
 ) -> None:
-    """Warn, on behalf of the caller's caller, if the model as it is is far from invariant in these weights."""
+    """Warn if the model as it is, with its own eps, is far from invariant in the weights of `explained`.
+
+    The warning points to the line that called the function that calls this one.
+    """
     params = dict(model.named_parameters())
     halved = {n: 0.5 for n, found in explained.items() if found.kind and params[n].ndim >= 2}
     if not halved:
@@ -248,7 +250,10 @@ def warn_of_eps(
 def explain(
     model: nn.Module, inputs: Inputs, outputs: Outputs | None, *, training: bool
 ) -> dict[str, Invariance]:
-    """Measure in training mode, or in the modes that the modules are in if `training` is False."""
+    """What `explain_scale_invariance` returns, measured in float64, or if the model does not run so in its own dtypes.
+
+    In training mode, or if `training` is False in the modes that the modules are in.
+    """
     check_model(model)
     own = [param.dtype for param in model.parameters() if param.is_floating_point()]
     attempts: list[torch.dtype | None] = [torch.float64]
@@ -259,7 +264,7 @@ def explain(
     for dtype in attempts[:-1]:
         try:
             return _explain_in(dtype, model, inputs, outputs, training=training)
-        except Exception:  # whatever a model raises that does not run in this dtype
+        except Exception:  # a model that does not run in this dtype may raise anything
             continue
     return _explain_in(attempts[-1], model, inputs, outputs, training=training)
 
