@@ -18,13 +18,13 @@ import torch
 import typer
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "train.py"
+SCRIPT = ROOT / "examples" / "resumable.py"
 RULES: dict[str, dict[str, Any]] = {"warmup": {}, "angle": {"tracked_lr": 0.01}}
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("example_train", SCRIPT)
+    spec = importlib.util.spec_from_file_location("example_resumable", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

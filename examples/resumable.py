@@ -1,8 +1,8 @@
-"""A training loop that may be killed at any moment: started again, it goes on bit for bit as if nothing had happened.
+"""A training loop that may be killed at any moment: started again, it ends with the same bits as without the kill.
 
 It trains a small conv net on scikit-learn's digits (`pip install "elropt[benchmarks]"`), in about 20 seconds on a CPU:
 
-    python examples/train.py --rule angle --tracked-lr 0.01 --out runs/example
+    python examples/resumable.py --rule angle --tracked-lr 0.01 --out runs/example
 
 The same command goes on from the last checkpoint; `curve.jsonl` in that folder has one line per step. On a GPU the same
 bits need `torch.use_deterministic_algorithms(True)`.
@@ -44,7 +44,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def augment(images: Tensor, numbers: np.random.Generator) -> Tensor:
-    """Shift a batch by up to one pixel, erase a square of it; stands for whatever draws random numbers for you."""
+    """Shift a batch by up to one pixel and erase a square of it, with the generators of Python and NumPy."""
     images = images.roll((random.randint(-1, 1), random.randint(-1, 1)), dims=(2, 3))
     top, left = numbers.integers(0, 7, size=2)
     images[:, :, top : top + 2, left : left + 2] = 0
@@ -52,7 +52,7 @@ def augment(images: Tensor, numbers: np.random.Generator) -> Tensor:
 
 
 def random_states(numbers: np.random.Generator) -> dict[str, Any]:
-    """All generators that training draws from, as `torch.load(weights_only=True)` takes it."""
+    """The states of all generators that training draws from, of types that `torch.load(weights_only=True)` reads."""
     return {
         "python": random.getstate(),
         "numpy": numbers.bit_generator.state,
@@ -69,7 +69,7 @@ def set_random_states(states: dict[str, Any], numbers: np.random.Generator) -> N
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that, killed at any moment or without power, there is a whole one: this or the last."""
+    """Write a checkpoint. Killed at any moment, also by a power failure, it leaves a whole one: this or the last."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         torch.save(checkpoint, file)
@@ -82,13 +82,13 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` has written. torch.load alone takes damaged tensors for good: it does not look at the checksums."""
+    """Read what `save` has written. torch.load alone would not notice damaged tensors: it ignores the checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is None:
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file makes of the two readers is anybody's guess
+    except Exception as error:  # a damaged file can make the two readers raise anything
         damaged = error
     raise typer.BadParameter(f"{path} is damaged ({damaged}): put back a copy, or delete it to start anew")
 
@@ -108,9 +108,9 @@ def main(
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
 ) -> None:
-    """Train a conv net on digits, or go on where a killed run has left its last checkpoint.
+    """Train a conv net on digits, or go on from the last checkpoint of a killed run.
 
-    Example: python examples/train.py --rule angle --tracked-lr 0.01 --out runs/example
+    Example: python examples/resumable.py --rule angle --tracked-lr 0.01 --out runs/example
     """
     settings = {"rule": rule, "lr": lr, "tracked_lr": tracked_lr, "epochs": epochs, "batch_size": batch_size}
     settings |= {"save_every": save_every, "seed": seed}
