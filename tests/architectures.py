@@ -1,7 +1,7 @@
-"""Tiny models, each with the scale invariance of every one of its parameters as worked out by hand.
+"""Tiny models. For each, somebody has worked out by hand which parameters are scale-invariant.
 
-`ARCHITECTURES` maps a name to an `Architecture`; `build()` gives a freshly initialized float32 model in
-training mode, `inputs()` the positional arguments for it.
+`ARCHITECTURES` maps a name to an `Architecture`: `build()` returns a new float32 model in training mode, `inputs()`
+its positional arguments.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-Kind = Literal["channel", "tensor"] | None
 BATCH = 8
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of the parameters that `model()`, called with the arguments `inputs()`, is scale-invariant in.
+    """A model, its inputs, and the names of its parameters by kind.
 
-    Each channel alone (`channel`), or only as a whole (`tensor`); the outputs do not depend on those in
-    `no_effect` in training mode, and the pairs in `jointly` are invariant only together.
+    Attributes:
+        channel: scale-invariant, each channel alone.
+        tensor: scale-invariant, but only as a whole.
+        no_effect: in training mode the outputs do not depend on them.
+        jointly: pairs that are scale-invariant only together.
     """
 
     model: Callable[[], nn.Module]
@@ -37,7 +39,7 @@ class Architecture:
             torch.manual_seed(seed)
             return self.model()
 
-    def kinds(self) -> dict[str, Kind]:
+    def kinds(self) -> dict[str, Literal["channel", "tensor"] | None]:
         """The expected kind of every parameter."""
         names = [name for name, _ in self.build().named_parameters()]
         assert {*self.channel, *self.tensor, *self.no_effect} <= {*names}

@@ -1,7 +1,8 @@
-"""Without a CUDA device, kernels run under Triton's interpreter, to be chosen before triton is imported.
+"""How the tests run with and without a CUDA device, and without hypothesis.
 
-With one, a fault shows up at the test that caused it, and failing examples are not shrunk: each try would be compiled.
-Where hypothesis is not installed, property tests are skipped and all others run.
+Without a device, kernels run in Triton's interpreter; that is set here, before anything imports triton. With one, each
+test ends by waiting for the device, so that a fault shows up at the test that caused it, and failing examples are not
+shrunk, because every try would be compiled. Without hypothesis, property tests are skipped and all others run.
 """
 
 import importlib.util
@@ -29,7 +30,7 @@ elif HYPOTHESIS:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """After an illegal access nothing works in this process: say so, and let pytest-xdist start another."""
+    """After an illegal access nothing works in this process: say so, and let pytest-xdist start another process."""
     if not torch.cuda.is_initialized():
         return
     try:

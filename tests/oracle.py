@@ -1,7 +1,7 @@
-"""ELRSGD once more, in NumPy float64, written from docs/theory.md and nothing else.
+"""A second ELRSGD, in NumPy float64, written from docs/theory.md alone.
 
-It keeps weights *on* their sphere after every step ("angle", "sphere"), where the package stores them one step
-ahead; so weights are compared after both are brought to the same norm.
+After a step of "angle" or "sphere" its weights have their norm; the package restores the norm in the next step. So both
+are brought to the same norm before they are compared (`Oracle.same_norm`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 
 
 def invariant_gradient(curvature: Array, per_filter: bool = False) -> Callable[[Array], Array]:
-    """Gradient of f(w) = ½ ŵᵀ D ŵ, ŵ = w/‖w‖: scale-invariant, and c is not constant. D is `curvature`, w's shape."""
+    """Gradient of the scale-invariant f(w) = ½ ŵᵀ D ŵ, ŵ = w/‖w‖, whose c is not constant. D = diag(`curvature`)."""
 
     def of_one(w: Array, d: Array) -> Array:
         direction = w / np.linalg.norm(w)
@@ -62,6 +62,7 @@ class Oracle:
         return [np.linalg.norm(t) for t in tensors]
 
     def factors(self, grads: Sequence[Array]) -> list[Array]:
+        """s of every tensor, shaped to broadcast against it."""
         w_norms, g_norms = self.norms(self.weights), self.norms(grads)
         if self.rule == "uniform":
             e = [g / w for g, w in zip(g_norms, w_norms, strict=True)]
@@ -92,7 +93,7 @@ class Oracle:
         self.weights = updated
 
     def same_norm(self, weights: Sequence[Array]) -> list[Array]:
-        """`weights` of the package, brought to the sphere as the next step would."""
+        """`weights` of the package, with the norm that its next step would restore."""
         if self.rule not in ("angle", "sphere"):
             return list(weights)
         return [w * r / n for w, r, n in zip(weights, self.radii, self.norms(weights), strict=True)]
