@@ -18,6 +18,8 @@ from ._eager_step import Group, choose_backend, measure, measure_decide_update, 
 from .reference import is_low_precision
 from .rules import (
     RADIAL_TESTS,
+    ROW_STATE,
+    RULES,
     LayerControls,
     LayerStats,
     RowHyper,
@@ -39,7 +41,6 @@ from .sharding import (
     shard_of,
 )
 
-ROW_STATE_KEYS = RuleState._fields[:-1]
 STATE_DTYPES = {**dict.fromkeys(RuleState._fields, torch.float32), "rounding_step": torch.int64}
 KEPT_TRITON_STEPS = 8  # that a rule group keeps
 STEPS_PER_LOOK = 16  # on a GPU, at whether the warm-up is over
@@ -97,12 +98,13 @@ def refuse_one_of_many(groups: Sequence[Mapping[str, Any]]) -> None:
     if torch._C._current_graph_task_id() == -1:
         return
     rule, granularity, _ = rule_key(groups[0])
-    compares = rule in ("warmup", "uniform") or granularity == "network"
+    compares = RULES[rule].compares_layers or granularity == "network"
     if compares and sum(count_rows(p, group) > 0 for group in groups for p in group["params"]) == 1:
+        others = " or ".join(repr(name) for name, spec in RULES.items() if name and not spec.compares_layers)
         raise ValueError(
             f"rule={rule!r}, granularity={granularity!r} compares layers, but this optimizer has one, and is stepped "
             "inside of the backward pass, as if each parameter had an optimizer of its own: give all parameters to "
-            "one optimizer that is stepped afterwards, or use rule='angle' or 'sphere' with granularity='layer' or "
+            f"one optimizer that is stepped afterwards, or use rule={others} with granularity='layer' or "
             "'filter', or rule=None"
         )
 
@@ -138,6 +140,7 @@ class RuleGroup:
         self.rule, self.granularity, self.project = self.key
         self.per_filter = self.granularity == "filter"
         self.has_lr_by_row = any(map(has_lr_by_row, self.groups))
+        self.spec = RULES[self.rule]
         self._decision = {"rule": self.rule, "granularity": self.granularity, "project": self.project}
         self.row_counts = {p: count_rows(p, group) for group in self.groups for p in group["params"]}
         self.params = list(self.row_counts)
@@ -170,15 +173,13 @@ class RuleGroup:
     def _remember(self, state: State) -> tuple[RuleState, Tensor]:
         """Pack what `state` holds of each row (zeros where it holds nothing); with a rule, leave views there."""
         counts = {p: n for p, n in self.row_counts.items() if n}
-        packed = torch.zeros(
-            len(ROW_STATE_KEYS), sum(counts.values()), dtype=torch.float32, device=self.device
-        )
+        packed = torch.zeros(len(ROW_STATE), sum(counts.values()), dtype=torch.float32, device=self.device)
         handed_over = torch.zeros((), dtype=torch.float32, device=self.device)
         self._views: list[tuple[Tensor, str, Tensor]] = []
         always = {p for group in self.groups if group.get("scale_invariant") for p in group["params"]}
         first, seen = 0, False
         for p, count in counts.items():
-            views = {key: packed[i, first : first + count] for i, key in enumerate(ROW_STATE_KEYS)}
+            views = {key: packed[i, first : first + count] for i, key in enumerate(ROW_STATE)}
             held = state.get(p, {}) if self.has_rule else {}
             seen = seen or "tracked" in held
             for key, view in views.items():
@@ -195,10 +196,10 @@ class RuleGroup:
             for p in self.params:
                 self._leave(state, p, {"handed_over": handed_over})
         self._remember_rounding(state)
-        c, radius, tracked = packed
+        memory = RuleState(**dict(zip(ROW_STATE, packed, strict=True)), handed_over=handed_over)
         self._has_old_state = seen
-        self._untested = self._tests_left(tracked if seen else None, always)
-        return RuleState(c, radius, tracked, handed_over), packed
+        self._untested = self._tests_left(memory.tracked if seen else None, always)
+        return memory, packed
 
     def _leave(self, state: State, p: Tensor, views: Mapping[str, Tensor]) -> None:
         state[p].update(views)
@@ -353,7 +354,7 @@ class RuleGroup:
         self._last, self._decided, self._grad_scale = None, False, None
         if not prepared:
             return False
-        if self.rule == "warmup" and self._present is not None:
+        if self.spec.ends and self._present is not None:
             self._forget_frozen(self._present)
         if isinstance(prepared, TritonStep):
             active = self.has_rule and not self._is_over()
@@ -496,7 +497,7 @@ class RuleGroup:
 
     def _is_over(self) -> bool:
         """Whether this rule has nothing left to do."""
-        return self.rule == "warmup" and not self.project and self._watch.warmup_is_over()
+        return self.spec.ends and not self.project and self._watch.warmup_is_over()
 
     def _has_untested(self) -> bool:
         """Layers that come after the end of the warm-up are tested too: reports want to know which are invariant."""
@@ -520,8 +521,7 @@ class RuleGroup:
     def _active_memory(self, groups: list[Group]) -> tuple[slice | Tensor, RuleState, Tensor | None]:
         """Where the rows of the tensors that have a gradient lie in the memory, what it holds there, and whether
         other rows have been active before."""
-        c, radius, tracked, handed_over = self.memory
-        if sum(sum(group.row_counts) for group in groups) == len(tracked):
+        if sum(sum(group.row_counts) for group in groups) == len(self.memory.tracked):
             return slice(None), self.memory, None
         active = {p for group in groups for p, n in zip(group.owners, group.row_counts, strict=True) if n}
         mask = [p in active for p, count in self.row_counts.items() for _ in range(count)]
@@ -529,10 +529,12 @@ class RuleGroup:
         others = self._cached(
             "others", tuple(mask), lambda: _upload(np.flatnonzero(np.logical_not(mask)), self.device)
         )
-        return rows, RuleState(c[rows], radius[rows], tracked[rows], handed_over), (c[others] > 0).any()
+        active_memory = self.memory._replace(**{key: getattr(self.memory, key)[rows] for key in ROW_STATE})
+        return rows, active_memory, (self.memory.sphere_grad_norm[others] > 0).any()
 
     def _keep(self, rows: slice | Tensor, after: RuleState) -> None:
-        for kept, new in zip(self.memory[:-1], after[:-1], strict=True):
+        for key in ROW_STATE:
+            kept, new = getattr(self.memory, key), getattr(after, key)
             if new is not kept:
                 kept[rows] = new
         self.memory.handed_over.copy_(after.handed_over)
@@ -714,7 +716,7 @@ class TritonStep:
         chosen = _upload(rows, k.device)
         controls = LayerControls(
             k.s[chosen] if rule_group.rule is not None else None,
-            k.a[chosen] if rule_group.rule in ("warmup", "angle", "sphere") else None,
+            k.a[chosen] if rule_group.spec.scales_weights else None,
             k.p[chosen] if rule_group.project else None,
         )
         lrs: list[float | Tensor] = [

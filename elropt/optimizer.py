@@ -30,7 +30,7 @@ from ._rule_group import (
     rule_key,
 )
 from ._state_dict import check_groups, check_state, matched_by_name, warn_of_other_rules
-from .rules import GRANULARITIES
+from .rules import RULES
 from .sharding import check_placement, is_dtensor, is_inside_zero, local
 
 __all__ = ["ELRSGD"]
@@ -440,8 +440,8 @@ class ELRSGD(Optimizer):
         self._checked = lrs, others
 
     def _warn_of_large_angle(self, group: Mapping[str, Any], stacklevel: int) -> None:
-        """Once; "sphere" cannot be judged so: its angle, lr·‖g‖·‖w‖, is only known on the device."""
-        if self._warned_of_angle or group["rule"] != "angle":
+        """Once, where lr is an angle; that of "sphere", lr·‖g‖·‖w‖, is only known on the device."""
+        if self._warned_of_angle or RULES[group["rule"]].lr_unit != "rad per step":
             return
         lr = group["lr"]
         if (
@@ -451,9 +451,9 @@ class ELRSGD(Optimizer):
         ):
             self._warned_of_angle = True
             warnings.warn(
-                f"rule='angle' is to turn every tracked layer by {angle:g} radians per plain SGD step (lr={lr:g}, "
-                f"tracked_lr={group['tracked_lr']}). More than {LARGE_ANGLE} is hardly ever wanted, and SGD's lr has "
-                "another unit: keep it for all other parameters and give tracked_lr=0.01 to begin with",
+                f"rule={group['rule']!r} is to turn every tracked layer by {angle:g} radians per plain SGD step "
+                f"(lr={lr:g}, tracked_lr={group['tracked_lr']}). More than {LARGE_ANGLE} is hardly ever wanted, and "
+                "SGD's lr has another unit: keep it for all other parameters and give tracked_lr=0.01 to begin with",
                 UserWarning,
                 stacklevel=stacklevel,
             )
@@ -647,10 +647,10 @@ def validate_choices(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"nesterov=True needs momentum > 0 and dampening=0, not momentum={momentum}, dampening={dampening}"
         )
-    if rule not in GRANULARITIES:
-        raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(map(repr, GRANULARITIES))}")
-    if granularity not in GRANULARITIES[rule]:
-        allowed = ", ".join(map(repr, GRANULARITIES[rule]))
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(map(repr, RULES))}")
+    if granularity not in RULES[rule].granularities:
+        allowed = ", ".join(map(repr, RULES[rule].granularities))
         raise ValueError(
             f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of {allowed}"
         )

@@ -3,23 +3,19 @@
 Vectors in, vectors out. Nothing here sees a weight tensor or reads a value back to the host, so every branch
 on a measured value is a `torch.where`. A *row* is what one norm is taken over: a tensor, or with
 granularity "filter" one index of its dimension 0. Derivations: docs/theory.md.
+
+A rule is one function here and one entry in `RULES`, at the end; for the kernels it also is one function in
+`kernels/decide.py`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
-GRANULARITIES: dict[str | None, tuple[str, ...]] = {
-    None: ("layer",),
-    "warmup": ("layer",),
-    "uniform": ("layer", "filter"),
-    "angle": ("layer", "network", "filter"),
-    "sphere": ("layer", "network", "filter"),
-}
 
 RADIAL_TESTS = 8  # after which a layer counts as scale-invariant for good
 TEST_TURN = 0.05  # λΓE, the share of the critical angle, at which the test of a step counts in full
@@ -55,9 +51,12 @@ class RuleState(NamedTuple):
     """What a rule remembers from step to step, float32. Zero means "not yet seen"."""
 
     sphere_grad_norm: Tensor  # [R] c = ‖g‖·‖w‖, smoothed over the steps of the warm-up
-    radius: Tensor  # [R] ‖w‖ that "angle" and "sphere" keep
+    radius: Tensor  # [R] ‖w‖ that a rule keeps
     tracked: Tensor  # [R] radial tests passed so far, 0 … RADIAL_TESTS, fractions too; -1 once one has failed
     handed_over: Tensor  # 0-dim: 1 once the warm-up has ended
+
+
+ROW_STATE = ("sphere_grad_norm", "radius", "tracked")  # the fields of `RuleState` with an entry per row
 
 
 class RowHyper(NamedTuple):
@@ -73,6 +72,18 @@ class RowHyper(NamedTuple):
     update_per_momentum: Tensor  # ∂u/∂m, m the buffer before the step
     numel: Tensor
     lr_ratio: Tensor | None = None  # of the λ of rows that are tracked to `lr`; None: 1
+
+
+class RuleInputs(NamedTuple):
+    """What a rule decides on. `hyper.lr` is the λ of each row, with its own ratio."""
+
+    stats: LayerStats
+    state: RuleState
+    hyper: RowHyper
+    directed: Tensor  # [R] bool: the rows that are tracked and whose ‖w‖ is usable
+    moving: Tensor  # [R] bool: of these, the ones whose ‖g‖ is usable
+    whole: bool = False  # granularity "network": one norm over all rows
+    absent: Tensor | None = None  # 0-dim bool: rows of earlier steps are missing; None: no
 
 
 def decide(
@@ -95,6 +106,7 @@ def decide(
     the factors of plain SGD, except that a gradient too large for its norm (‖g‖² overflows) is left out, s = 0: that is
     the limit of s as E grows, and a step of such a length could never be made good.
     """
+    spec = RULES[rule]
     before = tracked = state.tracked
     if with_tests:
         tracked = radial_test(stats, before, hyper.numel)
@@ -104,30 +116,21 @@ def decide(
     own_lr = lr_factor(tracked, hyper)
     if own_lr is not None:
         hyper = hyper._replace(lr=hyper.lr * own_lr)
-    controls = LayerControls()
-    if rule == "warmup":
-        controls, state = warmup(stats, state, hyper, moving, absent=absent)
-    elif rule == "uniform":
-        controls = LayerControls(grad_factor=uniform_factor(log_relative_grad(stats, moving), moving))
-    elif rule == "angle" or rule == "sphere":
-        radius = torch.where((state.radius == 0) & directed, stats.weight_sq.sqrt(), state.radius)
-        controls, radius = on_sphere(rule, stats, radius, directed, moving, whole=granularity == "network")
-        state = state._replace(radius=radius)
+    inputs = RuleInputs(stats, state, hyper, directed, moving, granularity == "network", absent)
+    controls, after = spec.decide(inputs)
     if controls.grad_factor is not None:
         too_large = directed & torch.isinf(stats.grad_sq)
-        if rule == "warmup":
-            too_large = too_large & (state.handed_over == 0)
+        if spec.ends:
+            too_large = too_large & (after.handed_over == 0)
         controls = controls._replace(grad_factor=torch.where(too_large, 0.0, controls.grad_factor))
         stats = stats._replace(weight_dot_grad=torch.where(too_large, 0.0, stats.weight_dot_grad))
     if with_tests:
-        turn = step_turn(stats, hyper, controls)
-        if rule == "warmup":  # all rows that move turn alike, as far as its cap lets them
-            turn = common_turn(stats, hyper, moving)
-        state = state._replace(tracked=count_test(before, tracked, turn))
+        turn = common_turn(stats, hyper, moving) if spec.turns_alike else step_turn(stats, hyper, controls)
+        after = after._replace(tracked=count_test(before, tracked, turn))
     if project:
-        p = radial_coefficient(stats, hyper, controls.grad_factor, controls.weight_factor)
-        controls = controls._replace(radial=torch.where(directed & torch.isfinite(p), p, 0.0))
-    return controls._replace(lr_factor=own_lr), state
+        radial = radial_coefficient(stats, hyper, controls.grad_factor, controls.weight_factor)
+        controls = controls._replace(radial=torch.where(directed & torch.isfinite(radial), radial, 0.0))
+    return controls._replace(lr_factor=own_lr), after
 
 
 def lr_factor(tracked: Tensor, hyper: RowHyper) -> Tensor | None:
@@ -135,9 +138,12 @@ def lr_factor(tracked: Tensor, hyper: RowHyper) -> Tensor | None:
     return None if hyper.lr_ratio is None else torch.where(tracked > 0, hyper.lr_ratio, 1.0)
 
 
-def warmup(
-    stats: LayerStats, state: RuleState, hyper: RowHyper, moving: Tensor, absent: Tensor | None = None
-) -> tuple[LayerControls, RuleState]:
+def plain(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
+    """SGD: no factors."""
+    return LayerControls(), inputs.state
+
+
+def warmup(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
     """Equalize the ELRs without changing the network's function, then hand over to plain SGD.
 
     All layers turn as if their E were E★, the geometric mean of E or, if that is less, the critical one: where ‖w‖²
@@ -151,6 +157,7 @@ def warmup(
     some layer cannot be judged (no gradient though not frozen, a zero one, NaN) never ends it. Derived, docs/theory.md
     §9.
     """
+    stats, state, hyper, moving = inputs.stats, inputs.state, inputs.hyper, inputs.moving
     critical = -torch.where(moving, (hyper.lr * hyper.growth_gain).log(), -math.inf).amax()
     log_e = log_relative_grad(stats, moving)
     offset = torch.where(moving, log_e - torch.minimum(masked_mean(log_e, moving), critical), 0.0)
@@ -168,41 +175,59 @@ def warmup(
         & torch.where(moving, tested, state.tracked < 0).all()
         & (masked_mean(smooth_offset.square(), moving).sqrt() < EQUALIZED_STD)
     )
-    if absent is not None:
-        ends = ends & ~absent
+    if inputs.absent is not None:
+        ends = ends & ~inputs.absent
     log_a = torch.where(tested, torch.where(ends, smooth_offset, EQUALIZATION_RATE * offset) / 2, 0.0)
     s, a = (torch.where(active, value, 0.0).exp() for value in (log_a - offset, log_a))
     handed_over = torch.where(ends, 1.0, state.handed_over)
-    c = torch.where(
-        active, c, state.sphere_grad_norm
-    )  # a host that learns of the end late leaves the same state
+    # a host that learns of the end late leaves the same state
+    c = torch.where(active, c, state.sphere_grad_norm)
     return LayerControls(s, a), state._replace(sphere_grad_norm=c, handed_over=handed_over)
 
 
-def on_sphere(
-    rule: str, stats: LayerStats, radius: Tensor, directed: Tensor, moving: Tensor, *, whole: bool
-) -> tuple[LayerControls, Tensor]:
-    """Back to the sphere (a = radius/‖w‖), then a step on it: of `lr` radians ("angle") or of SGD on the unit sphere.
+def uniform(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
+    """Every layer has the same ELR: s = Ē/E, Ē the geometric mean."""
+    log_e = log_relative_grad(inputs.stats, inputs.moving)
+    return LayerControls(grad_factor=uniform_factor(log_e, inputs.moving)), inputs.state
 
-    The gradient at ŵ = a·w is g/a. "angle" makes it as long as ŵ, "sphere" multiplies it by ‖ŵ‖². With `whole`
-    the sphere is that of all rows together; their shares of its radius are what `radius` returns. They are renewed only
-    when one has changed by SHARE_CHANGE: each time rounds, and the radius would drift away over many small steps.
+
+def angle(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
+    """Every layer has the ELR `lr` and keeps its norm: the gradient at ŵ, g/a, is made as long as ŵ."""
+    return on_sphere(inputs, lambda radius, weight_norm, grad_norm: radius / grad_norm)
+
+
+def sphere(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
+    """SGD on the unit sphere, norm kept: the gradient at ŵ, g/a, is multiplied by ‖ŵ‖²."""
+    return on_sphere(inputs, lambda radius, weight_norm, grad_norm: radius * weight_norm)
+
+
+def on_sphere(
+    inputs: RuleInputs, grad_factor: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> tuple[LayerControls, RuleState]:
+    """Back to the sphere, ŵ = a·w with a = radius/‖w‖, then a step on it, s = `grad_factor`(radius, ‖w‖, ‖g‖).
+
+    The radius is the norm that a row had when it first had a direction. With `inputs.whole` the sphere is that of all
+    rows together, and `radius` in the memory holds their shares of its radius. They are renewed only when one has
+    changed by SHARE_CHANGE: each time rounds, and the radius would drift away over many small steps.
     """
-    weight_norm, grad_norm, sphere = stats.weight_sq.sqrt(), stats.grad_sq.sqrt(), radius
-    if whole:
-        weight_norm, grad_norm, sphere = (
+    stats, directed, moving = inputs.stats, inputs.directed, inputs.moving
+    kept = inputs.state.radius
+    kept = torch.where((kept == 0) & directed, stats.weight_sq.sqrt(), kept)
+    weight_norm, grad_norm, radius = stats.weight_sq.sqrt(), stats.grad_sq.sqrt(), kept
+    if inputs.whole:
+        weight_norm, grad_norm, radius = (
             torch.where(moving, norm, 0.0).square().sum().sqrt().expand_as(norm)
-            for norm in (weight_norm, grad_norm, sphere)
+            for norm in (weight_norm, grad_norm, radius)
         )
-        moving = moving & torch.isfinite(weight_norm) & torch.isfinite(grad_norm) & torch.isfinite(sphere)
+        moving = moving & torch.isfinite(weight_norm) & torch.isfinite(grad_norm) & torch.isfinite(radius)
         directed = moving
-    a = torch.where(directed, sphere / weight_norm, 1.0)
-    s = torch.where(moving, sphere / grad_norm if rule == "angle" else sphere * weight_norm, 1.0)
-    if whole:
+    a = torch.where(directed, radius / weight_norm, 1.0)
+    s = torch.where(moving, grad_factor(radius, weight_norm, grad_norm), 1.0)
+    if inputs.whole:
         share = a * stats.weight_sq.sqrt()
-        changed = (directed & ((share - radius).abs() > SHARE_CHANGE * radius)).any()
-        radius = torch.where(directed & changed, share, radius)
-    return LayerControls(grad_factor=s, weight_factor=a), radius
+        changed = (directed & ((share - kept).abs() > SHARE_CHANGE * kept)).any()
+        kept = torch.where(directed & changed, share, kept)
+    return LayerControls(grad_factor=s, weight_factor=a), inputs.state._replace(radius=kept)
 
 
 def log_relative_grad(stats: LayerStats, moving: Tensor) -> Tensor:
@@ -242,12 +267,13 @@ def count_test(before: Tensor, passed: Tensor, turn: Tensor) -> Tensor:
 
 def step_turn(stats: LayerStats, hyper: RowHyper, controls: LayerControls) -> Tensor:
     """λΓ·s·E/a: about the angle that steady gradients turn a row by in a step, by the rule's factors."""
-    s, a = (1.0 if factor is None else factor for factor in controls[:2])
+    s = 1.0 if controls.grad_factor is None else controls.grad_factor
+    a = 1.0 if controls.weight_factor is None else controls.weight_factor
     return hyper.lr * hyper.growth_gain * s * stats.grad_sq.sqrt() / stats.weight_sq.sqrt() / a
 
 
 def common_turn(stats: LayerStats, hyper: RowHyper, moving: Tensor) -> Tensor:
-    """min(λΓĒ, 1), the `step_turn` that "warmup" gives to all rows; the largest λΓ counts, as in its cap."""
+    """min(λΓĒ, 1): the `step_turn` that "warmup" gives to all rows; the largest λΓ counts, as in its cap."""
     largest = torch.where(moving, hyper.lr * hyper.growth_gain, 0.0).amax()
     return (largest * masked_mean(log_relative_grad(stats, moving), moving).exp()).clamp(max=1.0)
 
@@ -287,3 +313,41 @@ def radial_coefficient(stats: LayerStats, hyper: RowHyper, s: Tensor | None, a: 
     radial_grad = s * stats.weight_dot_grad / (a * stats.weight_sq) + hyper.weight_decay
     radial_momentum = stats.weight_dot_momentum / (a * stats.weight_sq)
     return hyper.update_per_grad * radial_grad + hyper.update_per_momentum * radial_momentum
+
+
+class RuleSpec(NamedTuple):
+    """A rule, and all that others ask of it.
+
+    Attributes:
+        decide: the factors of a step and the memory after it.
+        granularities: the values of `granularity` that it has a meaning for.
+        lr_unit: what the learning rate of tracked layers is: SGD's "lr"; "rad per step", the angle of a plain SGD step;
+            "sphere_lr", that of SGD on the unit sphere.
+        scales_weights: it sets `weight_factor`.
+        keeps_radius: it brings each weight back to the norm that it had at first, `RuleState.radius`.
+        compares_layers: what it does to a layer depends on the others, at every granularity.
+        turns_alike: all rows that move turn by the same angle, see `common_turn`.
+        ends: it hands over to plain SGD: `RuleState.handed_over` becomes 1.
+    """
+
+    decide: Callable[[RuleInputs], tuple[LayerControls, RuleState]]
+    granularities: tuple[str, ...] = ("layer",)
+    lr_unit: Literal["lr", "rad per step", "sphere_lr"] = "lr"
+    scales_weights: bool = False
+    keeps_radius: bool = False
+    compares_layers: bool = False
+    turns_alike: bool = False
+    ends: bool = False
+
+
+RULES: dict[str | None, RuleSpec] = {
+    None: RuleSpec(plain),
+    "warmup": RuleSpec(warmup, scales_weights=True, compares_layers=True, turns_alike=True, ends=True),
+    "uniform": RuleSpec(uniform, ("layer", "filter"), compares_layers=True),
+    "angle": RuleSpec(
+        angle, ("layer", "network", "filter"), "rad per step", scales_weights=True, keeps_radius=True
+    ),
+    "sphere": RuleSpec(
+        sphere, ("layer", "network", "filter"), "sphere_lr", scales_weights=True, keeps_radius=True
+    ),
+}

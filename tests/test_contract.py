@@ -11,17 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elropt import ELRSGD
-from elropt.rules import GRANULARITIES
+from elropt.rules import RULES as SPECS
 
 from .oracle import Oracle, invariant_gradient
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"reference": {"foreach": False}, "foreach": {"foreach": True}, "triton": {"fused": True}}
 RULES = [
-    (rule, granularity)
-    for rule, allowed in GRANULARITIES.items()
-    if rule != "warmup"
-    for granularity in allowed
+    (rule, granularity) for rule, spec in SPECS.items() if not spec.ends for granularity in spec.granularities
 ]
 TOLERANCES = {torch.float64: 2e-6, torch.float32: 2e-5, torch.bfloat16: 3e-2}  # factors are float32
 SHAPES = [(4, 6), (3, 2, 3, 3), (5, 3)]

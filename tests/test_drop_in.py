@@ -18,11 +18,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from elropt import ELRSGD, layer_stats
-from elropt.rules import GRANULARITIES
+from elropt.rules import RULES as SPECS
 
 from .nets import backward, bn_mlp, invariant_weights, train
 
-RULES = list(GRANULARITIES)
+RULES = list(SPECS)
 BACKENDS: dict[str, dict[str, Any]] = {
     "reference": {"foreach": False},
     "foreach": {"foreach": True},

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from elropt import ELRSGD, effective_lrs, kernels, layer_stats
-from elropt.rules import GRANULARITIES
+from elropt.rules import RULES as SPECS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered"),  # by Triton's interpreter
@@ -32,7 +32,7 @@ pytestmark = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float64: 2e-6, torch.float32: 2e-5, torch.bfloat16: 3e-2}  # factors are float32
 SHAPES = [(4, 3), (3, 2, 2, 2), (5, 2), (7,), (2, 1), (), (0, 3)]
-RULES = [(rule, granularity) for rule, allowed in GRANULARITIES.items() for granularity in allowed]
+RULES = [(rule, granularity) for rule, spec in SPECS.items() for granularity in spec.granularities]
 RULES += [("warmup", "layer")] * 2  # it takes longer than the others to get anywhere
 GRADIENTS = ["orthogonal", "random", "none", "as before", "zero", "tiny", "huge", "nan", "inf"]
 SIZES = {"tiny": 1e-25, "huge": 1e10}

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elropt import ELRSGD
-from elropt.rules import GRANULARITIES
+from elropt.rules import RULES
 
 from .nets import backward, bn_mlp
 
@@ -70,7 +70,7 @@ def test_the_check_can_fail() -> None:
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("project", [False, True])
 @pytest.mark.parametrize(
-    ("rule", "granularity"), [(r, g) for r, gs in GRANULARITIES.items() for g in gs], ids=str
+    ("rule", "granularity"), [(r, g) for r, spec in RULES.items() for g in spec.granularities], ids=str
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_host_reads(

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elropt import ELRSGD, effective_lrs, layer_stats
 from elropt.layer_table import LayerRow, LayerTable
-from elropt.rules import GRANULARITIES
+from elropt.rules import RULES as SPECS
 
 from .random_weights import GRAD_SCALES, set_gradient, tracked_group, train, weights
 
-RULES = [(rule, granularity) for rule, allowed in GRANULARITIES.items() for granularity in allowed]
+RULES = [(rule, granularity) for rule, spec in SPECS.items() for granularity in spec.granularities]
 
 
 @settings(deadline=None, max_examples=30)

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from elropt import ELRSGD
-from elropt.rules import GRANULARITIES
+from elropt.rules import RULES as SPECS
 
 from .nets import bn_mlp, train
 
 State = dict[str, Any]
-RULES = [(rule, granularity) for rule, allowed in GRANULARITIES.items() for granularity in allowed]
+RULES = [(rule, granularity) for rule, spec in SPECS.items() for granularity in spec.granularities]
 
 
 def make(rule: str | None = "angle", granularity: str = "layer", **kwargs: Any) -> tuple[nn.Module, ELRSGD]:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from elropt import ELRSGD, Recorder, effective_lrs, find_scale_invariant, layer_stats, record_next_step
 from elropt.layer_table import LayerRow
-from elropt.rules import GRANULARITIES
+from elropt.rules import RULES as SPECS
 from elropt.run_history import read_run
 
 from .random_weights import GRAD_SCALES, named, set_gradient, tracked_group, train, weights
 
-RULES = [(rule, granularity) for rule, allowed in GRANULARITIES.items() for granularity in allowed]
+RULES = [(rule, granularity) for rule, spec in SPECS.items() for granularity in spec.granularities]
 
 
 def strict_records(path: Path) -> list[dict]:

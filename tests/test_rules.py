@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import elropt
 from elropt import ELRSGD, dynamics, effective_lrs, layer_stats
 from elropt.rules import (
-    GRANULARITIES,
     RADIAL_TESTS,
     TEST_TURN,
     LayerControls,
@@ -27,11 +30,12 @@ from elropt.rules import (
     radial_test,
     step_turn,
 )
+from elropt.rules import RULES as SPECS
 
 from .nets import backward, bn_mlp, invariant_weights, train
 from .test_warmup import plane_weights, relative_grads, turning
 
-RULES = [rule for rule in GRANULARITIES if rule]
+RULES = [rule for rule in SPECS if rule]
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
@@ -407,3 +411,27 @@ def test_a_flag_changed_between_steps_is_noticed() -> None:
         plain = weights[1].detach() - 0.02 * turning(weights[1].detach(), 0.7)
         optimizer.step()
         assert torch.allclose(weights[1].detach(), plain) != flag
+
+
+def rule_names_that_decide(source: str) -> Iterator[int]:
+    """The lines at which something is compared with a rule's name, or looked up by it."""
+    for node in ast.walk(ast.parse(source)):
+        parts: list[Any] = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.Dict):
+            parts = [*node.keys]
+        elif isinstance(node, ast.MatchValue):
+            parts = [node.value]
+        elif isinstance(node, ast.List | ast.Tuple | ast.Set):
+            parts = [node]
+        within = [leaf for part in parts if part is not None for leaf in ast.walk(part)]
+        if any(isinstance(leaf, ast.Constant) and leaf.value in RULES for leaf in within):
+            yield node.lineno
+
+
+def test_no_name_of_a_rule_decides_anything_outside_of_the_rules() -> None:
+    assert list(rule_names_that_decide('rule == "angle"; rule in ("warmup", x); {"uniform": 1}; f("angle")'))
+    for file in Path(elropt.__file__).parent.glob("*.py"):
+        if file.name != "rules.py":
+            assert not list(rule_names_that_decide(file.read_text())), file.name

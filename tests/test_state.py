@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from elropt import ELRSGD, param_groups
-from elropt.rules import GRANULARITIES, RuleState
+from elropt.rules import RULES as SPECS
+from elropt.rules import RuleState
 
 from .nets import bn_mlp, train
 
@@ -29,7 +30,7 @@ def test_which_backend_computes_is_not_loaded() -> None:
     train(net, optimizer, range(2, 4))
 
 
-RULES = [(rule, granularity) for rule, allowed in GRANULARITIES.items() for granularity in allowed]
+RULES = [(rule, granularity) for rule, spec in SPECS.items() for granularity in spec.granularities]
 
 
 def make(net: nn.Module, rule: str | None, granularity: str = "layer", **kwargs: Any) -> ELRSGD:
@@ -70,7 +71,7 @@ def test_going_on_after_a_stop(
     assert_same_bits(net, resumed)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in GRANULARITIES if rule])
+@pytest.mark.parametrize("rule", [rule for rule in SPECS if rule])
 def test_rule_state_stays_float32_on_bfloat16_parameters(rule: str) -> None:
     net = bn_mlp(dtype=torch.bfloat16)
     optimizer = make(net, rule)
@@ -162,7 +163,7 @@ def test_user_hooks_on_load_are_honoured() -> None:
     assert torch.equal(other.state[p]["radius"], 2 * saved["state"][0]["radius"])
 
 
-@pytest.mark.parametrize("rule", GRANULARITIES)
+@pytest.mark.parametrize("rule", SPECS)
 def test_the_scheduler_owns_lr(rule: str | None) -> None:
     net = bn_mlp()
     optimizer = make(net, rule)
@@ -179,7 +180,7 @@ def test_the_scheduler_owns_lr(rule: str | None) -> None:
     train(net, optimizer, range(8), both)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in GRANULARITIES if rule])
+@pytest.mark.parametrize("rule", [rule for rule in SPECS if rule])
 def test_late_groups_and_missing_gradients(rule: str) -> None:
     """A parameter that joins late or skips a step ends where it would if only its own steps existed."""
     net = bn_mlp()

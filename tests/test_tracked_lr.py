@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import SWALR
 
 from elropt import ELRSGD, effective_lrs, kernels, layer_stats, param_groups
-from elropt.rules import GRANULARITIES
+from elropt.rules import RULES
 
 from .nets import backward, bn_mlp, invariant_weights, train
 
@@ -67,7 +67,7 @@ def test_whatever_sets_one_lr_for_all_groups_keeps_the_proportion(schedule: str)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rule", GRANULARITIES)
+@pytest.mark.parametrize("rule", RULES)
 def test_a_group_that_says_it_is_tracked_has_a_learning_rate_of_its_own(
     rule: str | None, backend: str
 ) -> None:
@@ -88,7 +88,7 @@ def test_a_group_that_says_it_is_tracked_has_a_learning_rate_of_its_own(
 
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("project", [False, True])
-@pytest.mark.parametrize("rule", [rule for rule in GRANULARITIES if rule])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule])
 def test_bare_parameters_train_as_groups_do(rule: str, project: bool, foreach: bool) -> None:
     """Also with momentum and weight decay, and on both sides of the hand-over of the warm-up."""
     nets, optimizers = [], []

@@ -165,15 +165,17 @@ def test_growth_gain_is_that_of_torch_sgd(momentum: float, dampening: float, nes
 
 
 def test_the_cap_is_that_of_the_largest_learning_rate() -> None:
-    stats, state, hyper, moving = vectors([8.0, 2.0, 1.0], [True] * 3)
+    inputs = vectors([8.0, 2.0, 1.0], [True] * 3)
+    stats = inputs.stats
     lr, gain = torch.tensor([1.0, 10.0, 5.0]), torch.tensor([1.0, 1.0, 4.0])
-    controls, _ = rules.warmup(stats, state, hyper._replace(lr=lr, growth_gain=gain), moving)
+    inputs = inputs._replace(hyper=inputs.hyper._replace(lr=lr, growth_gain=gain))
+    controls, _ = rules.warmup(inputs)
     assert controls.grad_factor is not None
     assert controls.weight_factor is not None
     applied = controls.grad_factor * stats.grad_sq.sqrt() / controls.weight_factor
     torch.testing.assert_close(applied, torch.full((3,), 1 / 20))
     still = torch.tensor([True, True, False])  # that of a layer that does not move does not count
-    controls, _ = rules.warmup(stats, state, hyper._replace(lr=lr, growth_gain=gain), still)
+    controls, _ = rules.warmup(inputs._replace(moving=still))
     assert controls.grad_factor is not None
     assert controls.weight_factor is not None
     applied = controls.grad_factor * stats.grad_sq.sqrt() / controls.weight_factor
@@ -238,19 +240,20 @@ def test_late_layers_do_not_restart_it() -> None:
 
 def vectors(
     e: list[float], tested: list[bool], *, lr: float = 1e-3, c: list[float] | None = None
-) -> tuple[Any, ...]:
+) -> rules.RuleInputs:
     """Arguments of `rules.warmup`: weights of norm 1 with these E, a smoothed c, and which layers passed all tests."""
     n = len(e)
     zeros, ones = torch.zeros(n), torch.ones(n)
     stats = rules.LayerStats(ones, torch.tensor(e).square(), zeros, zeros)
     passed = torch.where(torch.tensor(tested), float(rules.RADIAL_TESTS), 3.0)
     state = rules.RuleState(zeros if c is None else torch.tensor(c), zeros, passed, torch.zeros(()))
-    return stats, state, rules.RowHyper(lr * ones, zeros, ones, ones, zeros, ones), ones > 0
+    hyper = rules.RowHyper(lr * ones, zeros, ones, ones, zeros, ones)
+    return rules.RuleInputs(stats, state, hyper, ones > 0, ones > 0)
 
 
 def test_it_ends_only_when_all_conditions_hold() -> None:
     def over(*args: Any, **kwargs: Any) -> bool:
-        return bool(rules.warmup(*vectors(*args, **kwargs))[1].handed_over > 0)
+        return bool(rules.warmup(vectors(*args, **kwargs))[1].handed_over > 0)
 
     equal, unequal, yes = [1.0, 1.01, 0.99], [4.0, 1.0, 1.0], [True] * 3
     assert over(equal, yes)
@@ -263,20 +266,19 @@ def test_it_ends_only_when_all_conditions_hold() -> None:
 
 def test_only_tested_layers_are_rescaled_and_all_turn_alike() -> None:
     e = [4.0, 1.0, 0.5]
-    stats, state, hyper, moving = vectors(e, [True, True, False])
-    controls, _ = rules.warmup(stats, state, hyper, moving)
+    inputs = vectors(e, [True, True, False])
+    controls, _ = rules.warmup(inputs)
     s, a = controls.grad_factor, controls.weight_factor
     assert s is not None
     assert a is not None
     mean = np.exp(np.log(e).mean())
     expected = (np.array(e) / mean) ** (rules.EQUALIZATION_RATE / 2)
     np.testing.assert_allclose(a.numpy(), [*expected[:2], 1.0], rtol=1e-6)
-    np.testing.assert_allclose((s * stats.grad_sq.sqrt() / a).numpy(), mean, rtol=1e-6)
+    np.testing.assert_allclose((s * inputs.stats.grad_sq.sqrt() / a).numpy(), mean, rtol=1e-6)
 
 
 def test_the_last_rescaling_uses_the_smoothed_c() -> None:
-    stats, state, hyper, moving = vectors([1.3, 1.0, 1.0], [True] * 3, c=[1.0, 1.05, 1.0])
-    controls, after = rules.warmup(stats, state, hyper, moving)
+    controls, after = rules.warmup(vectors([1.3, 1.0, 1.0], [True] * 3, c=[1.0, 1.05, 1.0]))
     assert controls.weight_factor is not None
     c = np.array([1.03, 1.045, 1.0])  # 0.9 of the old, 0.1 of the new
     np.testing.assert_allclose(after.sphere_grad_norm.numpy(), c, rtol=1e-6)

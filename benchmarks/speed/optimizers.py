@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from benchmarks.speed.workloads import param_groups
 from elropt import ELRSGD
-from elropt.rules import GRANULARITIES
+from elropt.rules import RULES
 
 HYPER = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
 Build = Callable[[list[Tensor], Sequence[bool]], Optimizer]  # params, which of them are tracked
@@ -57,9 +57,7 @@ OPTIMIZERS = {
     "torch-foreach": Entry(torch_sgd(foreach=True)),
     "torch-for-loop": Entry(torch_sgd(foreach=False)),
     "torch-compiled": Entry(torch_sgd(foreach=True), compiled=True),
-    **{
-        f"elr-{rule or 'none'}": Entry(elr(rule), measures="grad" if rule else None) for rule in GRANULARITIES
-    },
+    **{f"elr-{rule or 'none'}": Entry(elr(rule), measures="grad" if rule else None) for rule in RULES},
     "elr-project": Entry(elr(None, project=True), measures="both"),
     "timm-lars": Entry(peer("timm.optim", "Lars")),
     "timm-sgdp": Entry(peer("timm.optim", "SGDP"), capturable=False),
