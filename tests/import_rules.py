@@ -14,7 +14,7 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-PACKAGES = ("elropt", "kernels", "benchmarks")
+PACKAGES = ("elropt", "kernels", "benchmarks", "examples")
 IMPORTED_AS = {"kernels": "elropt.kernels"}  # the folder → the package that it is installed as
 
 
@@ -26,7 +26,6 @@ class Import:
         module: path of the module that is imported, or that the name is imported from.
         package: the first part of the dotted name.
         name: what is imported from the module; None if it is the module itself.
-        bound: the name that it has in the importing module.
         line: where it stands.
         at_once: whether it runs when the importing module is imported, so not inside a function or for type checkers.
     """
@@ -34,7 +33,6 @@ class Import:
     module: str | None
     package: str
     name: str | None
-    bound: str
     line: int
     at_once: bool
 
@@ -60,20 +58,18 @@ class Sources:
         for node, at_once in _with_at_once(self.trees[path]):
             if isinstance(node, ast.Import):
                 for alias in node.names:
-                    bound = alias.asname or alias.name.partition(".")[0]
-                    yield self._import(alias.name, None, bound, node.lineno, at_once)
+                    yield self._import(alias.name, None, node.lineno, at_once)
             elif isinstance(node, ast.ImportFrom):
                 base = _absolute(path, node)
                 for alias in node.names:
-                    bound = alias.asname or alias.name
                     whole = f"{base}.{alias.name}"
                     if whole in self.paths:
-                        yield self._import(whole, None, bound, node.lineno, at_once)
+                        yield self._import(whole, None, node.lineno, at_once)
                     else:
-                        yield self._import(base, alias.name, bound, node.lineno, at_once)
+                        yield self._import(base, alias.name, node.lineno, at_once)
 
-    def _import(self, module: str, name: str | None, bound: str, line: int, at_once: bool) -> Import:
-        return Import(self.paths.get(module), module.partition(".")[0], name, bound, line, at_once)
+    def _import(self, module: str, name: str | None, line: int, at_once: bool) -> Import:
+        return Import(self.paths.get(module), module.partition(".")[0], name, line, at_once)
 
     def needed_at_once(self, path: str) -> set[str]:
         """The modules that are imported when this one is, and it itself."""
@@ -123,7 +119,7 @@ def violations(sources: Sources, rooms: list[list[str]]) -> list[str]:
     """What is against the rules, in words."""
     return [
         *_misplaced(sources, rooms),
-        *_upward_imports(sources, rooms),
+        *_wrong_imports(sources, rooms),
         *_circles(sources),
         *_underscores(sources),
     ]
@@ -149,9 +145,11 @@ def _misplaced(sources: Sources, rooms: list[list[str]]) -> Iterator[str]:
             yield f"{room} is a room, but there is no such file"
 
 
-def _upward_imports(sources: Sources, rooms: list[list[str]]) -> Iterator[str]:
+def _wrong_imports(sources: Sources, rooms: list[list[str]]) -> Iterator[str]:
     for path, imports in sources.imports.items():
         for found in imports:
+            if found.package in IMPORTED_AS:
+                yield f"{path}:{found.line} imports {found.package}, a second copy of {IMPORTED_AS[found.package]}"
             mine = _level(path, rooms)
             theirs = _level(found.module, rooms) if found.module else None
             if mine and theirs and theirs != mine and theirs[0] >= mine[0]:

@@ -106,6 +106,11 @@ def test_nothing_is_found_where_nothing_is_wrong(tmp_path: Path) -> None:
         ("elropt/_host.py", "rules._mean()\n", "elropt/_host.py:5 uses rules._mean"),
         ("benchmarks/run.py", "elropt.Host()._state\n", "benchmarks/run.py:4 uses elropt.Host()._state"),
         ("benchmarks/run.py", "from elropt import _host\n", "a private module of another package"),
+        (
+            "benchmarks/run.py",
+            "from kernels import tables\n",
+            "imports kernels, a second copy of elropt.kernels",
+        ),
         ("elropt/new.py", "", "elropt/new.py is in no room"),
     ],
 )
