@@ -321,7 +321,7 @@ def _first_warmup_step(tracked: list[WeightReport], lr: float, momentum: float) 
         ),
         RowHyper(lr * one, zero, growth_gain(momentum) * one, one, zero, numel),
     )
-    s, a = (one if factor is None else factor for factor in controls[:2])
+    s, a = (one if factor is None else factor for factor in (controls.grad_factor, controls.weight_factor))
     elr = lr * s * grad_norm / (a * weight_norm)
     return {
         "warmup_elr": float(elr.mean()),

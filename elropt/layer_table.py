@@ -170,8 +170,8 @@ def table_of(optimizer: ELRSGD, records: list[LayerMeasurements]) -> LayerTable:
 
 def _as_matrix(record: LayerMeasurements) -> torch.Tensor:
     """[8, R] on the device: ‖w‖², ‖g‖², ⟨w,g⟩, λ, s, a, p, tracked."""
-    weight_sq, grad_sq, weight_dot_grad, _ = record.stats
-    like = torch.ones_like(weight_sq)
+    stats, controls = record.stats, record.controls
+    like = torch.ones_like(stats.weight_sq)
     lr = torch.cat(
         [
             like.new_empty(count).copy_(value)
@@ -180,12 +180,12 @@ def _as_matrix(record: LayerMeasurements) -> torch.Tensor:
             for value, count in zip(record.lrs, record.row_counts, strict=True)
         ]
     )
-    s, a, p, own_lr = record.controls
-    if own_lr is not None:
-        lr = lr * own_lr
-    factors = [like if value is None else value for value in (s, a)]
-    radial = torch.zeros_like(like) if p is None else p
-    return torch.stack([weight_sq, grad_sq, weight_dot_grad, lr, *factors, radial, record.tracked])
+    if controls.lr_factor is not None:
+        lr = lr * controls.lr_factor
+    s, a = (like if value is None else value for value in (controls.grad_factor, controls.weight_factor))
+    p = torch.zeros_like(like) if controls.radial is None else controls.radial
+    sums = stats.weight_sq, stats.grad_sq, stats.weight_dot_grad
+    return torch.stack([*sums, lr, s, a, p, record.tracked])
 
 
 def _row(name: str, column: np.ndarray) -> LayerRow:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import elropt
+from elropt.rules import RULES
 
 
 def conv_net() -> nn.Sequential:
@@ -97,7 +98,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of curve.jsonl and checkpoint.pt.")] = Path(
         "runs/example"
     ),
-    rule: Annotated[str, typer.Option(help="warmup, uniform, angle, sphere.")] = "warmup",
+    rule: Annotated[str, typer.Option(help=f"{', '.join(filter(None, RULES))}.")] = "warmup",
     lr: Annotated[float, typer.Option(min=0)] = 0.1,
     tracked_lr: Annotated[
         float | None, typer.Option(help="lr of the tracked layers, in the unit of the rule. Default: --lr.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 import elropt
+from elropt.rules import RULES
 
 from .import_rules import Sources, foreign_packages, rooms_in, violations
 
@@ -54,6 +56,25 @@ def test_no_module_has_the_name_of_something_that_elropt_exports() -> None:
     functions_and_classes = {name for name in exported if callable(getattr(elropt, name))}
     assert "param_groups" in functions_and_classes
     assert not modules & functions_and_classes
+
+
+def test_rules_are_listed_once(sources: Sources) -> None:
+    """All others ask `RULES`. A benchmark may choose among the rules."""
+    library = [path for path in sources.trees if path.startswith(("elropt/", "kernels/", "examples/"))]
+    lists = {path: lists_of_rules(sources.trees[path]) for path in library}
+    assert {path for path, lines in lists.items() if lines} == {"elropt/rules.py"}
+
+
+def lists_of_rules(tree: ast.Module) -> list[int]:
+    """Lines of literal tuples, lists, sets and dicts that name two rules or more."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict):
+            values = node.keys if isinstance(node, ast.Dict) else node.elts
+            names = [v.value for v in values if isinstance(v, ast.Constant) and v.value is not None]
+            if len(set(names) & set(RULES)) > 1:
+                found.append(node.lineno)
+    return found
 
 
 # The checker itself, on small trees with a planted fault.

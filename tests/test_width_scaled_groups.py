@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from benchmarks.common import models
 from elropt import ELRSGD, effective_lrs, param_groups, width_scaled_groups
+from elropt.rules import RULES
 
 WIDTHS = (128, 256, 512, 1024)
 BATCH = 16
@@ -288,7 +289,7 @@ def test_errors_about_the_model() -> None:
         width_scaled_groups(frozen, 6, lr=0.1)
 
 
-@pytest.mark.parametrize("rule", [None, "warmup", "uniform", "angle", "sphere"])
+@pytest.mark.parametrize("rule", RULES)
 def test_every_rule_takes_the_groups_and_a_scheduler_scales_them(rule: str | None) -> None:
     net = models.build("bn-mlp-4-w32", in_shape=(1, 4, 4), classes=5)
     optimizer = ELRSGD(width_scaled_groups(net, 8, lr=0.01), momentum=0.9, rule=rule)
