@@ -5,8 +5,8 @@
 Gloo on the CPU; NCCL where there are two or more GPUs. A step is timed on every rank from a barrier on, and the slowest
 rank counts; optimizers take turns step by step, and ratios are those of one turn. Bare all-reduces run back to back in
 blocks; the sizes take turns block by block. With more ranks than cores, processes wait for each other's time slices:
-times compare only within a run. *Processor* time is what the threads of a rank have worked, on the host; the rest is
-waiting for other ranks, and on a CPU for other processes.
+times compare only within a run. *Processor* time is how long the threads of a rank work on the host; in the rest of the
+time they wait for other ranks, and on a CPU for other processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import torch
 import typer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, distributed, nn
@@ -35,13 +34,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 from torch.optim import SGD, Optimizer
 
+from benchmarks.common.command_line import one_of, table_of
+from benchmarks.common.files import write_json
 from benchmarks.common.statistics import grouped
+from benchmarks.speed.timing import synchronize
 from benchmarks.speed.workloads import WORKLOADS, Workload, param_groups
 from elropt import ELRSGD, env_report
 from elropt.plots import COLORS, MARKERS, save
 
 Row = dict[str, Any]
 
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+DEFAULT_WORKLOADS = ("160x4", "resnet-56", "resnet-50")
 BASELINE = "torch-sgd"
 ALONE = "uniform, shards alone"
 MICROSECONDS = "µs (25, 50, 75 %)"
@@ -55,7 +59,7 @@ LR, MOMENTUM = 1e-3, 0.9
 
 
 class Fit(NamedTuple):
-    """time = latency + bytes / bandwidth: s, bytes/s, root mean square of the relative residuals, number of points."""
+    """time = latency + bytes / bandwidth: in s and bytes/s; root mean square of the relative residuals; points."""
 
     latency: float
     bandwidth: float
@@ -104,7 +108,7 @@ def shard(workload: Workload, device: torch.device, ranks: int) -> list[Tensor]:
 
 
 def shards_alone(params: Sequence[Tensor]) -> list[Tensor]:
-    """What lies here of them, as plain parameters in the same memory: as many bytes to step on, nothing to add up."""
+    """This rank's parts as plain parameters in the same memory: as many bytes to step on, nothing to add up."""
     here = []
     for p in params:
         if isinstance(p, DTensor) and isinstance(p.grad, DTensor):
@@ -143,31 +147,26 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def wait(self) -> None:
-        """Until the device is done with what was enqueued."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def seconds(self, function: Callable[[], object], calls: int = 1) -> tuple[float, float]:
-        """A call's share of `calls` in a row, on this rank, from a barrier on; and how long the threads of this process
-        have worked in it."""
+        """Per call of `calls` in a row, on this rank, from a barrier on: the time that passes, and the time that the
+        threads of this process work."""
         distributed.barrier()
-        self.wait()
+        synchronize(self.device)
         started, worked = time.perf_counter(), time.process_time()
         for _ in range(calls):
             function()
-        self.wait()
+        synchronize(self.device)
         return (time.perf_counter() - started) / calls, (time.process_time() - worked) / calls
 
     def of_the_slowest(self, seconds: Sequence[tuple[float, float]]) -> NDArray[np.float64]:
-        """[2, n]: of each of n samples, both times, the largest of all ranks."""
+        """[2, n]: both times of n samples, each the largest of all ranks."""
         samples = torch.tensor(seconds, dtype=torch.float64, device=self.device).T.contiguous()
         distributed.all_reduce(samples, op=distributed.ReduceOp.MAX)
         return samples.cpu().numpy()
 
 
 def count_all_reduces(optimizer: Optimizer) -> int:
-    """In one step of it."""
+    """The all-reduces of one step."""
     with patch.object(distributed, "all_reduce", wraps=distributed.all_reduce) as all_reduce:
         optimizer.step()
     return all_reduce.call_count
@@ -231,13 +230,13 @@ def time_bare(sizes: Sequence[int], blocks: int, watch: Stopwatch, ranks: int) -
 def work(
     rank: int, ranks: int, kind: str, workloads: list[str], turns: int, blocks: int, folder: str
 ) -> None:
-    """What one process does; rank 0 leaves the rows in the folder."""
+    """What one process does; rank 0 writes the rows into the folder."""
     torch.set_num_threads(1)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group(
-        "nccl" if kind == "cuda" else "gloo",
+        BACKENDS[kind],
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,
@@ -262,8 +261,11 @@ def measure(ranks: int, kind: str, workloads: list[str], turns: int, blocks: int
 
 
 def fits(rows: Sequence[Row]) -> list[Row]:
-    """For each number of ranks, of the medians of the bare all-reduces. Without those of fewer than two elements per
-    rank: gloo cuts a vector into two segments per rank and does not send empty ones, so they take fewer messages."""
+    """For each number of ranks a line through the medians of the bare all-reduces.
+
+    Vectors of fewer than two elements per rank are left out: gloo cuts a vector into two segments per rank and does not
+    send empty ones, so these take fewer messages.
+    """
     bare = [row for row in rows if row["kind"] == "bare" and row["bytes"] >= 2 * 8 * row["ranks"]]
     found = []
     for ranks, points in grouped(bare, lambda row: row["ranks"]).items():
@@ -278,31 +280,25 @@ def tables(report: dict[str, Any]) -> list[Table]:
     made = []
     for (workload, ranks), rows in grouped(steps, lambda row: (row["workload"], row["ranks"])).items():
         title = f"steps of {workload} on {ranks} ranks"
-        table = _table(title, "optimizer", "all-reduced", MICROSECONDS, "ratio", PROCESSOR)
+        table = table_of(title, "optimizer", "all-reduced", MICROSECONDS, "ratio", PROCESSOR)
         for row in rows:
-            elapsed, worked = _times(row)
             reduced = f"{row['all_reduces']} × {row['bytes']:,} B" if row["all_reduces"] else "–"
+            elapsed, worked = times_of(row)
             table.add_row(row["optimizer"], reduced, elapsed, f"{row['ratio'][1]:.2f}", worked)
         made.append(table)
-    table = _table("bare all-reduces, back to back", "ranks", "bytes", MICROSECONDS, PROCESSOR)
+    table = table_of("bare all-reduces, back to back", "ranks", "bytes", MICROSECONDS, PROCESSOR)
     for row in bare:
-        table.add_row(str(row["ranks"]), f"{row['bytes']:,}", *_times(row))
+        table.add_row(str(row["ranks"]), f"{row['bytes']:,}", *times_of(row))
     made.append(table)
-    table = _table("time = latency + bytes / bandwidth", "ranks", "latency µs", "GB/s", "error", "n")
+    table = table_of("time = latency + bytes / bandwidth", "ranks", "latency µs", "GB/s", "error", "n")
     for line in report["fits"]:
         numbers = f"{1e6 * line['latency']:.0f}", f"{1e-9 * line['bandwidth']:.2f}", f"{line['error']:.0%}"
         table.add_row(str(line["ranks"]), *numbers, str(line["n"]))
     return [*made, table]
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
-    return table
-
-
-def _times(row: Row) -> tuple[str, str]:
+def times_of(row: Row) -> tuple[str, str]:
+    """Quartiles of the time that passed, and the median of the work on a processor."""
     return " ".join(f"{value:,.0f}" for value in row["us"]), f"{row['processor_us'][1]:,.0f}"
 
 
@@ -340,7 +336,8 @@ def main(
     workload: Annotated[
         list[str] | None,
         typer.Option(
-            help="From benchmarks/speed/workloads.py; repeatable. Default: 160x4, resnet-56, resnet-50."
+            callback=one_of(WORKLOADS),
+            help=f"Repeatable; of {', '.join(WORKLOADS)}. Default: {', '.join(DEFAULT_WORKLOADS)}.",
         ),
     ] = None,
     turns: Annotated[int, typer.Option(min=2, help="Timed steps of each optimizer.")] = 60,
@@ -348,53 +345,35 @@ def main(
         int, typer.Option(min=2, help=f"Blocks of {CALLS} bare all-reduces of each size.")
     ] = 60,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda. Default: cuda if there are two GPUs.")
+        str | None,
+        typer.Option(callback=one_of(BACKENDS), help="cpu or cuda. Default: cuda if there are two GPUs."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Result file; the plot is put beside it.")] = Path(
         "runs/all_reduce.json"
     ),
 ) -> None:
-    """Times steps of sharded parameters and bare all-reduces, in real processes.
+    """Time steps of sharded parameters and bare all-reduces, in real processes.
 
     Example: python -m benchmarks.distributed.all_reduce --ranks 2 --ranks 4 --out runs/all_reduce.json
     """
-    worlds, names = ranks or [2, 4], workload or ["160x4", "resnet-56", "resnet-50"]
+    worlds, names = ranks or [2, 4], workload or list(DEFAULT_WORKLOADS)
     gpus = torch.cuda.device_count()
     kind = device or ("cuda" if gpus >= 2 else "cpu")
-    if kind not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"{kind!r} is not known; choose cpu or cuda", param_hint="--device")
     if kind == "cuda" and max(worlds) > gpus:
         raise typer.BadParameter(
             f"{max(worlds)} ranks need a GPU each, and there are {gpus}: ask for fewer, or for --device cpu",
             param_hint="--ranks",
         )
-    for name in names:
-        if name not in WORKLOADS:
-            raise typer.BadParameter(
-                f"{name!r} is not known; choose from {', '.join(WORKLOADS)}", param_hint="--workload"
-            )
     console = Console()
     rows: list[Row] = []
     for world in worlds:
         with console.status(f"{world} ranks on {kind} …"):
             rows += measure(world, kind, names, turns, blocks)
-    report = {
-        "kind": "all-reduce",
-        "env": env_report.collect(),
-        "config": {
-            "ranks": worlds,
-            "workloads": names,
-            "turns": turns,
-            "blocks": blocks,
-            "calls": CALLS,
-            "backend": "nccl" if kind == "cuda" else "gloo",
-            "quartiles": QUARTILES,
-        },
-        "fits": fits(rows),
-        "rows": rows,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    config = {"ranks": worlds, "workloads": names, "turns": turns, "blocks": blocks, "calls": CALLS}
+    config |= {"backend": BACKENDS[kind], "quartiles": QUARTILES}
+    report = {"kind": "all-reduce", "env": env_report.collect(), "config": config, "fits": fits(rows)}
+    report["rows"] = rows
+    write_json(out, report, indent=1)
     for table in tables(report):
         console.print(table)
     save(draw(report), out.with_suffix(".png"))

@@ -31,7 +31,7 @@ from rich.console import Console
 
 from benchmarks.imagenet.data import load_tree
 from benchmarks.imagenet.recipe import OPTIMIZERS, make_settings
-from benchmarks.imagenet.training import Refused, join_world, train
+from benchmarks.imagenet.training import Pace, Refused, join_world, train
 
 
 def main(
@@ -112,16 +112,8 @@ def main(
             )
             if workers is None:
                 workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            train(
-                settings,
-                tree,
-                out or Path("runs") / f"imagenet-{model}-{optimizer}",
-                world,
-                workers=workers,
-                log_every=log_every,
-                checkpoint_every=checkpoint_every,
-                console=Console(),
-            )
+            folder = out or Path("runs") / f"imagenet-{model}-{optimizer}"
+            train(settings, tree, folder, world, Pace(workers, log_every, checkpoint_every), Console())
     except Refused as error:
         raise typer.BadParameter(str(error)) from error
 

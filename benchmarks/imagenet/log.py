@@ -1,4 +1,4 @@
-"""What an ImageNet run leaves behind: files that are never half written, and a log that a stopped run goes on with."""
+"""The folder of an ImageNet run: its lock, and a log that a stopped run goes on with."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import contextlib
 import json
 import os
 import platform
-import secrets
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from benchmarks.common.files import write_whole
 from benchmarks.common.sweep import Row, without_nan
 from benchmarks.common.training import significant
 
@@ -124,35 +124,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # what a damaged file makes of the two readers is anybody's guess
         damaged = error
     raise ValueError(f"{path} is damaged ({damaged}): {REMEDY}")
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file anew: at any moment, the one at `path` is the old one or the new one, complete and on the disk.
-
-    The new one has a name of its own, which ends in .unfinished, until then.
-    """
-    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        with unfinished.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except Exception as error:
-        error.add_note(f"while {path} was written")  # "No space left on device" alone does not say where
-        raise
-    finally:
-        unfinished.unlink(missing_ok=True)
-    if sys.platform != "win32":
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run had not finished writing. For the run that has the lock of the folder."""
-    for path in folder.glob("*.unfinished"):
-        path.unlink()
 
 
 def _line(row: Row) -> str:

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 import elropt
 from benchmarks.common import models
-from benchmarks.common.training import METHODS
 from benchmarks.imagenet.data import Augmentation, Tree
 from elropt import dynamics
+from elropt.rules import RULES
 
-OPTIMIZERS = ("sgd", "adamw", "warmup", "uniform", "angle", "sphere")
+OPTIMIZERS = ("sgd", "adamw", *filter(None, RULES))
 MOMENTUM = 0.9
 CROPS = Augmentation()
 
@@ -67,6 +67,11 @@ VIT_S_16 = Recipe(
     augmentation=Augmentation(min_area=0.05, operations=2, magnitude=10),
     qk_norm=True,
 )
+
+
+def has_own_lr(optimizer: str) -> bool:
+    """Whether lr, the learning rate of the tracked weights, is in another unit than that of all others."""
+    return optimizer in RULES and RULES[optimizer].lr_unit != "lr"
 
 
 def recipe_of(model: str) -> Recipe:
@@ -121,15 +126,10 @@ def make_settings(
     epochs: int | None,
     warmup_epochs: float | None,
     batch_size: int | None,
-    image_size: int,
-    hold_out: float,
-    seed: int,
-    amp: bool,
-    compile: bool,
-    device: str,
     ranks: int,
+    **others: Any,
 ) -> Settings:
-    """The settings of a run; None is what the recipe says.
+    """The settings of a run; None is what the recipe says. others: fields of `Settings`.
 
     The linear warm-up of the recipe keeps its share of the epochs, and is left out with the rule "warmup", which stands
     in for it. The default of "angle" is the angle that SGD of the recipe turns scale-invariant weights by in the
@@ -172,21 +172,16 @@ def make_settings(
         model=model,
         optimizer=optimizer,
         lr=lr,
-        other_lr=sgd_lr if optimizer in ("angle", "sphere") else lr,
+        other_lr=sgd_lr if has_own_lr(optimizer) else lr,
         epochs=epochs,
         warmup_epochs=warmup_epochs,
         batch_size=batch_size,
-        image_size=image_size,
-        hold_out=hold_out,
-        seed=seed,
-        amp=amp,
-        compile=compile,
-        device=device,
         ranks=ranks,
         data=tree.digest,
         train_images=len(tree.train),
         val_images=len(tree.val),
         classes=len(tree.class_names),
+        **others,
     )
 
 
@@ -206,7 +201,7 @@ def make_optimizer(
     recipe, name = recipe_of(settings.model), settings.optimizer
     decay = recipe.adamw_weight_decay if name == "adamw" else recipe.weight_decay
     groups = elropt.param_groups(model, images, weight_decay=decay)
-    if name in ("angle", "sphere"):  # as lr, which the log has
+    if has_own_lr(name):  # as lr, which the log has
         groups = [{**group, "lr": settings.lr} if group["scale_invariant"] else group for group in groups]
     tracked = {
         name: p
@@ -218,8 +213,7 @@ def make_optimizer(
         return torch.optim.AdamW(groups, lr=settings.lr), tracked
     if name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=MOMENTUM), tracked
-    rule = METHODS[name].rule
-    return elropt.ELRSGD(groups, lr=settings.other_lr, momentum=MOMENTUM, rule=rule), tracked
+    return elropt.ELRSGD(groups, lr=settings.other_lr, momentum=MOMENTUM, rule=name), tracked
 
 
 def differences(ours: Settings, theirs: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 
 import benchmarks
 import elropt
+from benchmarks.common.files import remove_unfinished, write_json, write_whole
 from benchmarks.common.sweep import Row, without_nan
 from benchmarks.common.training import log_std, make_schedule, significant, spread
 from benchmarks.imagenet.data import (
@@ -51,8 +52,6 @@ from benchmarks.imagenet.log import (
     locked,
     read_checkpoint,
     read_rows,
-    remove_unfinished,
-    write_whole,
 )
 from benchmarks.imagenet.recipe import Recipe, Settings, differences, make_model, make_optimizer, recipe_of
 from elropt import env_report, kernels
@@ -274,28 +273,23 @@ class Meter:
         return row
 
 
-def train(
-    settings: Settings,
-    tree: Tree,
-    out: Path,
-    world: World,
-    *,
-    workers: int,
-    log_every: int,
-    checkpoint_every: int,
-    console: Console,
-) -> Training:
+class Pace(NamedTuple):
+    """How a run is worked off, which does not change what it computes. Steps, but for the workers of each process."""
+
+    workers: int
+    log_every: int
+    checkpoint_every: int
+
+
+def train(settings: Settings, tree: Tree, out: Path, world: World, pace: Pace, console: Console) -> Training:
     """Train, or go on with training, until the end or until the loss is not finite; see the head of
     `benchmarks/imagenet/__main__.py`. A run that has left a result is only loaded.
 
     Raises Refused on all processes if they do not see the same, if another run is at work in `out`, or if what `out`
     holds is damaged, incomplete or of other settings.
     """
-    world.compare(
-        dataclasses.asdict(settings)
-        | {"log_every": log_every, "checkpoint_every": checkpoint_every}
-        | versions()
-    )
+    rhythm = {"log_every": pace.log_every, "checkpoint_every": pace.checkpoint_every}
+    world.compare(dataclasses.asdict(settings) | rhythm | versions())
     training = world.together(lambda: Training(settings, tree, world.device))
     with contextlib.ExitStack() as lock:
         world.together(lambda: lock.enter_context(locked(out)) if world.rank == 0 else None)
@@ -303,17 +297,7 @@ def train(
         finished = (out / "result.json").exists()
         world.compare({"step of the checkpoint": training.step, "result": finished})
         if not finished:
-            _train(
-                training,
-                rows,
-                tree,
-                out,
-                world,
-                workers=workers,
-                log_every=log_every,
-                checkpoint_every=checkpoint_every,
-                console=console,
-            )
+            take_steps(training, rows, tree, out, world, pace, console)
         elif world.rank == 0:
             console.print(f"nothing to do: {out / 'result.json'} is the result of this run", soft_wrap=True)
     return training
@@ -334,24 +318,18 @@ def go_on(training: Training, out: Path) -> list[Row]:
     return []
 
 
-def _train(
+def take_steps(
     training: Training,
     rows: Sequence[Row],
     tree: Tree,
     out: Path,
     world: World,
-    *,
-    workers: int,
-    log_every: int,
-    checkpoint_every: int,
+    pace: Pace,
     console: Console,
 ) -> None:
     """Train from `training.step` on."""
-    settings, recipe, checkpoint = (
-        training.settings,
-        recipe_of(training.settings.model),
-        out / "checkpoint.pt",
-    )
+    settings, checkpoint = training.settings, out / "checkpoint.pt"
+    recipe = recipe_of(settings.model)
     forward: Callable[[Tensor], Tensor] = training.model
     if world.ranks > 1:
         forward = DistributedDataParallel(
@@ -370,7 +348,7 @@ def _train(
     env = env_report.collect() if main else {}
     commit = f"{env.get('git_commit')}{' with changes' if env.get('git_dirty') else ''}"
 
-    batches = iter(train_loader(training, tree, world, workers))
+    batches = iter(train_loader(training, tree, world, pace.workers))
     to_device, meter, finite = ToDevice(world.device), Meter(world), True
     shown = main and console.is_terminal
     columns = (
@@ -391,10 +369,10 @@ def _train(
             spreads = take_step(training, measure=ends_epoch)
             training.schedule.step()
             training.step += 1
-            saves = ends_epoch or training.step % checkpoint_every == 0
+            saves = ends_epoch or training.step % pace.checkpoint_every == 0
             epoch = -(-training.step // settings.steps_per_epoch)
             at = {"epoch": epoch, "step": training.step}
-            if not saves and training.step % log_every:
+            if not saves and training.step % pace.log_every:
                 continue
             row = {"kind": "steps", **at, "lr": lr, **meter.read(settings.batch_size)}
             log.write(row)
@@ -402,7 +380,7 @@ def _train(
             if not (finite := math.isfinite(row["loss"])):
                 break
             if ends_epoch:
-                accuracies = evaluate(training.model, tree, settings, world, workers)
+                accuracies = evaluate(training.model, tree, settings, world, pace.workers)
                 summary = epoch_summary(log.rows, epoch) | memory(world.device)
                 log.write({"kind": "epoch", **at, **accuracies, **spreads, **summary, "commit": commit})
                 if main:
@@ -538,5 +516,4 @@ def write_result(
         "top5": epochs[-1]["top5"] if epochs else math.nan,
         "rows": epochs,
     }
-    text = json.dumps(without_nan(result), allow_nan=False, indent=1) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_json(path, without_nan(result), indent=1)

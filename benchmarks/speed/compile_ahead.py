@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmarks.common.command_line import progress_bar
 from benchmarks.speed import kernels
 from benchmarks.speed.device import check_device
-from benchmarks.speed.optimizers import OPTIMIZERS, RULES
+from benchmarks.speed.optimizers import OPTIMIZERS, OURS
 from benchmarks.speed.step_time import Copy
 from benchmarks.speed.timing import first_line, synchronize
 from benchmarks.speed.workloads import Workload
@@ -53,7 +53,7 @@ def step_tasks() -> list[Task]:
         (torch.float32, 1, TOGETHER),
         (torch.bfloat16, 2, APART),
     ]
-    return [Task(kind[0], rule, *kind[1:]) for kind, rule in itertools.product(kinds, RULES)]
+    return [Task(kind[0], rule, *kind[1:]) for kind, rule in itertools.product(kinds, OURS)]
 
 
 def kernel_tasks() -> list[Task]:

@@ -8,27 +8,26 @@
 | `cpu` | steps without kernels; the tensors of a 30-layer BN-MLP, of ResNet-50, and these cut down | torch's for-loop |
 | `groups` | steps without kernels; 160 tensors of 4 elements in 1 and in 160 param groups | torch's for-loop, 1 group |
 
-`launches`: kernels run under the interpreter on the CPU, and here each launch is replaced by nothing. What is left is
-finding out whether tensors, state and options are those of the step before, and preparing arguments. The peer is the
-whole `step()` of torch's fused SGD on the CPU, which computes next to nothing. On a GPU, `benchmarks.speed.step_time
-host` measures both with their launches.
+`launches`: on the CPU kernels run under the interpreter, and here nothing is done in place of each launch. What is left
+is to find out whether tensors, state and options are those of the step before, and to prepare arguments. The peer is
+the whole `step()` of torch's fused SGD on the CPU, which computes next to nothing. On a GPU,
+`benchmarks.speed.step_time host` measures both with their launches.
 
 Everything runs on one thread. Optimizers take turns step by step, in another order each turn; ratios are those of one
-turn. In `cpu` and `groups`
-each has tensors of its own, and two sets of gradients that take turns, as after `zero_grad` and `backward`; their times
-are CPU time of this process, which other processes on the machine disturb less.
+turn. In `cpu` and `groups` each optimizer has tensors of its own, and two sets of gradients that take turns, as after
+`zero_grad` and `backward`; their times are CPU time of this process, which other processes disturb less.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
-import gc
 import importlib
-import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -38,29 +37,29 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 import numpy as np
 import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from benchmarks.common import models
+from benchmarks.common.command_line import progress_bar, table_of
+from benchmarks.common.files import write_json
+from benchmarks.speed.optimizers import HYPER, RULES_BY_NAME
+from benchmarks.speed.timing import QUANTILES, Row, no_garbage_collection, quantiles
 from benchmarks.speed.workloads import WORKLOADS, Workload, param_groups
 from elropt import ELRSGD, env_report
+from elropt.rules import RULES
 
 TENSORS = (160, 2000)
 GROUPS = 160
-QUANTILES = (0.2, 0.5, 0.8)
-OPTIONS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
-RULES = {"elr-none": None, "elr-warmup": "warmup", "elr-uniform": "uniform", "elr-angle": "angle"}
-CPU_RULES = {**RULES, "elr-sphere": "sphere"}
-TORCH: dict[str, dict[str, bool]] = {
+TORCH: dict[str, dict[str, Any]] = {
     "torch-loop": {"foreach": False},
     "torch-foreach": {"foreach": True},
     "torch-fused": {"fused": True},
 }
 CUT = 4  # elements of each dimension that are left of ResNet-50's tensors, cut down
+KERNELS = ("measure_kernel", "update_kernel", "cooperative_kernel")
 
 
 class Part(enum.StrEnum):
@@ -90,40 +89,41 @@ class NoLaunch:
         return lambda *arguments, **options: None
 
 
-def tensors(count: int) -> list[nn.Parameter]:
-    """Parameters of 4 elements with gradients."""
-    params = [nn.Parameter(torch.randn(2, 2)) for _ in range(count)]
+def no_launches() -> AbstractContextManager[Any]:
+    """Leave the launches of kernels out."""
+    module = importlib.import_module("elropt.kernels.fused_step")
+    return patch.multiple(module, **dict.fromkeys(KERNELS, NoLaunch()))
+
+
+def groups_of(tensors: int, count: int = 1) -> list[dict[str, Any]]:
+    """Tensors of 4 elements with gradients in so many param groups, with learning rates of their own."""
+    params = [nn.Parameter(torch.randn(2, 2)) for _ in range(tensors)]
     for p in params:
         p.grad = torch.randn(2, 2)
-    return params
+    size = tensors // count
+    return [
+        {"params": params[i * size : (i + 1) * size], "lr": HYPER["lr"] * (1 - i / 1000)}
+        for i in range(count)
+    ]
+
+
+def tracked(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same groups, of scale-invariant tensors."""
+    return [{**group, "scale_invariant": True} for group in groups]
 
 
 def without_launches(count: int) -> dict[str, Optimizer]:
-    """torch's SGD and ELRSGD's rules, each on `count` tensors of its own, all of them tracked."""
+    """torch's SGD and ELRSGD's rules, each on `count` tensors of its own."""
+    options: dict[str, Any] = {**HYPER, "fused": True}
     made: dict[str, Optimizer] = {
-        name: SGD(tensors(count), **TORCH[name], **OPTIONS) for name in ("torch-fused", "torch-foreach")
+        name: SGD(groups_of(count), **HYPER, **TORCH[name]) for name in ("torch-fused", "torch-foreach")
     }
-    for name, rule in RULES.items():
-        groups = [{"params": tensors(count), "scale_invariant": True}]
-        made[name] = ELRSGD(groups, rule=rule, fused=True, **OPTIONS)
+    for name, rule in RULES_BY_NAME.items():
+        made[name] = ELRSGD(tracked(groups_of(count)), rule=rule, **options)
     if count == GROUPS:
-        made[f"elr-uniform, {GROUPS} groups"] = ELRSGD(
-            [{**group, "scale_invariant": True} for group in groups_of(GROUPS)],
-            rule="uniform",
-            fused=True,
-            **OPTIONS,
-        )
+        groups = tracked(groups_of(count, GROUPS))
+        made[f"elr-uniform, {GROUPS} groups"] = ELRSGD(groups, rule="uniform", **options)
     return made
-
-
-def groups_of(count: int) -> list[dict[str, Any]]:
-    """160 tensors in so many param groups, with learning rates of their own."""
-    params = tensors(GROUPS)
-    size = GROUPS // count
-    return [
-        {"params": params[i * size : (i + 1) * size], "lr": OPTIONS["lr"] * (1 - i / 1000)}
-        for i in range(count)
-    ]
 
 
 def bn_mlp() -> Workload:
@@ -131,8 +131,8 @@ def bn_mlp() -> Workload:
     named = list(models.build("bn-mlp-30", in_shape=(1, 8, 8), classes=10).named_parameters())
     shapes = tuple(tuple(p.shape) for _, p in named)
     matrices = [i for i, shape in enumerate(shapes) if len(shape) == 2]
-    tracked = tuple(i in matrices[:-1] for i in range(len(shapes)))
-    return Workload("bn-mlp-30", tuple(name for name, _ in named), shapes, tracked)
+    is_tracked = tuple(i in matrices[:-1] for i in range(len(shapes)))
+    return Workload("bn-mlp-30", tuple(name for name, _ in named), shapes, is_tracked)
 
 
 def cut_down(workload: Workload) -> Workload:
@@ -145,24 +145,22 @@ def real_steps(workload: Workload) -> dict[str, Optimizer]:
     """torch's SGD and ELRSGD's rules, as a user gets them, each on tensors of its own."""
     cpu = torch.device("cpu")
     made: dict[str, Optimizer] = {
-        name: SGD(workload.make(cpu), **options, **OPTIONS) for name, options in TORCH.items()
+        name: SGD(workload.make(cpu), **options, **HYPER) for name, options in TORCH.items()
     }
-    for name, rule in CPU_RULES.items():
-        made[name] = ELRSGD(param_groups(workload.make(cpu), workload.tracked), rule=rule, **OPTIONS)
+    for name, rule in RULES_BY_NAME.items():
+        made[name] = ELRSGD(param_groups(workload.make(cpu), workload.tracked), rule=rule, **HYPER)
     return made
 
 
 def in_groups() -> dict[str, Optimizer]:
-    """One and 160 param groups."""
+    """torch's SGD and ELRSGD's rules with one and with 160 param groups."""
     made: dict[str, Optimizer] = {}
     for count in (1, GROUPS):
         for name, options in TORCH.items():
-            made[f"{name}, {count}"] = SGD(groups_of(count), **{**OPTIONS, **options})
-        for name, rule in RULES.items():
-            if rule == "warmup":  # which would hand over
-                continue
-            tracked = [{**group, "scale_invariant": True} for group in groups_of(count)]
-            made[f"{name}, {count}"] = ELRSGD(tracked, rule=rule, **OPTIONS)
+            made[f"{name}, {count}"] = SGD(groups_of(GROUPS, count), **HYPER, **options)
+        for name, rule in RULES_BY_NAME.items():
+            if not RULES[rule].ends:  # which it would
+                made[f"{name}, {count}"] = ELRSGD(tracked(groups_of(GROUPS, count)), rule=rule, **HYPER)
     return made
 
 
@@ -182,9 +180,17 @@ def cases(part: Part) -> list[Case]:
     ]
 
 
-def swap_gradients(optimizer: Optimizer, others: list[list[Tensor | None]]) -> None:
-    """Give the parameters the gradients of `others`, and leave theirs there."""
-    for group, held in zip(optimizer.param_groups, others, strict=True):
+def spare_gradients(optimizer: Optimizer) -> list[list[Tensor | None]]:
+    """A copy of the gradients, by param group."""
+    return [
+        [None if p.grad is None else p.grad.clone() for p in group["params"]]
+        for group in optimizer.param_groups
+    ]
+
+
+def swap_gradients(optimizer: Optimizer, spare: list[list[Tensor | None]]) -> None:
+    """Exchange the gradients of the parameters for those in `spare`."""
+    for group, held in zip(optimizer.param_groups, spare, strict=True):
         for i, p in enumerate(group["params"]):
             p.grad, held[i] = held[i], p.grad
 
@@ -193,22 +199,14 @@ def seconds_per_step(case: Case, turns: int, *, two_gradients: bool) -> dict[str
     """For each optimizer, the seconds of each of its steps; `two_gradients`: of CPU time."""
     clock = time.process_time if two_gradients else time.perf_counter
     made = case.make()
-    spare = {
-        name: [
-            [None if p.grad is None else p.grad.clone() for p in group["params"]] for group in o.param_groups
-        ]
-        for name, o in made.items()
-        if two_gradients
-    }
-    order = np.random.default_rng(0)
+    spare = {name: spare_gradients(optimizer) for name, optimizer in made.items() if two_gradients}
     samples: dict[str, list[float]] = {name: [] for name in made}
     for optimizer in made.values():
         for _ in range(5):
             optimizer.step()
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in track(range(max(1, turns // case.slowdown)), description=f"{case.name}"):
+    order = np.random.default_rng(0)
+    with no_garbage_collection(), progress_bar(Console()) as progress:
+        for _ in progress.track(range(max(1, turns // case.slowdown)), description=case.name):
             for name in order.permutation(list(made)).tolist():
                 optimizer = made[name]
                 if two_gradients:
@@ -216,29 +214,31 @@ def seconds_per_step(case: Case, turns: int, *, two_gradients: bool) -> dict[str
                 started = clock()
                 optimizer.step()
                 samples[name].append(clock() - started)
-    finally:
-        gc.enable()
     return {name: np.array(values) for name, values in samples.items()}
 
 
-def rows_of(part: Part, turns: int) -> list[dict[str, Any]]:
+def rows_of(part: Part, turns: int) -> list[Row]:
     """A row per case and optimizer."""
     rows = []
     for case in cases(part):
         samples = seconds_per_step(case, turns, two_gradients=part != Part.LAUNCHES)
         for name, seconds in samples.items():
-            rows.append(
-                {
-                    "case": case.name,
-                    "tensors": case.tensors,
-                    "elements": case.elements,
-                    "optimizer": name,
-                    "n": len(seconds),
-                    "us": (1e6 * np.quantile(seconds, QUANTILES)).tolist(),
-                    "ratio": np.quantile(seconds / samples[case.baseline], QUANTILES).tolist(),
-                }
-            )
+            row: Row = {"case": case.name, "tensors": case.tensors, "elements": case.elements}
+            row |= {"optimizer": name, **quantiles(1e6 * seconds)}
+            row["ratio"] = np.quantile(seconds / samples[case.baseline], QUANTILES).tolist()
+            rows.append(row)
     return rows
+
+
+def results_table(part: Part, rows: list[Row]) -> Table:
+    """Medians, and ratios in one turn."""
+    baseline = cases(part)[0].baseline
+    ratios = f"ratio to {baseline} (20 %, 50 %, 80 %)"
+    table = table_of(f"host time of a step: {part}", "optimizer", "tensors", "µs (median)", ratios)
+    for row in rows:
+        shown = ", ".join(f"{value:.2f}" for value in row["ratio"])
+        table.add_row(row["optimizer"], row["case"], f"{row['us'][1]:,.0f}", shown)
+    return table
 
 
 def main(
@@ -252,30 +252,13 @@ def main(
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if part == Part.LAUNCHES:
-        step_module = importlib.import_module("elropt.kernels.fused_step")
-        no_launches = dict.fromkeys(("measure_kernel", "update_kernel", "cooperative_kernel"), NoLaunch())
-        with patch.multiple(step_module, **no_launches):
-            rows = rows_of(part, turns)
-    else:
+    with no_launches() if part == Part.LAUNCHES else contextlib.nullcontext():
         rows = rows_of(part, turns)
-    report = {
-        "kind": "host-time",
-        "env": env_report.collect(),
-        "config": {"part": part.value, "turns": turns, "quantiles": QUANTILES},
-        "rows": rows,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    config = {"part": part.value, "turns": turns, "quantiles": QUANTILES}
+    report = {"kind": "host-time", "env": env_report.collect(), "config": config, "rows": rows}
+    write_json(out, report, indent=1)
     console = Console()
-    baseline = {case.baseline for case in cases(part)}.pop()
-    table = Table(title=f"host time of a step: {part.value}", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("tensors", "optimizer", "µs (median)", f"ratio to {baseline} (20 %, 50 %, 80 %)"):
-        table.add_column(column, justify="left" if column == "optimizer" else "right")
-    for row in rows:
-        ratios = ", ".join(f"{value:.2f}" for value in row["ratio"])
-        table.add_row(row["case"], row["optimizer"], f"{row['us'][1]:,.0f}", ratios)
-    console.print(table)
+    console.print(results_table(part, rows))
     console.print(f"wrote {out}")
 
 

@@ -13,7 +13,7 @@ from benchmarks.speed.workloads import param_groups
 from elropt import ELRSGD
 from elropt.rules import RULES
 
-HYPER = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
+HYPER: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
 Build = Callable[[list[Tensor], Sequence[bool]], Optimizer]  # params, which of them are tracked
 
 
@@ -51,13 +51,14 @@ def peer(module: str, name: str, **options: Any) -> Build:
     return lambda params, _: getattr(importlib.import_module(module), name)(params, **HYPER, **options)
 
 
+RULES_BY_NAME = {f"elr-{rule or 'none'}": rule for rule in RULES}
 # pytorch-optimizer's LARS writes into the gradients: they grow from step to step, which costs no time.
 OPTIMIZERS = {
     "torch-fused": Entry(torch_sgd(fused=True)),
     "torch-foreach": Entry(torch_sgd(foreach=True)),
     "torch-for-loop": Entry(torch_sgd(foreach=False)),
     "torch-compiled": Entry(torch_sgd(foreach=True), compiled=True),
-    **{f"elr-{rule or 'none'}": Entry(elr(rule), measures="grad" if rule else None) for rule in RULES},
+    **{name: Entry(elr(rule), measures="grad" if rule else None) for name, rule in RULES_BY_NAME.items()},
     "elr-project": Entry(elr(None, project=True), measures="both"),
     "timm-lars": Entry(peer("timm.optim", "Lars")),
     "timm-sgdp": Entry(peer("timm.optim", "SGDP"), capturable=False),
@@ -67,4 +68,4 @@ OPTIMIZERS = {
     "bitsandbytes-lars": Entry(peer("bitsandbytes.optim", "LARS")),
 }
 BASELINE = "torch-fused"
-RULES = tuple(name for name in OPTIMIZERS if name.startswith("elr-"))
+OURS = (*RULES_BY_NAME, "elr-project")  # ELRSGD's

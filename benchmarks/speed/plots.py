@@ -98,11 +98,11 @@ def verdicts(results: Results) -> list[Verdict]:
         if "resnet-50" in results.workloads:
             for peer in ("timm-lars", "timm-sgdp"):
                 # The slowest rule is to be that much faster.
-                ratios = [results.ratio("resnet-50", peer, mode, over=rule) for rule in RULES]
+                ratios = [results.ratio("resnet-50", peer, mode, over=rule) for rule in OURS]
                 least = min((ratio for ratio in ratios if ratio is not None), default=None)
                 found.append(Verdict(f"resnet-50: {peer} / slowest rule", mode, 8.0, least, at_least=True))
     for workload in results.workloads:
-        for rule in RULES:
+        for rule in OURS:
             row = results.row(workload, rule)
             if row.get("elements", 0) >= ELEMENTS_FOR_BANDWIDTH:
                 share = (row.get("graph") or {}).get("of_copy")
@@ -173,7 +173,7 @@ def roofline(ax: Axes, results: Results) -> None:
                 linestyle="none",
                 marker=MARKERS[index % len(MARKERS)],
                 color=COLORS[(index + index // len(MARKERS)) % len(COLORS)],
-                markerfacecolor=None if optimizer in RULES else "none",
+                markerfacecolor=None if optimizer in OURS else "none",
                 label=optimizer,
             )
     single = [

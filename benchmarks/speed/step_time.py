@@ -65,6 +65,7 @@ from benchmarks.speed.timing import (
 from benchmarks.speed.worker import Worker
 from benchmarks.speed.workloads import NETWORKS, WORKLOADS, Workload, clone
 from elropt import ELRSGD, env_report, kernels
+from elropt.rules import RULES
 
 WARM_UP_STEPS = 10
 COLD_FACTOR = 3  # the copies' bytes over those of the L2 cache
@@ -170,11 +171,11 @@ def copies_for(workload: Workload, device: torch.device) -> int:
 
 
 def handed_over(copies: Sequence[Copy]) -> bool | None:
-    """Whether the warm-up of any copy has ended; None for optimizers that have none."""
+    """Whether the rule of any copy has ended; None for those that do not end."""
     flags = [
         state["handed_over"]
         for copy in copies
-        if isinstance(copy.optimizer, ELRSGD) and copy.optimizer.defaults["rule"] == "warmup"
+        if isinstance(copy.optimizer, ELRSGD) and RULES[copy.optimizer.defaults["rule"]].ends
         for state in copy.optimizer.state.values()
         if "handed_over" in state
     ]

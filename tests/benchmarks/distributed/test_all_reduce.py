@@ -67,7 +67,7 @@ def test_only_what_is_armed_is_handed_over() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "tpu"], "choose cpu or cuda"),
+        (["--device", "tpu"], "choose from cpu, cuda"),
         (["--device", "cuda", "--ranks", "4096"], "4096 ranks need a GPU each"),
         (["--workload", "alexnet"], "choose from"),
         (["--ranks", "1"], "--ranks"),

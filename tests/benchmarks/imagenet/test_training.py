@@ -33,9 +33,10 @@ from typer.testing import CliRunner
 
 import benchmarks.imagenet.training as training_module
 from benchmarks.common import models
+from benchmarks.common.files import write_whole
 from benchmarks.imagenet.__main__ import main
 from benchmarks.imagenet.data import Augmentation, load_tree
-from benchmarks.imagenet.log import Log, epoch_summary, locked, read_rows, write_whole
+from benchmarks.imagenet.log import Log, epoch_summary, locked, read_rows
 from benchmarks.imagenet.recipe import (
     OPTIMIZERS,
     RESNET_50,
@@ -44,7 +45,7 @@ from benchmarks.imagenet.recipe import (
     make_optimizer,
     make_settings,
 )
-from benchmarks.imagenet.training import Refused, Training, World, backward, evaluate, take_step, train
+from benchmarks.imagenet.training import Pace, Refused, Training, World, backward, evaluate, take_step, train
 from tests.benchmarks.photos import TRAIN, VAL, write_photos
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -76,8 +77,9 @@ def settings_of(tree, model="bn-mlp-3-w16", **changes):
 
 
 def run(tree, out, settings=None, world=ALONE, **options):
-    options = {"workers": 0, "log_every": 2, "checkpoint_every": 2, "console": Console(quiet=True), **options}
-    return train(settings or settings_of(tree), tree, out, world, **options)
+    console = options.pop("console", Console(quiet=True))
+    pace = Pace(**{"workers": 0, "log_every": 2, "checkpoint_every": 2, **options})
+    return train(settings or settings_of(tree), tree, out, world, pace, console)
 
 
 def rows_of(out):

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from benchmarks.speed import compile_ahead, kernels
 from benchmarks.speed.compile_ahead import Task, perform, step_tasks, sweep_tasks, workload_of
-from benchmarks.speed.optimizers import RULES
+from benchmarks.speed.optimizers import OURS
 from benchmarks.speed.workloads import NETWORKS, WORKLOADS
 
 
@@ -18,7 +18,7 @@ def test_every_workload_has_its_like(workload: str) -> None:
     made = WORKLOADS[workload]()
     groups = len(set(made.tracked))
     rules = {t.optimizer for t in step_tasks() if (t.dtype, t.groups) == (made.dtype, groups)}
-    assert rules == set(RULES)
+    assert rules == set(OURS)
 
 
 def test_stand_ins() -> None:

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.speed import host, kernels, step_time
-from benchmarks.speed.optimizers import OPTIMIZERS, RULES, Entry, peer
+from benchmarks.speed.optimizers import OPTIMIZERS, OURS, Entry, peer
 from benchmarks.speed.step_time import Job, perform
 from benchmarks.speed.timing import first_line, seconds_of
 from benchmarks.speed.worker import Worker
@@ -25,7 +25,7 @@ def job(optimizer: str, kind: Any = "time") -> Job:
     return Job(kind, "cpu", 0.01, "tiny", optimizer)
 
 
-@pytest.mark.parametrize("optimizer", RULES)
+@pytest.mark.parametrize("optimizer", OURS)
 def test_rows_of_the_rules(optimizer: str) -> None:
     row = perform(job(optimizer))
     assert "error" not in row
