@@ -16,8 +16,8 @@ which code ran, whatever the commit of the checkout is), `suite.log` (all that w
 benchmarks. A later call with the same DIR adds its parts; one that runs again replaces its result.
 
 Where the time goes, with 16 cores and an H200. *Measured*: a first call with torch 2.11 and triton 3.6. There `host`
-was cut short, and `end-to-end` took 20 rounds of 11 steps where it now takes 100 of 3. The second call's
-parts were measured one by one.
+had other steps, and `end-to-end` took 20 rounds of 11 steps where it now takes 100 of 3. The parts of the second call
+were measured one by one.
 
 | part | limit, s | measured, s | what it does |
 |---|---:|---:|---|
@@ -148,18 +148,9 @@ def sanitizer(tool: str, *more_tests: str) -> Callable[[Context], list[list[str]
     options += ["--report-api-errors", "no"]  # torch asks the driver for what may not be there
 
     def commands(_: Context) -> list[list[str]]:
+        uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
         program = sanitizer_program() or "compute-sanitizer"
-        return [
-            [
-                "env",
-                "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
-                program,
-                *options,
-                *PYTEST,
-                *SANITIZER_TESTS,
-                *more_tests,
-            ]
-        ]
+        return [[*uncached, program, *options, *PYTEST, *SANITIZER_TESTS, *more_tests]]
 
     return commands
 

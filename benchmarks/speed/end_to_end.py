@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +30,11 @@ from benchmarks.speed.optimizers import BASELINE, OPTIMIZERS
 from benchmarks.speed.timing import (
     QUANTILES,
     Row,
-    first_line,
+    build_all,
     median_interval,
-    no_garbage_collection,
     quantiles,
     synchronize,
+    take_turns,
 )
 from elropt import env_report
 
@@ -108,33 +109,28 @@ def measure(
     progress: Progress,
     keep: Callable[[list[Row]], object] = lambda rows: None,
 ) -> list[Row]:
-    """A row for each optimizer. `keep` gets the rows so far, now and then and at the end."""
+    """A row for each optimizer. `keep` gets the rows so far now and then."""
     torch.backends.cudnn.benchmark = True
-    trainings: dict[str, Training] = {}
-    failed: list[Row] = []
-    task = progress.add_task("", total=rounds)
-    for name in optimizers:
-        progress.update(task, description=f"warm-up of {name}")
-        try:
-            training = Training(name, device, tiny)
-            for _ in range(WARM_UP_STEPS[device.type]):
-                training.step()
-            synchronize(device)
-            trainings[name] = training
-        except Exception as error:
-            failed.append({"optimizer": name, "error": f"{type(error).__name__}: {first_line(error)}"})
-    progress.update(task, description="end to end")
-    seconds: dict[str, list[float]] = {name: [] for name in trainings}
-    rows, order = failed, np.random.default_rng(0)
-    with no_garbage_collection():
-        for done in range(1, rounds + 1):
-            for name in order.permutation(list(trainings)).tolist():
-                seconds[name].append(timed_block(trainings[name], steps))
-            if done % ROUNDS_PER_WRITE == 0 or done == rounds:
-                rows = failed + [row_of(name, trainings[name], seconds, steps) for name in trainings]
-                keep(rows)
-            progress.advance(task)
-    return rows
+    task = progress.add_task("warm-up", total=rounds)
+
+    def build(name: str) -> Training:
+        training = Training(name, device, tiny)
+        for _ in range(WARM_UP_STEPS[device.type]):
+            training.step()
+        synchronize(device)
+        return training
+
+    def rows_of(seconds: dict[str, list[float]]) -> list[Row]:
+        return failed + [row_of(name, training, seconds, steps) for name, training in trainings.items()]
+
+    def after_round(seconds: dict[str, list[float]]) -> None:
+        progress.update(task, advance=1, description="end to end")
+        if any(len(taken) % ROUNDS_PER_WRITE == 0 for taken in seconds.values()):
+            keep(rows_of(seconds))
+
+    trainings, failed = build_all(optimizers, build)
+    blocks = {name: partial(timed_block, training, steps) for name, training in trainings.items()}
+    return rows_of(take_turns(blocks, rounds, after_round))
 
 
 def row_of(name: str, training: Training, seconds: dict[str, list[float]], steps: int) -> Row:
@@ -194,5 +190,6 @@ def main(
     with progress_bar(console) as progress:
         keep = lambda rows: write_json(out, report | {"rows": rows})  # noqa: E731
         rows = measure(COMPARED, torch.device(device), rounds, steps, tiny, progress, keep)
+    keep(rows)
     console.print(results_table(rows))
     console.print(f"wrote {out}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +30,11 @@ from benchmarks.speed.device import DeviceOption, check_device
 from benchmarks.speed.optimizers import BASELINE, OPTIMIZERS
 from benchmarks.speed.timing import (
     Row,
-    first_line,
+    build_all,
     median_interval,
-    no_garbage_collection,
     quantiles,
     synchronize,
+    take_turns,
 )
 from benchmarks.speed.workloads import WORKLOADS
 from elropt import env_report
@@ -64,29 +65,19 @@ def block(step: Callable[[], Any], device: torch.device) -> tuple[float, float]:
 def measure(name: str, device: torch.device, rounds: int, progress: Progress) -> list[Row]:
     """A row for each optimizer on a workload."""
     workload = WORKLOADS[name]()
+
+    def build(optimizer: str) -> Callable[[], tuple[float, float]]:
+        step = OPTIMIZERS[optimizer].build(workload.make(device), workload.tracked).step
+        for _ in range(WARM_UP_STEPS):
+            step()
+        synchronize(device)
+        return partial(block, step, device)
+
     task = progress.add_task(name, total=rounds)
-    steps: dict[str, Callable[[], Any]] = {}
-    failed: list[Row] = []
-    for optimizer in COMPARED:
-        try:
-            params = workload.make(device)
-            steps[optimizer] = OPTIMIZERS[optimizer].build(params, workload.tracked).step
-            for _ in range(WARM_UP_STEPS):
-                steps[optimizer]()
-            synchronize(device)
-        except Exception as error:
-            steps.pop(optimizer, None)
-            failed.append({"optimizer": optimizer, "error": f"{type(error).__name__}: {first_line(error)}"})
-    seconds: dict[str, list[tuple[float, float]]] = {optimizer: [] for optimizer in steps}
-    order = np.random.default_rng(0)
-    with no_garbage_collection():
-        for _ in range(rounds):
-            for optimizer in order.permutation(list(steps)).tolist():
-                seconds[optimizer].append(block(steps[optimizer], device))
-            progress.advance(task)
-    rows = failed + [row_of(optimizer, seconds) for optimizer in steps]
-    size = {"tensors": len(workload.shapes), "elements": workload.elements}
-    return [{"workload": name, **size, **row} for row in rows]
+    blocks, failed = build_all(COMPARED, build)
+    seconds = take_turns(blocks, rounds, lambda _: progress.advance(task))
+    size = {"workload": name, "tensors": len(workload.shapes), "elements": workload.elements}
+    return [size | row for row in [*failed, *(row_of(optimizer, seconds) for optimizer in blocks)]]
 
 
 def row_of(optimizer: str, seconds: dict[str, list[tuple[float, float]]]) -> Row:

@@ -28,6 +28,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -46,7 +47,7 @@ from benchmarks.common import models
 from benchmarks.common.command_line import progress_bar, table_of
 from benchmarks.common.files import write_json
 from benchmarks.speed.optimizers import HYPER, RULES_BY_NAME
-from benchmarks.speed.timing import QUANTILES, Row, no_garbage_collection, quantiles
+from benchmarks.speed.timing import QUANTILES, Row, quantiles, take_turns
 from benchmarks.speed.workloads import WORKLOADS, Workload, param_groups
 from elropt import ELRSGD, env_report
 from elropt.rules import RULES
@@ -198,22 +199,23 @@ def swap_gradients(optimizer: Optimizer, spare: list[list[Tensor | None]]) -> No
 def seconds_per_step(case: Case, turns: int, *, two_gradients: bool) -> dict[str, np.ndarray]:
     """For each optimizer, the seconds of each of its steps; `two_gradients`: of CPU time."""
     clock = time.process_time if two_gradients else time.perf_counter
-    made = case.make()
-    spare = {name: spare_gradients(optimizer) for name, optimizer in made.items() if two_gradients}
-    samples: dict[str, list[float]] = {name: [] for name in made}
-    for optimizer in made.values():
+
+    def timed_step(optimizer: Optimizer, spare: list[list[Tensor | None]]) -> float:
+        if two_gradients:
+            swap_gradients(optimizer, spare)
+        started = clock()
+        optimizer.step()
+        return clock() - started
+
+    steps = {}
+    for name, optimizer in case.make().items():
         for _ in range(5):
             optimizer.step()
-    order = np.random.default_rng(0)
-    with no_garbage_collection(), progress_bar(Console()) as progress:
-        for _ in progress.track(range(max(1, turns // case.slowdown)), description=case.name):
-            for name in order.permutation(list(made)).tolist():
-                optimizer = made[name]
-                if two_gradients:
-                    swap_gradients(optimizer, spare[name])
-                started = clock()
-                optimizer.step()
-                samples[name].append(clock() - started)
+        steps[name] = partial(timed_step, optimizer, spare_gradients(optimizer))
+    rounds = max(1, turns // case.slowdown)
+    with progress_bar(Console()) as progress:
+        task = progress.add_task(case.name, total=rounds)
+        samples = take_turns(steps, rounds, lambda _: progress.advance(task))
     return {name: np.array(values) for name, values in samples.items()}
 
 

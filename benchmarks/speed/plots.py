@@ -17,18 +17,16 @@ import numpy as np
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.command_line import table_of
+from benchmarks.speed.optimizers import BASELINE, RULES
+from benchmarks.speed.step_time import MODES, median
+from benchmarks.speed.timing import Row
 from elropt.plots import COLORS, MARKERS, save
 
-Row = dict[str, Any]
-
-BASELINE = "torch-fused"
-MODES = ("graph", "eager")
 LARGE = ("resnet-50", "vit-b-16", "decoder-1b", "decoder-1b-bf16")
-RULES = ("elr-none", "elr-warmup", "elr-uniform", "elr-angle", "elr-sphere", "elr-project")
 WIDE = 8  # largest over smallest ratio of a linear axis
 ELEMENTS_FOR_BANDWIDTH = 25_000_000
 
@@ -72,15 +70,10 @@ class Results:
                 return row
         return {}
 
-    def microseconds(self, workload: str, optimizer: str, mode: str) -> list[float] | None:
-        """Quantiles of the time per step."""
-        timing = self.row(workload, optimizer).get(mode)
-        return timing["us"] if timing else None
-
     def ratio(self, workload: str, optimizer: str, mode: str, over: str = BASELINE) -> float | None:
         """Median time over that of another optimizer in the same run."""
-        mine, theirs = (self.microseconds(workload, name, mode) for name in (optimizer, over))
-        return mine[1] / theirs[1] if mine and theirs else None
+        mine, theirs = (median(self.row(workload, name), mode) for name in (optimizer, over))
+        return mine / theirs if mine and theirs else None
 
 
 def verdicts(results: Results) -> list[Verdict]:
@@ -118,9 +111,7 @@ def verdicts(results: Results) -> list[Verdict]:
 
 def verdict_table(found: Sequence[Verdict]) -> Table:
     """The targets with their marks."""
-    table = Table(title="targets", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("target", "mode", "limit", "measured", ""):
-        table.add_column(column, no_wrap=True)
+    table = table_of("targets", "target", "mode", "limit", "measured", "")
     marks = {True: "[green]✓[/]", False: "[red]✗[/]", None: "–"}
     for verdict in found:
         measured = "not measured" if verdict.measured is None else f"{verdict.measured:.3f}"
@@ -134,12 +125,12 @@ def bar_chart(ax: Axes, results: Results, workload: str) -> None:
     optimizers = list(dict.fromkeys(row["optimizer"] for row in results.steps if row["workload"] == workload))
     shown, drawn = [], []
     for offset, mode in enumerate(MODES):
-        base = results.microseconds(workload, BASELINE, mode)
-        times = [results.microseconds(workload, name, mode) for name in optimizers]
-        measured = [(y, us) for y, us in enumerate(times) if us]
+        base = median(results.row(workload, BASELINE), mode)
+        times = [results.row(workload, name).get(mode) for name in optimizers]
+        measured = [(y, time["us"]) for y, time in enumerate(times) if time]
         if not base or not measured:
             continue
-        low, mid, high = np.array([us for _, us in measured]).T / base[1]
+        low, mid, high = np.array([us for _, us in measured]).T / base
         at = np.array([y for y, _ in measured]) + 0.4 * (offset - 0.5)
         errors = np.stack([mid - low, high - mid])
         ax.barh(
@@ -165,7 +156,7 @@ def roofline(ax: Axes, results: Results) -> None:
     """GB/s over the bytes of a step: optimizers on the workloads (CUDA graph) as points, kernels by size as lines."""
     for index, optimizer in enumerate(dict.fromkeys(row["optimizer"] for row in results.steps)):
         every = [results.row(workload, optimizer) for workload in results.workloads]
-        rows = [row for row in every if row.get("graph")]
+        rows = [row for row in every if "gb_per_s" in (row.get("graph") or {})]
         if rows:
             ax.plot(
                 [row["bytes"] for row in rows],

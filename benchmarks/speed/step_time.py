@@ -259,9 +259,8 @@ def measure_all(
                 "elements": workload.elements,
             }
             job = Job("time", device, seconds, name, optimizer)
-            if (
-                entry.measures and name in hung
-            ):  # a kernel that waits for ever would do so in every row like it
+            # a kernel that waits for ever would do so in every row like it
+            if entry.measures and name in hung:
                 row["error"] = "not tried after one that hung"
             else:
                 row |= timer.ask(job, COMPILED_ROW_LIMIT if entry.compiled else ROW_LIMIT)

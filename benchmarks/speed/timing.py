@@ -9,8 +9,8 @@ import contextlib
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ COPY_BYTES = 2**30
 
 Row = dict[str, Any]
 Step = Callable[[], object]
+Built = TypeVar("Built")
+Sample = TypeVar("Sample")
 
 
 def quantiles(us: np.ndarray) -> Row:
@@ -65,6 +67,34 @@ def no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def build_all(names: Iterable[str], build: Callable[[str], Built]) -> tuple[dict[str, Built], list[Row]]:
+    """What `build(name)` returns, by name, and a row with `error` for each that fails."""
+    built, failed = {}, []
+    for name in names:
+        try:
+            built[name] = build(name)
+        except Exception as error:
+            failed.append({"optimizer": name, "error": f"{type(error).__name__}: {first_line(error)}"})
+    return built, failed
+
+
+def take_turns(
+    blocks: Mapping[str, Callable[[], Sample]],
+    rounds: int,
+    after_round: Callable[[dict[str, list[Sample]]], object] = lambda samples: None,
+) -> dict[str, list[Sample]]:
+    """What each block returned in each round. In a round every block has one turn, in a random order, so that a drift
+    of the machine hits all alike. `after_round` gets the samples so far."""
+    samples: dict[str, list[Sample]] = {name: [] for name in blocks}
+    order = np.random.default_rng(0)
+    with no_garbage_collection():
+        for _ in range(rounds):
+            for name in order.permutation(list(blocks)).tolist():
+                samples[name].append(blocks[name]())
+            after_round(samples)
+    return samples
 
 
 def seconds_of(step: Step, device: torch.device) -> float:

@@ -30,6 +30,9 @@ WEIGHT_STD = 0.02
 RELATIVE_GRADS = (1e-6, 1e-4)  # range of ‖g‖/‖w‖: thousands of steps hardly turn a weight
 
 
+Shapes = dict[str, tuple[int, ...]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """Tensors of a network in the order of its parameters."""
@@ -101,81 +104,76 @@ def of_model(name: str, model: str, side: int, classes: int) -> Workload:
     """A net of `benchmarks.common.models` whose convolutions are all followed by a BatchNorm."""
     with torch.device("meta"):
         net = models.build(model, in_shape=(3, side, side), classes=classes)
-    return _workload(
-        name, ((n, tuple(p.shape)) for n, p in net.named_parameters()), tracked=lambda shape: len(shape) == 4
-    )
+    shapes = {key: tuple(p.shape) for key, p in net.named_parameters()}
+    return workload_of(name, shapes, tracked=lambda shape: len(shape) == 4)
 
 
 def vit_b_16() -> Workload:
     """ViT-B/16 for 224 × 224 pixels and 1,000 classes; queries, keys and values share one weight, as in torchvision."""
     d, hidden = 768, 3072
-    tensors: list[tuple[str, tuple[int, ...]]] = [
-        ("class_token", (1, 1, d)),
-        ("conv_proj.weight", (d, 3, 16, 16)),
-        ("conv_proj.bias", (d,)),
-        ("pos_embedding", (1, 197, d)),
-    ]
-    for block in range(12):
-        tensors += [
-            (f"blocks.{block}.{name}", shape)
-            for name, shape in (
-                ("ln_1.weight", (d,)),
-                ("ln_1.bias", (d,)),
-                ("attention.in_proj.weight", (3 * d, d)),
-                ("attention.in_proj.bias", (3 * d,)),
-                ("attention.out_proj.weight", (d, d)),
-                ("attention.out_proj.bias", (d,)),
-                ("ln_2.weight", (d,)),
-                ("ln_2.bias", (d,)),
-                ("mlp.0.weight", (hidden, d)),
-                ("mlp.0.bias", (hidden,)),
-                ("mlp.3.weight", (d, hidden)),
-                ("mlp.3.bias", (d,)),
-            )
-        ]
-    tensors += [("ln.weight", (d,)), ("ln.bias", (d,)), ("head.weight", (1000, d)), ("head.bias", (1000,))]
-    return _workload("vit-b-16", tensors, tracked=lambda shape: len(shape) > 1)
+    first = {"class_token": (1, 1, d), "conv_proj.weight": (d, 3, 16, 16), "conv_proj.bias": (d,)}
+    first["pos_embedding"] = (1, 197, d)
+    block = {
+        "ln_1.weight": (d,),
+        "ln_1.bias": (d,),
+        "attention.in_proj.weight": (3 * d, d),
+        "attention.in_proj.bias": (3 * d,),
+        "attention.out_proj.weight": (d, d),
+        "attention.out_proj.bias": (d,),
+        "ln_2.weight": (d,),
+        "ln_2.bias": (d,),
+        "mlp.0.weight": (hidden, d),
+        "mlp.0.bias": (hidden,),
+        "mlp.3.weight": (d, hidden),
+        "mlp.3.bias": (d,),
+    }
+    last = {"ln.weight": (d,), "ln.bias": (d,), "head.weight": (1000, d), "head.bias": (1000,)}
+    return in_blocks("vit-b-16", first, block, 12, last)
 
 
 def decoder_1b(dtype: torch.dtype = torch.float32) -> Workload:
     """A decoder with TinyLlama-1.1B's sizes: 22 blocks of width 2,048, 32 heads of which 4 for keys and values, SwiGLU
     of width 5,632, 32,000 tokens, the head not tied to the embedding, RMSNorm and no biases."""
     d, kv, hidden, vocabulary = 2048, 256, 5632, 32000
-    tensors: list[tuple[str, tuple[int, ...]]] = [("embedding", (vocabulary, d))]
-    for block in range(22):
-        tensors += [
-            (f"blocks.{block}.{name}", shape)
-            for name, shape in (
-                ("query", (d, d)),
-                ("key", (kv, d)),
-                ("value", (kv, d)),
-                ("projection", (d, d)),
-                ("gate", (hidden, d)),
-                ("up", (hidden, d)),
-                ("down", (d, hidden)),
-                ("attention_norm", (d,)),
-                ("mlp_norm", (d,)),
-            )
-        ]
-    tensors += [("norm", (d,)), ("head", (vocabulary, d))]
+    block = {
+        "query": (d, d),
+        "key": (kv, d),
+        "value": (kv, d),
+        "projection": (d, d),
+        "gate": (hidden, d),
+        "up": (hidden, d),
+        "down": (d, hidden),
+        "attention_norm": (d,),
+        "mlp_norm": (d,),
+    }
     name = "decoder-1b-bf16" if dtype == torch.bfloat16 else "decoder-1b"
-    return _workload(name, tensors, tracked=lambda shape: len(shape) > 1, dtype=dtype)
+    first, last = {"embedding": (vocabulary, d)}, {"norm": (d,), "head": (vocabulary, d)}
+    return in_blocks(name, first, block, 22, last, dtype)
+
+
+def in_blocks(
+    name: str, first: Shapes, block: Shapes, blocks: int, last: Shapes, dtype: torch.dtype = torch.float32
+) -> Workload:
+    """A net of alike blocks, with every tensor of two or more dimensions tracked."""
+    repeated = {f"blocks.{i}.{key}": shape for i in range(blocks) for key, shape in block.items()}
+    return workload_of(name, first | repeated | last, tracked=lambda shape: len(shape) > 1, dtype=dtype)
 
 
 def many(name: str, sizes: Iterable[int]) -> Workload:
     """Matrices of one row, all tracked."""
-    return _workload(name, ((f"{i}", (1, size)) for i, size in enumerate(sizes)), tracked=lambda shape: True)
+    shapes = {f"{i}": (1, size) for i, size in enumerate(sizes)}
+    return workload_of(name, shapes, tracked=lambda shape: True)
 
 
-def _workload(
+def workload_of(
     name: str,
-    tensors: Iterable[tuple[str, tuple[int, ...]]],
+    shapes: Shapes,
     *,
     tracked: Callable[[tuple[int, ...]], bool],
     dtype: torch.dtype = torch.float32,
 ) -> Workload:
-    names, shapes = zip(*tensors, strict=True)
-    return Workload(name, names, shapes, tuple(tracked(shape) for shape in shapes), dtype)
+    """A workload from shapes by name, and whether tensors of a shape are tracked."""
+    return Workload(name, tuple(shapes), tuple(shapes.values()), tuple(map(tracked, shapes.values())), dtype)
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -48,3 +51,26 @@ def test_launches_are_kernels_and_not_copies_or_ranges() -> None:
 
 def test_quantiles() -> None:
     assert timing.quantiles(np.arange(101.0)) == {"us": [20.0, 50.0, 80.0], "n": 101}
+
+
+def test_every_block_has_one_turn_a_round_in_changing_order() -> None:
+    turns: list[str] = []
+    seen: list[int] = []
+
+    def block(name: str) -> int:
+        turns.append(name)
+        return len(turns)
+
+    blocks = {name: partial(block, name) for name in "abc"}
+    samples = timing.take_turns(blocks, 20, lambda so_far: seen.append(len(so_far["a"])))
+    rounds = [tuple(turns[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) > 3
+    assert sorted(chain(*samples.values())) == list(range(1, 61))
+    assert seen == list(range(1, 21))
+
+
+def test_what_cannot_be_built_is_a_row() -> None:
+    built, failed = timing.build_all(["2", "x"], int)
+    assert built == {"2": 2}
+    assert [(row["optimizer"], row["error"][:10]) for row in failed] == [("x", "ValueError")]
