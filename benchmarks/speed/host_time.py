@@ -160,7 +160,7 @@ def in_groups() -> dict[str, Optimizer]:
         for name, options in TORCH.items():
             made[f"{name}, {count}"] = SGD(groups_of(GROUPS, count), **HYPER, **options)
         for name, rule in RULES_BY_NAME.items():
-            if not RULES[rule].ends:  # which it would
+            if not RULES[rule].ends:  # it would end while it is measured
                 made[f"{name}, {count}"] = ELRSGD(tracked(groups_of(GROUPS, count)), rule=rule, **HYPER)
     return made
 

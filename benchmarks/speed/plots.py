@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.command_line import table_of
-from benchmarks.speed.optimizers import BASELINE, RULES
+from benchmarks.speed.optimizers import BASELINE, OURS
 from benchmarks.speed.step_time import MODES, median
 from benchmarks.speed.timing import Row
 from elropt.plots import COLORS, MARKERS, save
