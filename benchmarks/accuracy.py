@@ -22,14 +22,16 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.common import data, models, training
+from benchmarks.common.optimizers import METHODS, OPTIMIZERS
 from benchmarks.common.sweep import Row, default_jobs
-from benchmarks.common.training import METHODS, Task
+from benchmarks.common.training import Task
 from benchmarks.studies import comparison, study
 from benchmarks.studies.comparison import Entry, Plan, by_task, entries, mean_over_runs
 from elropt import plots
+from elropt.rules import RULES
 
 DEFAULT_MODELS = ["bn-mlp-30", "plain-8-w8"]
-DEFAULT_METHODS = ["sgd", "sgd+linear", "warmup", "uniform", "angle", "sphere"]
+DEFAULT_METHODS = ["sgd", "sgd+linear", *filter(None, RULES)]
 
 
 def spread_table(of_task: Sequence[Entry]) -> Table:
@@ -152,8 +154,8 @@ def main(
     optimizer: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Repeatable; of {', '.join(METHODS)} (lars and sgdp need pytorch-optimizer). "
-            f"Default: {', '.join(DEFAULT_METHODS)}."
+            help=f"Repeatable; of {', '.join(OPTIMIZERS)} (lars and sgdp need pytorch-optimizer), each with "
+            f"+linear for a linear warm-up of its lr. Default: {', '.join(DEFAULT_METHODS)}."
         ),
     ] = None,
     lrs: Annotated[

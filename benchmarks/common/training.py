@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -23,13 +22,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 import elropt
-from benchmarks.common import data, models, warmups
+from benchmarks.common import data, models, optimizers, warmups
+from benchmarks.common.optimizers import Method
 
-SGD_LRS = (0.01, 0.03, 0.1, 0.3)
-ANGLE_LRS = (0.001, 0.003, 0.01, 0.03)
-SPHERE_LRS = (0.0001, 0.001, 0.01, 0.1)
-LARS_LRS = (1.0, 3.0, 10.0, 30.0)
-LINEAR_SHARE = 0.1  # of all steps, for "+linear"
 FIRST_STEPS = 20  # recorded one by one
 TRACE_COLUMNS = ("trace_steps", "spread", "log_std", "mean_E", "applied_spread", "mean_elr", "E", "elr")
 
@@ -41,9 +36,13 @@ Part = Literal["val", "test"]
 class Task:
     """All of a run but its optimizer, learning rate and seed.
 
-    model, data, root, image_size, limit: see `models.build` and `data.load`; split: seed of the validation split.
-    curve: validation accuracies on the way, evenly spaced. other_lr: of the untracked parameters where the learning
-    rate of the tracked ones is not SGD's. amp: bfloat16 autocast.
+    Attributes:
+        model, data, root, image_size, limit: see `models.build` and `data.load`.
+        split: seed of the validation split.
+        weight_decay: SGD's, inside the gradient; others get `Entry.decay_factor` times as much, in their own way.
+        other_lr: of the untracked parameters where the method has a separate one.
+        curve: how many validation accuracies are taken on the way, evenly spaced.
+        amp: bfloat16 autocast.
     """
 
     model: str
@@ -66,50 +65,13 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-    """An optimizer, and what is done with it at the start.
-
-    optimizer: "sgd" (torch), "elrsgd", or "lars" or "sgdp" (pytorch-optimizer). linear: share of the steps over which
-    the learning rate rises from zero. start: a name in `warmups.WARMUPS`, for "sgd". release: share of the steps after
-    which the rule gives way to plain SGD. separate_lr: lr is that of the tracked weights; the others have
-    `Task.other_lr`. lrs: the grid to choose from.
-    """
-
-    name: str
-    optimizer: str = "elrsgd"
-    rule: str | None = None
-    linear: float = 0.0
-    start: str | None = None
-    release: float = 1.0
-    separate_lr: bool = False
-    unit: str = "SGD's"
-    lrs: tuple[float, ...] = SGD_LRS
-
-    def with_linear(self, share: float = LINEAR_SHARE) -> Method:
-        """The same with a linear warm-up of the learning rate."""
-        return dataclasses.replace(self, name=f"{self.name}+linear", linear=share)
-
-
-_METHODS = [
-    Method("sgd", "sgd"),
-    Method("sgd", "sgd").with_linear(),
-    Method("lars", "lars", unit="of LARS", lrs=LARS_LRS),
-    Method("sgdp", "sgdp"),
-    Method("warmup", rule="warmup"),
-    Method("uniform", rule="uniform"),
-    Method("angle", rule="angle", separate_lr=True, unit="radians", lrs=ANGLE_LRS),
-    Method("sphere", rule="sphere", separate_lr=True, unit="on the sphere", lrs=SPHERE_LRS),
-]
-METHODS = {method.name: method for method in _METHODS}
-METHODS |= {
-    f"{name}+linear": METHODS[name].with_linear() for name in ("warmup", "uniform", "angle", "sphere")
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run. `part`, "val" or "test", is what its accuracy is measured on at the end; with `layers` its row
-    has E and the applied ELR of every layer."""
+    """One training run.
+
+    Attributes:
+        part: the images that its accuracy is measured on at the end.
+        layers: whether its row has E and the applied ELR of every layer.
+    """
 
     task: Task
     method: Method
@@ -120,14 +82,14 @@ class Run:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train once; returns the row: what came out, and E and the applied ELRs on the way.
+    """Train once. Returns the row: the accuracy and the last loss, and E and the applied ELRs over the steps.
 
-    A run whose loss stops being finite ends with that epoch and counts with the accuracy of its last weights.
+    If the loss is not finite, the run ends with that epoch, and the accuracy is that of its last weights.
     """
     task, method, dataset = run.task, run.method, load(run.task)
     torch.manual_seed(run.seed)
     model = models.build(task.model, in_shape=dataset.in_shape, classes=dataset.classes).to(task.device)
-    if task.channels_last and method.optimizer != "sgdp":  # which takes views of its weights
+    if task.channels_last and method.entry.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = len(dataset.train_y) // task.batch_size * task.epochs
     optimizer, tracked = make_optimizer(model, run, dataset)
@@ -184,8 +146,8 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def compiled(model: nn.Module, dataset: data.Dataset, task: Task) -> Callable[[Tensor], Tensor]:
-    """The compiled net, forward and backward, before the clock starts; the net itself is as it was."""
-    # Every net and batch size of a sweep counts as a recompilation of the same code; beyond 8 it would not be compiled.
+    """The net, compiled forward and backward before the clock starts; its own parameters and buffers do not change."""
+    # torch counts every net and batch size of a sweep as a recompilation of the same code, and stops after 8.
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.accumulated_recompile_limit = 10000
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -198,36 +160,21 @@ def compiled(model: nn.Module, dataset: data.Dataset, task: Task) -> Callable[[T
     return forward
 
 
-def make_optimizer(model: nn.Module, run: Run, dataset: data.Dataset) -> tuple[Optimizer, dict[str, Tensor]]:
-    """The optimizer of a run, and its tracked weights by name."""
+def make_optimizer(
+    model: nn.Module, run: Run, dataset: data.Dataset
+) -> tuple[Optimizer, dict[str, nn.Parameter]]:
+    """The optimizer of a run, and its tracked weights by name, as found on some of the training images."""
     task, method = run.task, run.method
     images, _ = next(iter(dataset.batches("train", min(task.batch_size, 32))))
-    groups = elropt.param_groups(model, images, weight_decay=task.weight_decay)
-    if method.separate_lr:  # as lr, which peers have too
-        groups = [{**group, "lr": run.lr} if group["scale_invariant"] else group for group in groups]
-    tracked = {
-        name: p
-        for group in groups
-        if group["scale_invariant"]
-        for name, p in zip(group["param_names"], group["params"], strict=True)
-    }
-    options: dict[str, Any] = {
-        "lr": task.other_lr if method.separate_lr else run.lr,
-        "momentum": task.momentum,
-    }
-    if method.optimizer == "elrsgd":
-        return elropt.ELRSGD(groups, rule=method.rule, **options), tracked
-    if method.optimizer == "sgd":
-        return torch.optim.SGD(groups, **options), tracked
-    peers = importlib.import_module("pytorch_optimizer")
-    return getattr(peers, method.optimizer.upper())(groups, **options), tracked
-
-
-def check_installed(methods: Iterable[Method]) -> None:
-    """Raises ValueError if the optimizer of a method is in a package that is missing."""
-    peers = [method.name for method in methods if method.optimizer not in ("sgd", "elrsgd")]
-    if peers and importlib.util.find_spec("pytorch_optimizer") is None:
-        raise ValueError(f"{', '.join(peers)}: pip install pytorch-optimizer, or leave them out")
+    return optimizers.make_optimizer(
+        method,
+        model,
+        images,
+        lr=run.lr,
+        other_lr=task.other_lr,
+        momentum=task.momentum,
+        weight_decay=task.weight_decay * method.entry.decay_factor,
+    )
 
 
 def make_schedule(optimizer: Optimizer, steps: int, linear: float) -> LRScheduler:
@@ -243,7 +190,7 @@ def make_schedule(optimizer: Optimizer, steps: int, linear: float) -> LRSchedule
 class Trace:
     """E = ‖g‖/‖w‖ of the tracked weights, and the ELR that is applied to them, at some steps."""
 
-    def __init__(self, optimizer: Optimizer, tracked: dict[str, Tensor], steps: int) -> None:
+    def __init__(self, optimizer: Optimizer, tracked: Mapping[str, Tensor], steps: int) -> None:
         self._optimizer, self._tracked = optimizer, tracked
         self._due = set(recorded_steps(steps)) if tracked else set()
         self._relative_grads: dict[int, Tensor] = {}
@@ -251,7 +198,7 @@ class Trace:
 
     @torch.no_grad()
     def before(self, step: int) -> None:
-        """After backward, before the optimizer and what is hooked to it have touched anything."""
+        """Call it after backward, before the optimizer and its hooks change anything."""
         if step not in self._due:
             return
         self._relative_grads[step] = self._measure()
@@ -264,7 +211,7 @@ class Trace:
             self._remove = hook.remove
 
     def after(self, step: int) -> None:
-        """After the optimizer's step."""
+        """Call it after the optimizer's step."""
         if step not in self._due:
             return
         if isinstance(self._optimizer, elropt.ELRSGD):
@@ -274,7 +221,7 @@ class Trace:
             self._remove()
 
     def result(self, layers: bool) -> dict[str, Any]:
-        """Columns over the recorded steps; with `layers` also E and the applied ELRs, [T, L]."""
+        """`TRACE_COLUMNS` over the T recorded steps; "E" and "elr", [T, L], only with `layers`."""
         steps = sorted(self._relative_grads)
         E = [self._relative_grads[step].double().cpu().numpy() for step in steps]
         elr = [self._elrs[step].double().cpu().numpy() for step in steps if step in self._elrs]

@@ -17,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
+from benchmarks.common.optimizers import Method, check_installed
 from benchmarks.common.statistics import (
     Curve,
     Interval,
@@ -28,7 +29,7 @@ from benchmarks.common.statistics import (
     usable_range,
 )
 from benchmarks.common.sweep import Row
-from benchmarks.common.training import TRACE_COLUMNS, Method, Run, Task, check_installed, load, train
+from benchmarks.common.training import TRACE_COLUMNS, Run, Task, load, train
 from benchmarks.studies.study import Stage, Study
 from elropt import plots
 

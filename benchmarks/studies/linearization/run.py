@@ -27,8 +27,9 @@ from torch.nn import functional as F
 
 import elropt
 from benchmarks.common import data, models, training
+from benchmarks.common.optimizers import METHODS, Method
 from benchmarks.common.sweep import Row
-from benchmarks.common.training import METHODS, Method, Run, Task, significant
+from benchmarks.common.training import Run, Task, significant
 from benchmarks.common.warmups import gradient
 from benchmarks.studies import comparison
 from benchmarks.studies.linearization.network import (

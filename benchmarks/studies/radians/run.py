@@ -15,9 +15,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy import stats
 
+from benchmarks.common.optimizers import METHODS, Method
 from benchmarks.common.statistics import Curve, usable_range
 from benchmarks.common.sweep import Row
-from benchmarks.common.training import METHODS, Method, Task
+from benchmarks.common.training import Task
 from benchmarks.studies import comparison
 from benchmarks.studies.comparison import Plan
 from elropt import plots

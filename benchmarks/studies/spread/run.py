@@ -13,9 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy import stats
 
+from benchmarks.common.optimizers import LRS, METHODS, Method
 from benchmarks.common.statistics import interval
 from benchmarks.common.sweep import Row
-from benchmarks.common.training import ANGLE_LRS, METHODS, SPHERE_LRS, Method
 from benchmarks.common.warmups import SPREADS
 from benchmarks.studies import comparison
 from benchmarks.studies.comparison import Plan, by_task, entries
@@ -45,7 +45,9 @@ def lrs(sgd: tuple[float, ...], angle: tuple[float, ...], sphere: tuple[float, .
 
 def tiny(device: str) -> Plan:
     """Does it run?"""
-    return Plan(comparison.tiny_tasks(device), lrs((0.03, 0.1), ANGLE_LRS[:2], SPHERE_LRS[:2]), 1, 2)
+    return Plan(
+        comparison.tiny_tasks(device), lrs((0.03, 0.1), LRS["radians"][:2], LRS["on the sphere"][:2]), 1, 2
+    )
 
 
 def small(device: str) -> Plan:

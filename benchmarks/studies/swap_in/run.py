@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from benchmarks.common.optimizers import METHODS, OPTIMIZERS, Method
 from benchmarks.common.sweep import Row
-from benchmarks.common.training import METHODS, Method
 from benchmarks.studies import comparison
 from benchmarks.studies.comparison import Entry, Plan, best_sgd, by_task, entries
 from elropt import plots
 
-NAMES = ("sgd", "sgd+linear", "lars", "sgdp", "warmup", "warmup+linear", "uniform", "angle", "sphere")
+NAMES = (*OPTIMIZERS, "sgd+linear", "warmup+linear")
 REACHED = 0.95  # share of the best-tuned SGD's final validation accuracy that "time to accuracy" waits for
 
 

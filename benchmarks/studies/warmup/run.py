@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from benchmarks.common.optimizers import METHODS, Method
 from benchmarks.common.statistics import interval
 from benchmarks.common.sweep import Row
-from benchmarks.common.training import METHODS, Method
 from benchmarks.studies import comparison
 from benchmarks.studies.comparison import Entry, Plan, by_task, entries, mean_over_runs
 from elropt import plots

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import training, warmups
-from benchmarks.common.training import METHODS, Method, Run, Task
+from benchmarks.common.optimizers import LINEAR_SHARE, METHODS, Method
+from benchmarks.common.training import Run, Task
 from elropt import dynamics
 from tests.nets import backward, bn_mlp, invariant_weights
 
@@ -79,7 +80,7 @@ def test_a_row_says_what_was_applied() -> None:
         if name == "sgd":
             np.testing.assert_allclose(elr[0], 0.01 * E[0], rtol=2e-3)
         if name == "sgd+linear":
-            rise = round(training.LINEAR_SHARE * steps)
+            rise = round(LINEAR_SHARE * steps)
             np.testing.assert_allclose(elr[0], 0.01 / rise * E[0], rtol=2e-3)
 
 
@@ -124,9 +125,10 @@ def test_the_spread_is_that_before_a_start_has_acted_and_what_is_applied_that_af
     assert row["applied_spread"][0] == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["lars", "sgdp"])
+@pytest.mark.parametrize("name", ["adamw", "lars", "sgdp"])
 def test_peers_train(name: str) -> None:
-    pytest.importorskip("pytorch_optimizer")
+    if METHODS[name].entry.package is not None:
+        pytest.importorskip(METHODS[name].entry.package)
     row = train(name, lr=METHODS[name].lrs[1])
     assert row["finite"]
     assert row["spread"][0] > 1

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks.common import training
-from benchmarks.common.training import METHODS, Run, Task
+from benchmarks.common.optimizers import METHODS
+from benchmarks.common.training import Run, Task
 from benchmarks.studies.linearization import run as study
 from benchmarks.studies.linearization import summarize as conclusions
 from benchmarks.studies.linearization.network import replace_relus_

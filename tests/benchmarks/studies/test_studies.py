@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.accuracy import ACCURACY
+from benchmarks.common.optimizers import METHODS, Method
 from benchmarks.common.sweep import without_nan
-from benchmarks.common.training import METHODS, Method, Run, Task
+from benchmarks.common.training import Run, Task
 from benchmarks.studies import STUDIES, comparison
 from benchmarks.studies.__main__ import app
 from benchmarks.studies.radians import run as radians

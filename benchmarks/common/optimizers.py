@@ -1,0 +1,170 @@
+"""The optimizers that are compared: one registry, by name, and what a run can do with each at its start.
+
+To add an optimizer to all comparisons, add an entry to `OPTIMIZERS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import elropt
+from elropt.rules import RULES
+
+LINEAR_SHARE = 0.1  # of all steps, for "+linear"
+UNITS = {
+    "lr": "SGD's",
+    "rad per step": "radians",
+    "sphere_lr": "on the sphere",
+}  # of RuleSpec.lr_unit, in words
+LRS: dict[str, tuple[float, ...]] = {  # the grid that a learning rate is chosen from, by its unit
+    "SGD's": (0.01, 0.03, 0.1, 0.3),
+    "radians": (0.001, 0.003, 0.01, 0.03),
+    "on the sphere": (0.0001, 0.001, 0.01, 0.1),
+    "AdamW's": (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03),
+    "of LARS": (1.0, 3.0, 10.0, 30.0),
+}
+
+
+class Entry(NamedTuple):
+    """An optimizer of the comparisons.
+
+    Attributes:
+        build: makes it from parameters or groups, and from `lr`, `momentum` and, if groups have none, `weight_decay`.
+        unit: of its learning rate, a key of `LRS`.
+        separate_lr: the learning rate is that of the tracked weights alone, as no other weight has this unit.
+        needs_tracked: it has to be told which weights are tracked, by the groups of `elropt.param_groups`.
+        decay_factor: what SGD's weight decay is multiplied by to do about the same here.
+        channels_last: it can train weights in this memory format.
+        package: the package, besides torch and elropt, that it comes from.
+    """
+
+    build: Callable[..., Optimizer]
+    unit: str = "SGD's"
+    separate_lr: bool = False
+    needs_tracked: bool = False
+    decay_factor: float = 1.0
+    channels_last: bool = True
+    package: str | None = None
+
+
+def imported(package: str, name: str) -> Callable[..., Optimizer]:
+    """An optimizer whose package is imported when it is built."""
+    return lambda *args, **options: getattr(importlib.import_module(package), name)(*args, **options)
+
+
+def adamw(params: Any, *, momentum: float, **options: Any) -> Optimizer:
+    """torch's AdamW; momentum is its first beta."""
+    return torch.optim.AdamW(params, betas=(momentum, 0.999), **options)
+
+
+def of_rule(rule: str) -> Entry:
+    """ELRSGD with a rule."""
+    lr_unit = RULES[rule].lr_unit
+    build = partial(elropt.ELRSGD, rule=rule)
+    return Entry(build, UNITS[lr_unit], separate_lr=lr_unit != "lr", needs_tracked=True)
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "sgd": Entry(torch.optim.SGD),
+    # AdamW multiplies its decay by its learning rate, as SGD does, and that is some 100 times smaller than SGD's.
+    "adamw": Entry(adamw, "AdamW's", decay_factor=100.0),
+    "lars": Entry(imported("pytorch_optimizer", "LARS"), "of LARS", package="pytorch_optimizer"),
+    # SGDP takes views of its weights.
+    "sgdp": Entry(imported("pytorch_optimizer", "SGDP"), channels_last=False, package="pytorch_optimizer"),
+    **{rule: of_rule(rule) for rule in RULES if rule is not None},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An optimizer, and what a run does with it at the start; a part of every row of a result file.
+
+    Attributes:
+        optimizer: "elrsgd" with a rule, or a name in `OPTIMIZERS`.
+        linear: share of the steps over which the learning rate rises from zero.
+        start: a name in `warmups.WARMUPS`, for "sgd".
+        release: share of the steps after which the rule gives way to plain SGD.
+        separate_lr: the learning rate is that of the tracked weights; the others have `Task.other_lr`.
+        unit: of the learning rate.
+        lrs: the grid to choose the learning rate from.
+    """
+
+    name: str
+    optimizer: str = "elrsgd"
+    rule: str | None = None
+    linear: float = 0.0
+    start: str | None = None
+    release: float = 1.0
+    separate_lr: bool = False
+    unit: str = "SGD's"
+    lrs: tuple[float, ...] = LRS["SGD's"]
+
+    @property
+    def entry(self) -> Entry:
+        """How the optimizer is built. Raises KeyError if it is not in `OPTIMIZERS`."""
+        return OPTIMIZERS[self.rule or self.optimizer]
+
+    def with_linear(self, share: float = LINEAR_SHARE) -> Method:
+        """The same with a linear warm-up of the learning rate."""
+        return dataclasses.replace(self, name=f"{self.name}+linear", linear=share)
+
+
+def method_of(name: str) -> Method:
+    """An optimizer by name, from the first step on and without a warm-up."""
+    entry = OPTIMIZERS[name]
+    optimizer, rule = ("elrsgd", name) if name in RULES else (name, None)
+    return Method(name, optimizer, rule, separate_lr=entry.separate_lr, unit=entry.unit, lrs=LRS[entry.unit])
+
+
+METHODS = {name: method_of(name) for name in OPTIMIZERS}
+METHODS |= {method.name: method for method in [plain.with_linear() for plain in METHODS.values()]}
+
+
+def make_optimizer(
+    method: Method,
+    model: nn.Module,
+    images: Tensor,
+    *,
+    lr: float,
+    other_lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> tuple[Optimizer, dict[str, nn.Parameter]]:
+    """The optimizer of a method, and the tracked weights by name, as found on `images`, float [N, C, H, W].
+
+    other_lr: that of the untracked weights, if the method has a separate one. weight_decay: as the optimizer takes it;
+    norm gains and biases are not decayed.
+    """
+    groups = elropt.param_groups(model, images, weight_decay=weight_decay)
+    if (
+        method.separate_lr
+    ):  # in the groups' "lr", which every optimizer has, so that schedules and logs see it
+        groups = [{**group, "lr": lr} if group["scale_invariant"] else group for group in groups]
+    tracked = {
+        name: p
+        for group in groups
+        if group["scale_invariant"]
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    }
+    rest = other_lr if method.separate_lr else lr
+    return method.entry.build(groups, lr=rest, momentum=momentum), tracked
+
+
+def check_installed(methods: Iterable[Method]) -> None:
+    """Raises ValueError if the package of an optimizer is missing."""
+    missing: dict[str, list[str]] = {}
+    for method in methods:
+        package = method.entry.package
+        if package is not None and importlib.util.find_spec(package) is None:
+            missing.setdefault(package.replace("_", "-"), []).append(method.name)
+    if missing:
+        needs = "; ".join(f"{', '.join(names)}: pip install {package}" for package, names in missing.items())
+        raise ValueError(f"{needs}, or leave them out")

@@ -1,0 +1,96 @@
+"""The registry of optimizers: what it builds, and that result files of before still mean the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import elropt
+from benchmarks.common import models, training
+from benchmarks.common.optimizers import (
+    LRS,
+    METHODS,
+    OPTIMIZERS,
+    Entry,
+    check_installed,
+    make_optimizer,
+    method_of,
+)
+from benchmarks.common.training import Run, Task
+from elropt.rules import RULES
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+OPTIONS = {"lr": 0.01, "other_lr": 0.2, "momentum": 0.8, "weight_decay": 1e-3}
+
+
+def groups_of(name: str) -> tuple[torch.optim.Optimizer, dict, dict]:
+    """An optimizer on a small net, its group of tracked weights, and one of its others."""
+    model = models.build("bn-mlp-3-w8", in_shape=(1, 8, 8), classes=10)
+    optimizer, tracked = make_optimizer(METHODS[name], model, torch.randn(16, 1, 8, 8), **OPTIONS)
+    assert list(tracked) == ["layer1.linear.weight", "layer2.linear.weight"]
+    by_kind = {bool(group["scale_invariant"]): group for group in optimizer.param_groups}
+    assert set(map(id, by_kind[True]["params"])) == set(map(id, tracked.values()))
+    return optimizer, by_kind[True], by_kind[False]
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule is not None])
+def test_every_rule_is_in_the_comparison_with_its_unit(rule: str) -> None:
+    optimizer, tracked, other = groups_of(rule)
+    assert isinstance(optimizer, elropt.ELRSGD)
+    assert (tracked["rule"], tracked["momentum"], tracked["lr"]) == (rule, 0.8, 0.01)
+    assert other["lr"] == (0.01 if RULES[rule].lr_unit == "lr" else 0.2)
+    assert METHODS[rule].lrs == LRS[METHODS[rule].unit]
+    assert (METHODS[rule].unit == "SGD's") == (RULES[rule].lr_unit == "lr")
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "sgd+linear"])
+def test_optimizers_of_torch(name: str) -> None:
+    optimizer, tracked, other = groups_of(name)
+    assert type(optimizer) is (torch.optim.AdamW if name == "adamw" else torch.optim.SGD)
+    momentum = tracked["betas"][0] if name == "adamw" else tracked["momentum"]
+    assert (momentum, tracked["lr"], tracked["weight_decay"], other["lr"]) == (0.8, 0.01, 1e-3, 0.01)
+
+
+def test_a_task_decays_weights_as_much_with_adamw_as_with_sgd() -> None:
+    """lr·decay is what both take off a weight in a step; AdamW's learning rate is a hundredth."""
+    task = Task("bn-mlp-3-w8", weight_decay=5e-4)
+    dataset = training.load(task)
+    model = models.build(task.model, in_shape=dataset.in_shape, classes=dataset.classes)
+    taken_off = []
+    for name, lr in (("sgd", 0.1), ("adamw", 0.001)):
+        optimizer, _ = training.make_optimizer(model, Run(task, METHODS[name], lr, 0), dataset)
+        taken_off.append(max(group["lr"] * group["weight_decay"] for group in optimizer.param_groups))
+    assert taken_off[0] == pytest.approx(taken_off[1]) == pytest.approx(5e-5)
+
+
+def test_one_entry_is_enough_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    def adagrad(params: object, *, lr: float, momentum: float) -> torch.optim.Optimizer:
+        return torch.optim.Adagrad(params, lr=lr)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(OPTIMIZERS, "adagrad", Entry(adagrad))
+    row = training.train(Run(Task("bn-mlp-4-w16", epochs=5), method_of("adagrad"), 0.03, 0))
+    assert row["finite"]
+    assert row["accuracy"] > 0.5
+
+
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_installed([METHODS["sgd"], METHODS["warmup"]])
+    with pytest.raises(ValueError, match=r"^lars, sgdp: pip install pytorch-optimizer, or leave them out$"):
+        check_installed([METHODS["sgd"], METHODS["lars"], METHODS["sgdp"]])
+
+
+@pytest.mark.parametrize("name", ["accuracy-digits", "swap-in-small"])
+def test_rows_of_committed_results_are_of_these_methods(name: str) -> None:
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    committed = {json.dumps(row["spec"]["method"], sort_keys=True) for row in rows}
+    assert len(committed) >= 6
+    for text in committed:
+        spec = json.loads(text)
+        of_today = json.loads(json.dumps(dataclasses.asdict(METHODS[spec["name"]])))
+        assert spec == of_today
