@@ -7,12 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import elropt
-from benchmarks.common import models
+from benchmarks.common import models, optimizers
+from benchmarks.common.optimizers import METHODS
 from benchmarks.imagenet.data import Augmentation, Tree
 from elropt import dynamics
 from elropt.rules import RULES
@@ -67,11 +66,6 @@ VIT_S_16 = Recipe(
     augmentation=Augmentation(min_area=0.05, operations=2, magnitude=10),
     qk_norm=True,
 )
-
-
-def has_own_lr(optimizer: str) -> bool:
-    """Whether lr, the learning rate of the tracked weights, is in another unit than that of all others."""
-    return optimizer in RULES and RULES[optimizer].lr_unit != "lr"
 
 
 def recipe_of(model: str) -> Recipe:
@@ -172,7 +166,7 @@ def make_settings(
         model=model,
         optimizer=optimizer,
         lr=lr,
-        other_lr=sgd_lr if has_own_lr(optimizer) else lr,
+        other_lr=sgd_lr if METHODS[optimizer].separate_lr else lr,
         epochs=epochs,
         warmup_epochs=warmup_epochs,
         batch_size=batch_size,
@@ -200,20 +194,15 @@ def make_optimizer(
     """The optimizer, and the scale-invariant weights by name, as measured on `images` float [n, 3, side, side]."""
     recipe, name = recipe_of(settings.model), settings.optimizer
     decay = recipe.adamw_weight_decay if name == "adamw" else recipe.weight_decay
-    groups = elropt.param_groups(model, images, weight_decay=decay)
-    if has_own_lr(name):  # as lr, which the log has
-        groups = [{**group, "lr": settings.lr} if group["scale_invariant"] else group for group in groups]
-    tracked = {
-        name: p
-        for group in groups
-        if group["scale_invariant"]
-        for name, p in zip(group["param_names"], group["params"], strict=True)
-    }
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr), tracked
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=MOMENTUM), tracked
-    return elropt.ELRSGD(groups, lr=settings.other_lr, momentum=MOMENTUM, rule=name), tracked
+    return optimizers.make_optimizer(
+        METHODS[name],
+        model,
+        images,
+        lr=settings.lr,
+        other_lr=settings.other_lr,
+        momentum=MOMENTUM,
+        weight_decay=decay,
+    )
 
 
 def differences(ours: Settings, theirs: dict[str, Any]) -> str:

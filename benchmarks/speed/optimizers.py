@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from benchmarks.common.optimizers import imported
 from benchmarks.speed.workloads import param_groups
 from elropt import ELRSGD
 from elropt.rules import RULES
@@ -48,7 +48,7 @@ def torch_sgd(**backend: bool) -> Build:
 
 def peer(module: str, name: str, **options: Any) -> Build:
     """An optimizer of another package, imported when it is built."""
-    return lambda params, _: getattr(importlib.import_module(module), name)(params, **HYPER, **options)
+    return lambda params, _: imported(module, name)(params, **HYPER, **options)
 
 
 RULES_BY_NAME = {f"elr-{rule or 'none'}": rule for rule in RULES}
