@@ -1,12 +1,15 @@
-# Two commands: `make demo` (train, compare, plot) and `make test`. Both make their own .venv.
+# `make demo` (train, compare, plot), `make test`, `make figures` (those of README.md and docs/). All make their own .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint slow clean
+.PHONY: demo figures test lint slow clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.accuracy
+
+figures: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.figures
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
