@@ -46,7 +46,8 @@ def test_a_figure_is_drawn_again_as_it_was(name: str, tmp_path: Path) -> None:
     (drawn,) = tmp_path.iterdir()
     now, committed = pixels(drawn), pixels(IMAGES / drawn.name)
     assert now.shape == committed.shape
-    assert np.abs(now - committed).mean() < 3  # of 255: colours are rounded, lines may be moved by other versions
+    # Of 255. Colours are rounded, and other versions of matplotlib may move a line.
+    assert np.abs(now - committed).mean() < 3
 
 
 def test_command(tmp_path: Path) -> None:
