@@ -239,8 +239,7 @@ SANITIZERS = ("memcheck", "racecheck")
 
 
 def environment() -> dict[str, str]:
-    """That of the parts: `.vendor` and this checkout come before what is installed; kernels are compiled, not
-    interpreted."""
+    """Environment of the parts: `.vendor` and this checkout come before installed packages; kernels are compiled."""
     paths = [str(ROOT / ".vendor")] if (ROOT / ".vendor").is_dir() else []
     paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = os.environ | {

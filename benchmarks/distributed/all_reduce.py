@@ -37,6 +37,7 @@ from torch.optim import SGD, Optimizer
 from benchmarks.common.command_line import one_of, table_of
 from benchmarks.common.files import write_json
 from benchmarks.common.statistics import grouped
+from benchmarks.speed.options import workload_option
 from benchmarks.speed.timing import synchronize
 from benchmarks.speed.workloads import WORKLOADS, Workload, param_groups
 from elropt import ELRSGD, env_report
@@ -93,7 +94,7 @@ class Sharded(nn.Module):
 
 
 def shard(workload: Workload, device: torch.device, ranks: int) -> list[Tensor]:
-    """Its tensors as FSDP2 deals them out, with their gradients; the same on all ranks."""
+    """Its tensors sharded by FSDP2, with their gradients; the same on all ranks."""
     whole = workload.make(device)
     grads = [p.grad for p in whole]
     for p in whole:
@@ -119,7 +120,7 @@ def shards_alone(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def optimizers(workload: Workload, params: list[Tensor]) -> dict[str, Optimizer]:
-    """They share weights and gradients, and have momentum buffers of their own."""
+    """What is compared. All share weights and gradients; each has momentum buffers of its own."""
 
     def elr(members: list[Tensor], rule: str | None) -> ELRSGD:
         return ELRSGD(param_groups(members, workload.tracked), lr=LR, momentum=MOMENTUM, rule=rule)
@@ -135,7 +136,7 @@ def optimizers(workload: Workload, params: list[Tensor]) -> dict[str, Optimizer]
 
 
 def hand_over(optimizer: Optimizer) -> None:
-    """Have its warm-up end now."""
+    """End its warm-up now."""
     for state in optimizer.state.values():
         if "handed_over" in state:
             state["handed_over"].fill_(1)
@@ -333,13 +334,7 @@ def main(
     ranks: Annotated[
         list[int] | None, typer.Option(min=2, help="Processes; repeatable. Default: 2 and 4.")
     ] = None,
-    workload: Annotated[
-        list[str] | None,
-        typer.Option(
-            callback=one_of(WORKLOADS),
-            help=f"Repeatable; of {', '.join(WORKLOADS)}. Default: {', '.join(DEFAULT_WORKLOADS)}.",
-        ),
-    ] = None,
+    workload: Annotated[list[str] | None, workload_option(DEFAULT_WORKLOADS)] = None,
     turns: Annotated[int, typer.Option(min=2, help="Timed steps of each optimizer.")] = 60,
     blocks: Annotated[
         int, typer.Option(min=2, help=f"Blocks of {CALLS} bare all-reduces of each size.")

@@ -4,8 +4,8 @@
 
 prints the tables of docs/scaling.md. The model: a message of n bytes is `latency` + n / `bandwidth` on its way; a rank
 sends one message at a time and receives one at a time, both at once, and each holds its port for n / `bandwidth`. An
-algorithm is a list of rounds; `simulate` sends their messages one by one on a clock per rank, and the closed forms say
-what comes out where nothing is late. Numbers of ranks and of nodes are powers of two, but for the ring.
+algorithm is a list of rounds; `simulate` sends their messages one by one on a clock per rank, and the closed forms give
+the same where nothing is late. Numbers of ranks and of nodes are powers of two, but for the ring.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Link(NamedTuple):
     bandwidth: float
 
     def seconds(self, size: float) -> float:
-        """Of one message."""
+        """Time of one message."""
         return self.latency + size / self.bandwidth
 
 
@@ -63,7 +63,7 @@ ONE_SECOND_EACH = Cluster(Link(1.0, 1.0), Link(1.0, 1.0), GPUS_PER_NODE)  # for 
 
 
 class Cost(NamedTuple):
-    """Of one all-reduce: seconds until all ranks are done; messages and bytes that the busiest rank sends."""
+    """Cost of an all-reduce: seconds until all ranks are done; messages and bytes that the busiest rank sends."""
 
     seconds: float
     messages: int
@@ -141,7 +141,7 @@ def hierarchical_cost(ranks: int, size: float, cluster: Cluster) -> Cost:
 
 
 class Algorithm(NamedTuple):
-    """Its rounds, and what they cost."""
+    """The rounds of an algorithm, and what they cost."""
 
     rounds: Callable[[int, float, Cluster], list[Round]]
     cost: Callable[[int, float, Cluster], Cost]
@@ -178,10 +178,7 @@ def _reversed(messages: Round) -> Round:
 
 
 def _log2(count: int) -> int:
-    """
-    Raises:
-        ValueError: not a power of two.
-    """
+    """Logarithm of a power of two. Raises ValueError for other numbers."""
     if count < 1 or count & (count - 1):
         raise ValueError(
             f"{count} ranks or nodes: this algorithm is modelled for powers of two alone; use ring"
@@ -190,7 +187,7 @@ def _log2(count: int) -> int:
 
 
 class Trace(NamedTuple):
-    """Of every rank, [N]: when it is done, and how many messages and bytes it has sent."""
+    """When each rank is done, and how many messages and bytes it has sent, [N] each."""
 
     seconds: NDArray[np.float64]
     messages: NDArray[np.int64]

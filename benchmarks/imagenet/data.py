@@ -59,7 +59,7 @@ class Part:
 
 
 class Tree(NamedTuple):
-    """What to train on and what to judge by."""
+    """Images to train on, and images to judge by."""
 
     class_names: tuple[str, ...]
     train: Part
@@ -67,7 +67,7 @@ class Tree(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Of the paths and labels: the same where the same files are used for the same in the same order."""
+        """Equal for trees with the same files and labels, in the same order, in the same parts."""
         sha = hashlib.sha256()
         for part in (self.train, self.val):
             sha.update(part.paths.tobytes() + part.labels.tobytes())

@@ -107,7 +107,7 @@ class Settings:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
 
@@ -206,7 +206,7 @@ def make_optimizer(
 
 
 def differences(ours: Settings, theirs: dict[str, Any]) -> str:
-    """In which settings a run differs from ours, in words; empty if in none."""
+    """The settings in which another run differs from ours, in words; empty if there are none."""
     return ", ".join(
         f"{name} {theirs.get(name)!r}, not {value!r}"
         for name, value in dataclasses.asdict(ours).items()

@@ -77,14 +77,14 @@ class World:
     _exchanges: Iterator[int] = dataclasses.field(default_factory=itertools.count, repr=False)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all processes, in place."""
+        """Add up over all processes, in place."""
         if self.ranks > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The values, plain ones, of all processes by rank. By way of the store, so that it works whatever their
-        devices, and whatever they are about to do."""
+        """The values of all processes, by rank; plain values. They go through the store, so that this works on any
+        device and at any time."""
         if self.store is None:
             return [value]
         exchange = next(self._exchanges)
@@ -152,7 +152,7 @@ def join_world(device: str | None) -> Iterator[World]:
 
 
 def usable(device: str | None) -> str:
-    """cpu or cuda. Raises ValueError."""
+    """cpu or cuda. Raises ValueError if it cannot be used here."""
     gpu = torch.cuda.is_available()
     if device is None:
         return "cuda" if gpu else "cpu"
@@ -162,7 +162,7 @@ def usable(device: str | None) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides what a run computes, as far as processes on several machines may differ in it."""
+    """Code and packages that decide what a run computes, and in which processes on several machines may differ."""
     sha = hashlib.sha256()
     for package in (elropt, kernels, benchmarks):
         folder = Path(package.__path__[0])
@@ -226,7 +226,7 @@ class Training:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
 
     def _random_state(self) -> dict[str, Tensor]:
-        """torch's. All processes have the same: they draw alike, and what is to differ has seeds of its own."""
+        """States of torch's generators, the same in all processes: draws that must differ have seeds of their own."""
         state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -247,13 +247,13 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for the images of a step."""
+        """The time in which a step waits for its images goes between enter and exit."""
         started = time.perf_counter()
         yield
         self._waited += time.perf_counter() - started
 
     def add(self, loss: Tensor) -> None:
-        """Of a step, of this process."""
+        """Add the loss of a step of this process."""
         self._losses += loss.detach()
         self._steps += 1
 
@@ -274,7 +274,7 @@ class Meter:
 
 
 class Pace(NamedTuple):
-    """How a run is worked off, which does not change what it computes. Steps, but for the workers of each process."""
+    """Workers of each process, and steps between rows of the log and between checkpoints: no part of the result."""
 
     workers: int
     log_every: int
@@ -399,7 +399,7 @@ def take_steps(
 
 
 def train_loader(training: Training, tree: Tree, world: World, workers: int) -> DataLoader[Any]:
-    """What this process trains on, from the next step to the last."""
+    """The batches of this process, from the next step to the last."""
     settings, recipe = training.settings, recipe_of(training.settings.model)
     transform = partial(train_image, size=settings.image_size, augmentation=recipe.augmentation)
     images = Images(tree.train, transform, settings.seed)
@@ -484,7 +484,7 @@ def evaluate(model: nn.Module, tree: Tree, settings: Settings, world: World, wor
 
 
 def memory(device: torch.device) -> Row:
-    """memory_gib, the largest so far that torch has held on a GPU."""
+    """memory_gib: peak of the memory that torch has held on a GPU."""
     if device.type != "cuda":
         return {}
     return {"memory_gib": significant(torch.cuda.max_memory_allocated(device) / 2**30)}

@@ -21,15 +21,15 @@ from rich.console import Console
 
 from benchmarks.common.command_line import progress_bar
 from benchmarks.speed import kernels
-from benchmarks.speed.device import check_device
 from benchmarks.speed.optimizers import OPTIMIZERS, OURS
+from benchmarks.speed.options import check_device
 from benchmarks.speed.step_time import Copy
 from benchmarks.speed.timing import first_line, synchronize
 from benchmarks.speed.workloads import Workload
 
 DEVICE = "cuda"
 STEPS = 3
-# So many chunks go in one cooperative launch on a data-centre GPU, and so many do not.
+# Numbers of tensors that are, and are not, few enough for one cooperative launch on a data-centre GPU.
 TOGETHER, APART = 100, 1000
 
 
@@ -45,7 +45,7 @@ class Task(NamedTuple):
 
 
 def step_tasks() -> list[Task]:
-    """Those of the workloads: networks have tracked and other parameters, `2000-tensors` and its like one group."""
+    """Steps as on the workloads: networks have tracked and other parameters, lists of tensors one param group."""
     kinds = [
         (torch.float32, 2, APART),
         (torch.float32, 1, APART),
@@ -67,14 +67,14 @@ def sweep_tasks() -> list[Task]:
 
 
 def workload_of(task: Task) -> Workload:
-    """Tensors of 4 × 4 elements, with two groups every other one tracked."""
+    """Tensors of 4 × 4 elements; all are tracked, with two param groups every second one."""
     n = task.tensors
     tracked = tuple(task.groups == 1 or i % 2 == 0 for i in range(n))
     return Workload("small", tuple(map(str, range(n))), ((4, 4),) * n, tracked, task.dtype)
 
 
 def perform(task: Task) -> tuple[str, float, str | None]:
-    """Launch it: its name, the seconds that took, and what went wrong."""
+    """Do a task. Returns its name, the seconds that it took, and what went wrong."""
     started = time.perf_counter()
     name = " ".join(str(value).removeprefix("torch.") for value in task if value)
     failure = None

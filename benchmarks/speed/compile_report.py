@@ -4,7 +4,7 @@
     python -m benchmarks.speed.compile_report --json     # everything, the PTX too, on standard output
 
 It needs triton, which brings the assembler and the disassembler along, but no GPU. `tests/kernels/test_compile.py`
-holds the same cases to what they promise.
+checks the same cases against what they promise.
 """
 
 from __future__ import annotations
@@ -45,68 +45,56 @@ class Case(NamedTuple):
     stored: int
 
 
+def case(kernel: str, elements: str, loaded: int, stored: int, **changes: Any) -> Case:
+    """A `Case` with its changes as keywords."""
+    return Case(kernel, elements, changes, loaded, stored)
+
+
+PROJECTED = {"PROJECT": True, "HAS_BUFFERS": True}
 PLAIN = {"grad_factor": None, "weight_factor": None, "radial": None, "SUMS": 0}
 FP32, BF16, FP16, MIXED = "fp32 fp32 fp32", "bf16 bf16 bf16", "fp16 fp16 fp16", "bf16 fp32 fp32"
 CASES = {
-    "measure fp32": Case("measure", FP32, {"memory": None, "RULE": None}, 8, 0),
-    "measure fp32, warmup": Case("measure", FP32, {"RULE": "warmup"}, 8, 0),
-    "measure fp32, uniform, AMP": Case("measure", FP32, {"RULE": "uniform", "AMP": True}, 8, 0),
-    "measure fp32, sphere of all, projected": Case(
-        "measure",
-        FP32,
-        {"RULE": "sphere", "WHOLE": True, "PROJECT": True, "HAS_BUFFERS": True, "damped": True},
-        12,
-        0,
+    "measure fp32": case("measure", FP32, 8, 0, memory=None, RULE=None),
+    "measure fp32, warmup": case("measure", FP32, 8, 0, RULE="warmup"),
+    "measure fp32, uniform, AMP": case("measure", FP32, 8, 0, RULE="uniform", AMP=True),
+    "measure fp32, sphere of all, projected": case(
+        "measure", FP32, 12, 0, RULE="sphere", WHOLE=True, damped=True, **PROJECTED
     ),
-    "measure fp32, warmup, projected": Case(
-        "measure", FP32, {"RULE": "warmup", "PROJECT": True, "HAS_BUFFERS": True}, 12, 0
+    "measure fp32, warmup, projected": case("measure", FP32, 12, 0, RULE="warmup", **PROJECTED),
+    "measure bf16, angle": case("measure", BF16, 4, 0, RULE="angle"),
+    "measure bf16, projected": case("measure", BF16, 6, 0, **PROJECTED),
+    "measure bf16, fp32 gradients": case("measure", MIXED, 10, 0, HAS_BUFFERS=True),
+    "update fp32": case("update", FP32, 12, 8, **PLAIN),
+    "update fp32, warmup": case("update", FP32, 12, 8, radial=None),
+    "update fp32, projected, damped, AMP": case("update", FP32, 12, 8, SUMS=2, damped=True, AMP=True),
+    "update fp32 without momentum": case("update", FP32, 8, 4, momenta=None, **PLAIN),
+    "update bf16": case("update", BF16, 6, 4, **PLAIN),
+    "update bf16, warmup": case("update", BF16, 6, 4, radial=None),
+    "update bf16, rounded stochastically": case("update", BF16, 6, 4, rounded=True, **PLAIN),
+    "update fp16": case("update", FP16, 6, 4, **PLAIN),
+    "update bf16, fp32 gradients": case("update", MIXED, 10, 6, **PLAIN),
+    "cooperative fp32, warmup": case("cooperative", FP32, 12, 8, RULE="warmup", radial=None),
+    "cooperative fp32, uniform, AMP": case(
+        "cooperative", FP32, 12, 8, RULE="uniform", weight_factor=None, radial=None, AMP=True
     ),
-    "measure bf16, angle": Case("measure", BF16, {"RULE": "angle"}, 4, 0),
-    "measure bf16, projected": Case("measure", BF16, {"PROJECT": True, "HAS_BUFFERS": True}, 6, 0),
-    "measure bf16, fp32 gradients": Case("measure", MIXED, {"HAS_BUFFERS": True}, 10, 0),
-    "update fp32": Case("update", FP32, PLAIN, 12, 8),
-    "update fp32, warmup": Case("update", FP32, {"radial": None}, 12, 8),
-    "update fp32, projected, damped, AMP": Case(
-        "update", FP32, {"SUMS": 2, "damped": True, "AMP": True}, 12, 8
+    # a cooperative launch that projects loads m twice
+    "cooperative fp32, sphere, projected": case("cooperative", FP32, 16, 8, RULE="sphere", **PROJECTED),
+    "cooperative fp32, warmup, projected, damped, AMP": case(
+        "cooperative", FP32, 16, 8, RULE="warmup", NESTEROV=False, AMP=True, damped=True, **PROJECTED
     ),
-    "update fp32 without momentum": Case("update", FP32, {**PLAIN, "momenta": None}, 8, 4),
-    "update bf16": Case("update", BF16, PLAIN, 6, 4),
-    "update bf16, warmup": Case("update", BF16, {"radial": None}, 6, 4),
-    "update bf16, rounded stochastically": Case("update", BF16, {**PLAIN, "rounded": True}, 6, 4),
-    "update fp16": Case("update", FP16, PLAIN, 6, 4),
-    "update bf16, fp32 gradients": Case("update", MIXED, PLAIN, 10, 6),
-    "cooperative fp32, warmup": Case("cooperative", FP32, {"RULE": "warmup", "radial": None}, 12, 8),
-    "cooperative fp32, uniform, AMP": Case(
-        "cooperative",
-        FP32,
-        {"RULE": "uniform", "weight_factor": None, "radial": None, "AMP": True},
-        12,
-        8,
-    ),
-    "cooperative fp32, sphere, projected": Case(
-        "cooperative",
-        FP32,
-        {"RULE": "sphere", "PROJECT": True, "HAS_BUFFERS": True},
-        16,  # m twice
-        8,
-    ),
-    "cooperative fp32, warmup, projected, damped, AMP": Case(
-        "cooperative",
-        FP32,
-        {"RULE": "warmup", "PROJECT": True, "HAS_BUFFERS": True, "NESTEROV": False}
-        | {"AMP": True, "damped": True},
-        16,
-        8,
-    ),
-    "cooperative bf16, fp32 gradients, warmup, projected, damped, AMP, rounded": Case(
+    "cooperative bf16, fp32 gradients, warmup, projected, damped, AMP, rounded": case(
         "cooperative",
         MIXED,
-        {"RULE": "warmup", "PROJECT": True, "HAS_BUFFERS": True, "NESTEROV": False}
-        | {"AMP": True, "damped": True, "rounded": True},
         10,
         6,
+        RULE="warmup",
+        NESTEROV=False,
+        AMP=True,
+        damped=True,
+        rounded=True,
+        **PROJECTED,
     ),
-    "cooperative bf16, warmup": Case("cooperative", BF16, {"RULE": "warmup", "radial": None}, 6, 4),
+    "cooperative bf16, warmup": case("cooperative", BF16, 6, 4, RULE="warmup", radial=None),
 }
 
 Report = dict[str, dict[str, dict[str, Any]]]
@@ -179,7 +167,7 @@ def compile_cases() -> Report:
 
 
 def examine(compiled: Any, elements_per_thread: int) -> dict[str, Any]:
-    """What became of a kernel.
+    """What a compiled kernel needs and does.
 
     registers: of a thread. stack, local: bytes per thread; 0 unless registers were spilled there. static_shared,
     launch_shared: bytes of shared memory per program, in the binary and given at the launch. loaded, stored: bytes per

@@ -25,8 +25,8 @@ from torch.optim import Optimizer
 from benchmarks.common import models
 from benchmarks.common.command_line import progress_bar, show, table_of
 from benchmarks.common.files import write_json
-from benchmarks.speed.device import DeviceOption, check_device
 from benchmarks.speed.optimizers import BASELINE, OPTIMIZERS
+from benchmarks.speed.options import DeviceOption, check_device
 from benchmarks.speed.timing import (
     QUANTILES,
     Row,

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.common.command_line import one_of, progress_bar, show, table_of
+from benchmarks.common.command_line import progress_bar, show, table_of
 from benchmarks.common.files import write_json
-from benchmarks.speed.device import DeviceOption, check_device
 from benchmarks.speed.optimizers import BASELINE, OPTIMIZERS
+from benchmarks.speed.options import DeviceOption, check_device, workload_option
 from benchmarks.speed.timing import (
     Row,
     build_all,
@@ -112,13 +112,7 @@ def results_table(rows: list[Row]) -> Table:
 
 
 def main(
-    workload: Annotated[
-        list[str] | None,
-        typer.Option(
-            callback=one_of(WORKLOADS),
-            help=f"Repeatable; of {', '.join(WORKLOADS)}. Default: {', '.join(DEFAULT_WORKLOADS)}.",
-        ),
-    ] = None,
+    workload: Annotated[list[str] | None, workload_option(DEFAULT_WORKLOADS)] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Blocks of each optimizer.")] = 100,
     device: DeviceOption = "cuda",
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("runs/step-time/host.json"),

@@ -46,8 +46,8 @@ from torch import Tensor
 from benchmarks.common.command_line import one_of, progress_bar, show, table_of
 from benchmarks.common.files import write_json
 from benchmarks.speed import end_to_end, host
-from benchmarks.speed.device import DeviceOption, check_device
 from benchmarks.speed.optimizers import BASELINE, HYPER, OPTIMIZERS, Entry
+from benchmarks.speed.options import DeviceOption, check_device, workload_option
 from benchmarks.speed.timing import (
     Row,
     capture,
@@ -89,7 +89,7 @@ class Job(NamedTuple):
 
 
 def perform(job: Job) -> Row:
-    """Do it. A failure is a row with `error`, and `restart` where this process is not to be trusted any more."""
+    """Do a job. A failure is a row with `error`, and with `restart` where it may have left this process unusable."""
     try:
         device = torch.device(job.device)
         if job.kind == "copy":
@@ -238,7 +238,7 @@ def measure_all(
         before = json.loads(out.read_text(encoding="utf-8"))
         report |= {"copy": before["copy"], "rows": before["rows"]}
     with Worker(perform) as timer, Worker(perform) as counter, progress_bar(console) as progress:
-        # Last what is slow to build, lest it take the time of the others.
+        # What is slow to build comes last, so that it takes no time from the others.
         pairs = sorted(itertools.product(names, optimizers), key=lambda pair: OPTIMIZERS[pair[1]].compiled)
         task = progress.add_task("copy", total=len(pairs))
         if on_device and report["copy"] is None:
@@ -337,13 +337,7 @@ app.command("host")(host.main)
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    workload: Annotated[
-        list[str] | None,
-        typer.Option(
-            callback=one_of(WORKLOADS),
-            help=f"Repeatable; of {', '.join(WORKLOADS)}. Default: {', '.join(NETWORKS)}.",
-        ),
-    ] = None,
+    workload: Annotated[list[str] | None, workload_option(NETWORKS)] = None,
     optimizer: Annotated[
         list[str] | None,
         typer.Option(
