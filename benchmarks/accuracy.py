@@ -3,9 +3,9 @@
     python -m benchmarks.accuracy                                   # digits, two nets, a few minutes on 2 cores
     python -m benchmarks.accuracy --data cifar10 --model resnet-20 --epochs 30 --device cuda --amp --channels-last
 
-Trains every optimizer at every learning rate and chooses each one's learning rate by validation accuracy; then trains
-it there with fresh seeds and reads the test accuracy. Prints a table, writes a JSON file and plots. A call that was
-stopped goes on where it stopped.
+Trains every optimizer at every learning rate of its grid, and chooses each one's best by validation accuracy. Then trains
+it there with fresh seeds, and reads the test accuracy. Prints tables, writes a JSON file and draws plots. A call that
+was stopped goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.common import data, models, training
+from benchmarks.common.command_line import one_of, show, table_of
 from benchmarks.common.optimizers import METHODS, OPTIMIZERS
 from benchmarks.common.sweep import Row, default_jobs
 from benchmarks.common.training import Task
@@ -35,26 +35,22 @@ DEFAULT_METHODS = ["sgd", "sgd+linear", *filter(None, RULES)]
 
 
 def spread_table(of_task: Sequence[Entry]) -> Table:
-    """How far apart the layers turn, at the best learning rate."""
-    table = Table(
-        title="spread of the applied ELRs (max / min)",
+    """The spread of the applied ELRs at the best learning rate, and the seconds of a run."""
+    table = table_of(
+        "spread of the applied ELRs (max / min)",
+        *("optimizer", "step 0", "10", "100", "last", "seconds"),
         caption="geometric mean over the fresh seeds; seconds compare only within one call",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
     )
-    table.add_column("optimizer", no_wrap=True)
-    for column in ("step 0", "10", "100", "last", "seconds"):
-        table.add_column(column, justify="right", no_wrap=True)
     for entry in of_task:
         spreads = mean_over_runs(entry.test_rows, "applied_spread")
         values = [spreads.get(step) for step in (0, 10, 100, max(spreads, default=0))]
-        cells = ["–" if value is None else f"{value:.{0 if value >= 10 else 1}f}" for value in values]
+        cells = [show(value, ".1f" if value is None or value < 10 else ".0f") for value in values]
         table.add_row(entry.method, *cells, f"{np.mean([row['seconds'] for row in entry.test_rows]):.1f}")
     return table
 
 
 def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
-    """Two for every net."""
+    """Accuracies and spreads of every net."""
     return [
         table
         for task, of_task in by_task(entries(rows)).items()
@@ -115,7 +111,7 @@ def layers_figure(of_task: Sequence[Entry]) -> Figure:
 
 
 def positive(lrs: str) -> tuple[float, ...]:
-    """The learning rates of a list with commas. Raises ValueError."""
+    """The learning rates in a text with commas between them. Raises ValueError."""
     try:
         values = tuple(float(value) for value in lrs.split(","))
     except ValueError:
@@ -154,8 +150,9 @@ def main(
     optimizer: Annotated[
         list[str] | None,
         typer.Option(
+            callback=one_of(METHODS),
             help=f"Repeatable; of {', '.join(OPTIMIZERS)} (lars and sgdp need pytorch-optimizer), each with "
-            f"+linear for a linear warm-up of its lr. Default: {', '.join(DEFAULT_METHODS)}."
+            f"+linear for a linear warm-up of its lr. Default: {', '.join(DEFAULT_METHODS)}.",
         ),
     ] = None,
     lrs: Annotated[
@@ -193,9 +190,6 @@ def main(
     Example: python -m benchmarks.accuracy --data cifar10-quick --model plain-20 --epochs 10
     """
     model, optimizer = model or DEFAULT_MODELS, optimizer or DEFAULT_METHODS
-    unknown = [name for name in optimizer if name not in METHODS]
-    if unknown:
-        raise typer.BadParameter(f"unknown optimizer {unknown[0]!r}; choose one of {', '.join(METHODS)}")
     if (path is not None) != (data_name == "imagefolder"):
         raise typer.BadParameter("--data imagefolder takes the PATH of its tree; other data sets take --root")
     tasks = [

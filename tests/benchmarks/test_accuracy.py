@@ -80,7 +80,7 @@ def test_a_second_call_runs_nothing_again(finished: tuple[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizer", "adam"], "unknown optimizer 'adam'"),
+        (["--optimizer", "adam"], "'adam' is not known; choose from sgd, adamw"),
         (["--data", "imagefolder"], "takes the PATH"),
         (["some/path"], "takes the PATH"),
         (["--seeds", "0"], "seeds"),

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 import elropt
-from benchmarks.common import models, training
+from benchmarks.common import models, optimizers, training
+from benchmarks.common.optimizers import METHODS
 from benchmarks.common.statistics import grouped
 from benchmarks.common.sweep import Row
 from benchmarks.studies.study import Stage, Study
@@ -40,6 +41,7 @@ from benchmarks.studies.widths.summarize import (
     open_ends,
     summarize,
 )
+from elropt.rules import RULES
 
 Part: TypeAlias = Literal["pilot", "val", "test", "check"]
 
@@ -219,12 +221,9 @@ def make_optimizer(model: nn.Module, run: Run, images: Tensor) -> Optimizer:
     """The optimizer of a run, its learning rates scaled by the width if the setting or a check says so."""
     setting, base = run.setting, run.task.base_width
     lr = run.lr * (run.width / base) ** -(run.alpha or 0.0)
-    if setting.optimizer in ("warmup", "angle"):
-        groups = elropt.param_groups(model, images)
-        if setting.optimizer == "warmup":
-            return elropt.ELRSGD(groups, lr, rule="warmup")
-        groups = [{**group, "lr": lr} if group["scale_invariant"] else group for group in groups]
-        return elropt.ELRSGD(groups, OTHER_LR, rule="angle")
+    if setting.optimizer in RULES:
+        method, options = METHODS[setting.optimizer], {"momentum": 0.0, "weight_decay": 0.0}
+        return optimizers.make_optimizer(method, model, images, lr=lr, other_lr=OTHER_LR, **options)[0]
     params: Any = model.parameters()
     if setting.scaled:
         params = elropt.width_scaled_groups(
