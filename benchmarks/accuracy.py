@@ -3,9 +3,9 @@
     python -m benchmarks.accuracy                                   # digits, two nets, a few minutes on 2 cores
     python -m benchmarks.accuracy --data cifar10 --model resnet-20 --epochs 30 --device cuda --amp --channels-last
 
-Trains every optimizer at every learning rate of its grid, and chooses each one's best by validation accuracy. Then trains
-it there with fresh seeds, and reads the test accuracy. Prints tables, writes a JSON file and draws plots. A call that
-was stopped goes on where it stopped.
+Trains every optimizer at every learning rate of its grid, and chooses each one's best by validation accuracy. Then it
+trains there with fresh seeds, and reads the test accuracy. Prints tables, writes a JSON file and draws plots. A call
+that was stopped goes on where it stopped.
 """
 
 from __future__ import annotations
