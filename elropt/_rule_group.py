@@ -257,7 +257,7 @@ class RuleGroup:
         backends = {group.backend for group in groups}
         devices = {group.params[0].device for group in groups}
         on_one_device = len(devices) == 1 and (not self.has_rule or devices == {self.device})
-        if backends == {kernels} and on_one_device and not self.shards:
+        if backends == {kernels} and on_one_device and not self.shards and kernels.has_rule(self.rule):
             with torch.inference_mode(False):
                 self._fused = TritonStep(self, groups)
                 self._fused.present = present
@@ -634,6 +634,8 @@ class TritonStep:
                 rule_group.rule,
                 rule_group.granularity == "network",
                 rule_group.project,
+                rule_group.spec.scales_weights,
+                rule_group.spec.ends,
                 rule_group._packed,
                 rule_group.memory.handed_over,
             )

@@ -14,6 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+if __name__ == "kernels":
+    raise ImportError(
+        "this folder is the package elropt.kernels, and imported as `kernels` its modules would exist twice: write "
+        "`from elropt import kernels`"
+    )
+
 __all__ = [
     "DecisionInputs",
     "FusedStep",
@@ -23,6 +29,7 @@ __all__ = [
     "available",
     "bytes_moved",
     "can_use",
+    "has_rule",
     "measure",
     "new_buffer",
     "update",
@@ -68,6 +75,15 @@ def available() -> bool:
     return why_unavailable() is None
 
 
+def has_rule(name: str | None) -> bool:
+    """Whether `FusedStep` can decide by the rule of this name, see `decide.RULES`."""
+    if not available():
+        return False
+    from .decide import RULES
+
+    return name in RULES
+
+
 def can_use(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -90,8 +106,9 @@ def can_use(
 
 
 if available():
-    from .args import GroupHyper
     from .bytes_moved import bytes_moved
-    from .fused_step import DecisionInputs, FusedStep, LaunchKey, StepPlan
+    from .fused_step import DecisionInputs, FusedStep, StepPlan
+    from .hyper_arguments import GroupHyper
+    from .launches import LaunchKey
     from .measure import measure
     from .update import new_buffer, update, without_marks

@@ -1,150 +1,86 @@
-"""The hyper-parameters of all param groups, as the kernels take them: by value, or in a table on the device."""
+"""The arguments of the kernels, in groups that belong together. A pointer is a tensor at the launch.
 
-# torch._foreach_* are functions of torch's own optimizers, not documented as public.
-# pyright: reportPrivateImportUsage=false
+A kernel asks whether a field is None, not whether a group is: triton 3.6 cannot, if the group has a None in it. Only
+`Rounding`, which has none, may be absent. A group costs the host about 0.4 µs a launch, as much as its fields save if
+there are three or more. So groups that do not change from step to step are made once, and `grad_scale` and
+`found_inf`, of which either may be absent, are no group.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from .tables import upload
+__all__ = ["Factors", "Hypers", "Rounding", "Rows", "Scratch", "Tables", "Values"]
 
-__all__ = ["MAX_BY_VALUE", "GroupArguments", "GroupHyper", "HyperArguments"]
-
-# Each group that is passed by value adds arguments to every launch, and code that picks among them to the kernel.
-MAX_BY_VALUE = 8
-
-
-class GroupHyper(NamedTuple):
-    """The hyper-parameters of one param group, but for its learning rate.
-
-    gain, per_grad and per_momentum are what a rule needs to know of the momentum: how it makes ‖w‖² grow
-    (`elropt.rules.growth_gain`), ∂u/∂g̃ and ∂u/∂m.
-    """
-
-    momentum: float
-    dampening: float
-    weight_decay: float
-    gain: float
-    per_grad: float
-    per_momentum: float
-
-
+# Of all param groups: a tuple with an entry per group, or float32 values on the device.
 Values = tuple[float | Tensor, ...] | Tensor
 
 
-class GroupArguments(NamedTuple):
-    """What a launch is given of the param groups: tuples with an entry per group, or float32 vectors by group.
+class Tables(NamedTuple):
+    """Where the tensors of a launch are, see `tables.Table`."""
 
-    one_minus_dampening: 1−d; None if d is 0 in every group. is_decayed: whether ω is other than 0 in any group.
+    addresses: Tensor
+    segments: Tensor
+    chunk_segment: Tensor
+
+
+class Scratch(NamedTuple):
+    """Memory of `measure_kernel` and `cooperative_kernel`.
+
+    partials: float32 [chunks, 4], ‖w‖², ‖g‖², ⟨w,g⟩ and ⟨w,m⟩ of each chunk.
+    sums: float32 [5, R], these of each row, and with dampening, whether its buffer is new. ‖g‖² = −1: no gradient.
+    counters: int32 [R + 1], programs done of each row, then rows done and programs without a row.
+    gate: int32, goes up by one once all is decided; only `cooperative_kernel` has one.
     """
 
-    lrs: Values
-    momenta: Values
-    one_minus_dampening: Values | None
-    decays: Values
-    gains: Values
-    per_grads: Values
-    per_momenta: Values
-    is_decayed: bool
+    partials: Tensor
+    sums: Tensor
+    counters: Tensor
+    gate: Tensor | None = None
 
 
-_N_VECTORS = len(GroupArguments._fields) - 1
+class Rows(NamedTuple):
+    """What `decide` reads and writes beside the sums; all None where nothing is decided.
 
-
-class HyperArguments:
-    """Makes launch arguments of hyper-parameters, and keeps the table that many groups need.
-
-    A launch over many groups then has as many arguments as over one, and the same compiled kernels serve any number.
-
-    Args:
-        n_groups: how many param groups there are. Up to `MAX_BY_VALUE` are passed by value.
-        device: of the kernels.
+    memory: float32 [3, R], the rule's c, radius and tracked (radial tests passed).
+    handed_over: 0-dim float32, of a rule that ends.
+    controls: float32 [4, R], s, a, p and the learning rate of the param group.
+    numel: float32 [R], elements of each row. group_of_row: int32 [R].
     """
 
-    def __init__(self, n_groups: int, device: torch.device) -> None:
-        self.hypers: tuple[GroupHyper, ...] | None = None
-        self.arguments: GroupArguments | None = None  # of these `hypers`; their lrs are those of any step
-        self.table: Tensor | None = None
-        if n_groups > MAX_BY_VALUE:
-            # every row begins on a 16-byte boundary, so that kernels are compiled for one alignment
-            self.table = torch.zeros(_N_VECTORS, -(-n_groups // 4) * 4, dtype=torch.float32, device=device)
-            self.lr_cells = self.table[0].split(1)
-            self.floats = np.zeros(
-                self.table.shape, np.float32
-            )  # what the table is to hold; NaN: a tensor's value
-            self.uploaded: np.ndarray | None = None
-
-    def of(
-        self, lrs: Sequence[float | Tensor], hypers: tuple[GroupHyper, ...], pinned: Tensor | None = None
-    ) -> GroupArguments:
-        """The arguments of launches that follow on the current stream. Nothing waits for the device.
-
-        In a table, floats are uploaded if one of them has changed, and learning rates that are tensors are copied on
-        the device, at every call.
-
-        Args:
-            lrs: of each group, floats or 0-dim tensors on the device.
-            hypers: of each group. The same object as at the last call stands for the same values.
-            pinned: host memory of the table's shape, while a CUDA graph is captured: the graph uploads what it holds
-                whenever it is replayed.
-
-        Raises:
-            RuntimeError: the graph has captured another step already, with other hyper-parameters.
-        """
-        is_new = hypers is not self.hypers
-        if self.table is not None:
-            self._fill(self.table, lrs, hypers if is_new else (), pinned)
-        if is_new or self.arguments is None:
-            vectors = (
-                zip(*map(_columns, hypers), strict=True) if self.table is None else self.table[1:].unbind()
-            )
-            is_decayed = any(h.weight_decay != 0 for h in hypers)
-            first: Values = () if self.table is None else self.table[0]
-            self.arguments = GroupArguments._make((first, *vectors, is_decayed))
-            if all(h.dampening == 0 for h in hypers):
-                self.arguments = self.arguments._replace(one_minus_dampening=None)
-            self.hypers = hypers
-        return self.arguments if self.table is not None else self.arguments._replace(lrs=tuple(lrs))
-
-    def _fill(
-        self,
-        table: Tensor,
-        lrs: Sequence[float | Tensor],
-        hypers: Sequence[GroupHyper],
-        pinned: Tensor | None,
-    ) -> None:
-        """`hypers`: empty where they are those of the last call."""
-        are_tensors = [isinstance(lr, Tensor) for lr in lrs]
-        if hypers:
-            self.floats[1:, : len(hypers)] = np.array(list(map(_columns, hypers))).T
-        self.floats[0, : len(lrs)] = (
-            [math.nan if isinstance(lr, Tensor) else lr for lr in lrs] if any(are_tensors) else lrs
-        )
-        changed = self.uploaded is None or not np.array_equal(self.floats, self.uploaded, equal_nan=True)
-        if pinned is not None:
-            if changed and self.uploaded is not None:
-                raise RuntimeError(
-                    f"hyper-parameters of more than {MAX_BY_VALUE} param groups have changed between two steps that "
-                    "are captured in CUDA graphs: run one step between the captures, or give lr as a tensor"
-                )
-            pinned.numpy()[:] = self.floats
-            table.copy_(pinned, non_blocking=True)
-        elif changed:
-            table.copy_(upload(self.floats, table.device), non_blocking=True)
-        if changed:
-            self.uploaded = self.floats.copy()
-        if any(are_tensors):
-            cells = [cell for cell, is_tensor in zip(self.lr_cells, are_tensors, strict=False) if is_tensor]
-            torch._foreach_copy_(cells, [lr.reshape(1) for lr in lrs if isinstance(lr, Tensor)])
+    memory: Tensor | None = None
+    handed_over: Tensor | None = None
+    controls: Tensor | None = None
+    numel: Tensor | None = None
+    group_of_row: Tensor | None = None
 
 
-def _columns(h: GroupHyper) -> tuple[float, ...]:
-    """In the order of `GroupArguments`, after the learning rate."""
-    return h.momentum, 1 - h.dampening, h.weight_decay, h.gain, h.per_grad, h.per_momentum
+class Hypers(NamedTuple):
+    """The hyper-parameters of all param groups but for their learning rates; None where a launch needs none.
+
+    one_minus_dampening: 1−d; None if d is 0 in every group. gains, per_grads, per_momenta: see `GroupHyper`.
+    """
+
+    momenta: Values | None = None
+    one_minus_dampening: Values | None = None
+    decays: Values | None = None
+    gains: Values | None = None
+    per_grads: Values | None = None
+    per_momenta: Values | None = None
+
+
+class Factors(NamedTuple):
+    """Of the update of each row, float32 [R]: s, a and p. None stands for 1, 1 and 0."""
+
+    grad_factor: Tensor | None = None
+    weight_factor: Tensor | None = None
+    radial: Tensor | None = None
+
+
+class Rounding(NamedTuple):
+    """Of stochastic rounding: a seed, and a 0-dim int64 that counts steps."""
+
+    seed: int
+    step: Tensor

@@ -28,34 +28,17 @@ def max_programs(device: torch.device) -> int:
 
 @triton.jit(do_not_specialize=["n_rows", "n_deciding"])
 def cooperative_kernel(
-    addresses,
-    segments,
-    chunk_segment,
-    partials,
-    sums,
-    counters,
-    gate,
+    tables,
+    scratch,
     n_rows,
+    n_deciding,
+    rows,
+    lrs,
+    hypers,
+    factors,
+    rounding,
     grad_scale,
     found_inf,
-    n_deciding,
-    memory,
-    handed_over,
-    controls,
-    numel,
-    group_of_row,
-    lrs,
-    decays,
-    gains,
-    per_grads,
-    per_momenta,
-    momenta,
-    one_minus_dampening,
-    grad_factor,
-    weight_factor,
-    radial,
-    seed,
-    step,
     RULE: tl.constexpr,
     WHOLE: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -69,8 +52,8 @@ def cooperative_kernel(
 ):
     """`measure_kernel` (with everything read) and `update_kernel`, w, g and m kept in registers in between.
 
-    n_deciding: rows, and programs without a row.
-    gate: int32, goes up by one at every step: every program waits for that, so all of them have to run at once
+    tables, scratch, rows, hypers, factors, rounding: see `args`. n_deciding: rows, and programs without a row.
+    scratch.gate goes up by one at every step: every program waits for that, so all of them have to run at once
     (`launch_cooperative_grid`, at most `max_programs`). Under the interpreter it would wait forever.
 
     Bytes per element: read w, g and m, write w and m: 20 in float32 (12 without momentum). With PROJECT, all of it in
@@ -81,9 +64,9 @@ def cooperative_kernel(
             return
     # It opens once all programs, those without a row too, have been at `finish`: not before this one has read it, so
     # that the order of this read needs no fence.
-    before = tl.atomic_add(gate, 0, sem="relaxed")
+    before = tl.atomic_add(scratch.gate, 0, sem="relaxed")
     w_first, g_first, m_first, left, full, row, group, first, n_chunks, m_address = load_chunk(
-        addresses, segments, chunk_segment, W, G, M, CHUNK
+        tables, W, G, M, CHUNK
     )
     lanes = tl.arange(0, CHUNK)
     w = _load(w_first, lanes, left, full, CHUNK)
@@ -102,45 +85,42 @@ def cooperative_kernel(
         wide_w, wide_g = w.to(tl.float32), g.to(tl.float32)
         if MAXIMIZE:
             wide_g = -wide_g
-        partial = partials + tl.program_id(0).to(tl.int64) * 4
+        partial = scratch.partials + tl.program_id(0).to(tl.int64) * 4
         tl.store(partial, tl.sum(wide_w * wide_w))
         tl.store(partial + 1, tl.sum(wide_g * wide_g))
         tl.store(partial + 2, tl.sum(wide_w * wide_g))
         if PROJECT & HAS_BUFFERS:
             tl.store(partial + 3, tl.sum(wide_w * m.to(tl.float32)))
     finish(
-        partials, sums, counters, gate, n_rows, row, first, n_chunks, m_address,
-        found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
-        lrs, decays, gains, per_grads, per_momenta, one_minus_dampening, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,
+        scratch, n_rows, row, first, n_chunks, m_address,
+        n_deciding, rows, lrs, hypers, found_inf, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,
     )  # fmt: skip
-    if momenta is None:
+    if hypers.momenta is None:
         m = tl.zeros_like(w)
     elif not KEEPS_M:  # on its way while the program waits
         m = _load(m_first, lanes, left, full, CHUNK)
-    while tl.atomic_add(gate, 0, sem="acquire") == before:
+    while tl.atomic_add(scratch.gate, 0, sem="acquire") == before:
         pass
 
     lr = of_group(group, lrs)
-    momentum = None if momenta is None else of_group(group, momenta)
-    keep = None if one_minus_dampening is None else of_group(group, one_minus_dampening)
-    s = (
-        None
-        if grad_factor is None
-        else tl.load(grad_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
-    )
-    a = (
-        None
-        if weight_factor is None
-        else tl.load(weight_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
-    )
-    p = None if radial is None else tl.load(radial + row, mask=has_row, other=0.0, cache_modifier=".cg")
-    count = None if step is None else tl.load(step)
+    momentum = None if hypers.momenta is None else of_group(group, hypers.momenta)
+    keep = None if hypers.one_minus_dampening is None else of_group(group, hypers.one_minus_dampening)
+    # read past the first cache: another program may have written them
+    s, a, p = None, None, None
+    if factors.grad_factor is not None:
+        s = tl.load(factors.grad_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
+    if factors.weight_factor is not None:
+        a = tl.load(factors.weight_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
+    if factors.radial is not None:
+        p = tl.load(factors.radial + row, mask=has_row, other=0.0, cache_modifier=".cg")
+    seed = None if rounding is None else rounding.seed
+    count = None if rounding is None else tl.load(rounding.step)
     w, m = updated(
         w, g, m, 0,
-        lr, momentum, keep, of_group(group, decays), None, s, a, p, seed, count, NESTEROV, MAXIMIZE,
+        lr, momentum, keep, of_group(group, hypers.decays), None, s, a, p, seed, count, NESTEROV, MAXIMIZE,
     )  # fmt: skip
     _store(w_first, lanes, left, full, w, CHUNK)
-    if momenta is not None:
+    if hypers.momenta is not None:
         _store(m_first, lanes, left, full, m, CHUNK)
 
 

@@ -1,15 +1,35 @@
-"""From the sums over each layer to the factors of its update: `elropt.rules.decide`, in one program."""
+"""From the sums over each layer to the factors of its update: `elropt.rules.decide`, in one program.
+
+A rule is one @jit function, named as in `elropt.rules`. It goes over the rows, ROWS_PER_PASS at a time, as often as it
+must, and hands each block with its factors to `finish_rows`. `RULES` has those of the package; one more is registered
+with ``RULES[name] = function``.
+
+Flags are integers: that is what the interpreter makes of a comparison when it broadcasts it (see `only_if`). Sums over
+the rows are float32, lane by lane and then as a tree.
+"""
 # Triton's language looks like Python, but type checkers cannot follow it.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .tables import of_group, only_if
 
-__all__ = ["decide"]
+__all__ = [
+    "ROWS_PER_PASS",
+    "RULES",
+    "Block",
+    "RuleInputs",
+    "decide",
+    "finish_rows",
+    "load_rows",
+    "log_relative_grad",
+    "memory_of",
+]
 
 ROWS_PER_PASS = tl.constexpr(256)
 
@@ -20,175 +40,253 @@ LEAST_TEST = tl.constexpr(0.01)
 NEAR_ZERO_BY_SIZE, NEAR_ZERO, NEAR_ZERO_AT_MOST = tl.constexpr(0.02), tl.constexpr(1e-4), tl.constexpr(0.1)
 SMOOTHING = tl.constexpr(0.9)
 EQUALIZATION_RATE = tl.constexpr(0.1)
-EQUALIZED_VARIANCE = tl.constexpr(0.1**2)
+EQUALIZED_STD = tl.constexpr(0.1)
 SHARE_CHANGE = tl.constexpr(0.01)
 TINY = tl.constexpr(2.0**-126)  # sqrt and log take smaller ones for 0 on a GPU
 INFINITY = tl.constexpr(float("inf"))
 
 
+class RuleInputs(NamedTuple):
+    """What the rules read and write: pointers to one entry per row, unless it says otherwise.
+
+    weight_sq, grad_sq (−1: no gradient at this step), weight_dot_grad, weight_dot_momentum, is_new (of the buffer, with
+    dampening): sums. c, radius, tracked: the memory of the rule. handed_over: a pointer to one flag, None where the
+    rule does not end. s, a, p, lr: the controls. lrs, hypers: by param group, see `of_group`. skipped: whether nothing
+    may be remembered, since `found_inf` is set. n_rows: how many rows there are.
+    """
+
+    weight_sq: Any
+    grad_sq: Any
+    weight_dot_grad: Any
+    weight_dot_momentum: Any
+    is_new: Any
+    c: Any
+    radius: Any
+    tracked: Any
+    handed_over: Any
+    s: Any
+    a: Any
+    p: Any
+    lr: Any
+    numel: Any
+    group_of_row: Any
+    lrs: Any
+    hypers: Any
+    skipped: Any
+    n_rows: Any
+
+
+class Memory(NamedTuple):
+    """What a rule remembers of each row: pointers to float32 [R], see `elropt.rules.RuleState`."""
+
+    c: Any
+    radius: Any
+    tracked: Any
+
+
+class Block(NamedTuple):
+    """Rows that are decided at the same time: `at`, as far as they `exist`.
+
+    ww, gg, wg: ‖w‖², ‖g‖², ⟨w,g⟩. c, radius: of the memory. passed: the radial tests passed after this step. directed:
+    whether w is tracked and has a direction; moving: whether its gradient has one too.
+    """
+
+    at: Any
+    exist: Any
+    ww: Any
+    gg: Any
+    wg: Any
+    c: Any
+    radius: Any
+    passed: Any
+    directed: Any
+    moving: Any
+
+
 @triton.jit
 def decide(
-    sums,
-    memory,
-    handed_over,
-    controls,
-    numel,
-    group_of_row,
-    lrs,
-    decays,
-    gains,
-    per_grads,
-    per_momenta,
-    one_minus_dampening,
-    found_inf,
-    n_rows,
-    RULE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PROJECT: tl.constexpr,
+    sums, rows, lrs, hypers, found_inf, n_rows, RULE: tl.constexpr, WHOLE: tl.constexpr, PROJECT: tl.constexpr
 ):
     """The controls of this step, and the memory after it.
 
-    sums: [5, R] ‖w‖², ‖g‖² (−1: no gradient at this step), ⟨w,g⟩, ⟨w,m⟩ and, with dampening, whether the buffer is new.
-    memory: [3, R] c, radius, radial tests passed. handed_over: 0-dim, for "warmup" only.
-    controls: s, a, p and the param group's lr, [4, R]; those that the rule does not need are not written.
-    numel, group_of_row: [R]; lrs … one_minus_dampening: by param group, see `of_group`; one_minus_dampening (1−d)
-    is None without dampening.
-    found_inf: where given and not 0, nothing is changed.
-
-    Sums over the rows are float32, lane by lane and then as a tree. Source: `elropt.rules`, docs/theory.md §9.
+    sums: see `args.Scratch`. rows, hypers: see `args`. found_inf: where given and not 0, nothing is remembered.
+    RULE: a function of `RULES`. WHOLE: granularity "network". PROJECT: whether p is needed.
+    Controls that the rule does not need are not written. Source: `elropt.rules`, docs/theory.md §9.
     """
-    # Flags are integers: that is what the interpreter makes of them when it broadcasts a comparison (see `only_if`).
     skipped = 0
     if found_inf is not None:
         skipped = (tl.load(found_inf) != 0).to(tl.int32)
-    lanes = tl.arange(0, ROWS_PER_PASS)
-    n = tl.zeros([ROWS_PER_PASS], tl.float32)
-    log_e_sum, log_smooth_sum, squares, ww_sum, gg_sum, sphere_sum, veto = n, n, n, n, n, n, n
-    top = -INFINITY + n
-    for start in range(0, n_rows, ROWS_PER_PASS):
-        at = start + lanes
-        ww, gg, _, c, radius, passed, directed, moving, exists = _rows(sums, memory, numel, at, n_rows)
-        n += moving.to(tl.float32)
-        if RULE == "warmup":
-            log_lr = _log_lr(group_of_row, lrs, gains, at, exists)
-            top = tl.maximum(top, tl.where(moving, log_lr, -INFINITY))
-            log_smooth_e = _log_smooth_e(ww, gg, c, moving)
-            log_smooth_sum += log_smooth_e
-            squares += log_smooth_e * log_smooth_e
-            waiting = tl.where(moving, passed != RADIAL_TESTS, passed >= 0)
-            # rows without a gradient have not been judged: they matter only if they have had one before
-            waiting = tl.where(gg == -1.0, c > 0, waiting)
-            veto = tl.maximum(veto, (waiting & exists).to(tl.float32))
-        if (RULE == "warmup") | (RULE == "uniform"):
-            log_e_sum += _log_e(ww, gg, moving)
-        if WHOLE:
-            ww_sum += tl.where(moving, ww, 0.0)
-            gg_sum += tl.where(moving, gg, 0.0)
-            _, radius = _norm_and_radius(ww, radius, directed)
-            sphere_sum += tl.where(moving, radius * radius, 0.0)
-    count = tl.maximum(tl.sum(n), 1.0)
-    log_target = tl.sum(log_e_sum) / count
+    memory = memory_of(rows, n_rows)
+    inputs = RuleInputs(
+        weight_sq=sums,
+        grad_sq=sums + n_rows,
+        weight_dot_grad=sums + 2 * n_rows,
+        weight_dot_momentum=sums + 3 * n_rows,
+        is_new=sums + 4 * n_rows,
+        c=memory.c,
+        radius=memory.radius,
+        tracked=memory.tracked,
+        handed_over=rows.handed_over,
+        s=rows.controls,
+        a=rows.controls + n_rows,
+        p=rows.controls + 2 * n_rows,
+        lr=rows.controls + 3 * n_rows,
+        numel=rows.numel,
+        group_of_row=rows.group_of_row,
+        lrs=lrs,
+        hypers=hypers,
+        skipped=skipped,
+        n_rows=n_rows,
+    )
+    RULE(inputs, WHOLE, PROJECT)
+
+
+@triton.jit
+def plain(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
+    """SGD, whose layers are tested all the same."""
+    for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+        finish_rows(inputs, load_rows(inputs, start), None, None, None, 0, PROJECT)
+
+
+@triton.jit
+def warmup(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
+    """All that move turn by λE★ while a = (E/E★)^(EQUALIZATION_RATE/2), until log E from the smoothed c is within
+    EQUALIZED_STD of log E★ (root mean square)."""
+    # read by all threads before the sums, which they wait for, and written by one after them
+    over = (tl.load(inputs.handed_over) != 0).to(tl.int32)
+    zero = tl.zeros([ROWS_PER_PASS], tl.float32)
+    count, log_e_sum, smooth_sum, veto = zero, zero, zero, zero
+    top = zero - INFINITY
+    for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+        row = load_rows(inputs, start)
+        count += row.moving.to(tl.float32)
+        top = tl.maximum(top, tl.where(row.moving, log_lr(inputs, row), -INFINITY))
+        log_e_sum += log_relative_grad(row)
+        smooth_sum += log_smooth_relative_grad(row)
+        waiting = tl.where(row.moving, row.passed != RADIAL_TESTS, row.passed >= 0)
+        # rows without a gradient have not been judged: they matter only if they have had one before
+        waiting = tl.where(row.gg == -1.0, row.c > 0, waiting)
+        veto = tl.maximum(veto, (waiting & row.exist).to(tl.float32))
+    n_moving = tl.sum(count)
+    critical = -tl.max(top)
+    log_target = tl.minimum(tl.sum(log_e_sum) / tl.maximum(n_moving, 1.0), critical)
+    smooth_target = tl.minimum(tl.sum(smooth_sum) / tl.maximum(n_moving, 1.0), critical)
+
+    squares = zero
+    for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+        row = load_rows(inputs, start)
+        offset = tl.where(row.moving, log_smooth_relative_grad(row) - smooth_target, 0.0)
+        squares += offset * offset
+    is_equalized = tl.sqrt(tl.sum(squares) / tl.maximum(n_moving, 1.0)) < EQUALIZED_STD
+    ends = ((n_moving > 0) & (tl.max(veto) == 0) & is_equalized).to(tl.int32)
+    if (ends != 0) & (over == 0) & (inputs.skipped == 0):
+        tl.store(inputs.handed_over, 1.0)
+
+    for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+        row = load_rows(inputs, start)
+        offset = tl.where(row.moving, log_relative_grad(row) - log_target, 0.0)
+        smooth_offset = tl.where(row.moving, log_smooth_relative_grad(row) - smooth_target, 0.0)
+        log_a = tl.where(ends != 0, smooth_offset, EQUALIZATION_RATE * offset) / 2
+        log_a = tl.where(only_if(over == 0, row.passed == RADIAL_TESTS), log_a, 0.0)
+        s = tl.exp(tl.where(over != 0, 0.0, log_a - offset))
+        remembers = only_if((over == 0) & (inputs.skipped == 0), row.moving)
+        tl.store(inputs.c + row.at, smooth_c(row), mask=remembers)
+        turn = tl.exp(log_target - critical)
+        finish_rows(inputs, row, s, tl.exp(log_a), turn, over, PROJECT)
+
+
+@triton.jit
+def uniform(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
+    """s = Ē/E with Ē the geometric mean over the rows that move."""
+    count = tl.zeros([ROWS_PER_PASS], tl.float32)
+    log_e_sum = count
+    for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+        row = load_rows(inputs, start)
+        count += row.moving.to(tl.float32)
+        log_e_sum += log_relative_grad(row)
+    log_mean = tl.sum(log_e_sum) / tl.maximum(tl.sum(count), 1.0)
+    for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+        row = load_rows(inputs, start)
+        s = tl.where(row.moving, tl.exp(log_mean - log_relative_grad(row)), 1.0)
+        finish_rows(inputs, row, s, None, None, 0, PROJECT)
+
+
+@triton.jit
+def angle(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
+    """A step as long as ŵ = a·w, from the sphere that w began on."""
+    on_sphere(inputs, WHOLE, PROJECT, True)
+
+
+@triton.jit
+def sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
+    """A step of SGD on the unit sphere: ‖ŵ‖² times that of SGD at ŵ = a·w."""
+    on_sphere(inputs, WHOLE, PROJECT, False)
+
+
+@triton.jit
+def on_sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr, IS_ANGLE: tl.constexpr):
+    """Back to the sphere (a = radius/‖w‖), then a step on it. With WHOLE the sphere is that of all rows together."""
     whole_norm, whole_grad_norm, whole_sphere = 1.0, 1.0, 1.0
-    fits, changed = 1, tl.zeros([ROWS_PER_PASS], tl.int32)
+    fits, renewed = 1, 0
     if WHOLE:
+        ww_sum = tl.zeros([ROWS_PER_PASS], tl.float32)
+        gg_sum, sphere_sum = ww_sum, ww_sum
+        for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+            row = load_rows(inputs, start)
+            _, radius = norm_and_radius(row)
+            ww_sum += tl.where(row.moving, row.ww, 0.0)
+            gg_sum += tl.where(row.moving, row.gg, 0.0)
+            sphere_sum += tl.where(row.moving, radius * radius, 0.0)
         w_sq, g_sq, sphere_sq = tl.sum(ww_sum), tl.sum(gg_sum), tl.sum(sphere_sum)
         fits = ((w_sq > 0) & (w_sq < INFINITY) & (g_sq < INFINITY) & (sphere_sq < INFINITY)).to(tl.int32)
         whole_norm = tl.sqrt(tl.where(fits != 0, w_sq, 1.0))
         whole_grad_norm = tl.sqrt(tl.where(fits != 0, g_sq, 1.0))
         whole_sphere = tl.sqrt(tl.where(fits != 0, sphere_sq, 1.0))
-        for start in range(0, n_rows, ROWS_PER_PASS):
-            ww, _, _, _, radius, _, directed, moving, _ = _rows(sums, memory, numel, start + lanes, n_rows)
-            weight_norm, radius = _norm_and_radius(ww, radius, directed)
-            by = tl.abs(whole_sphere / whole_norm * weight_norm - radius)
-            changed = changed | (moving & (by > radius * SHARE_CHANGE)).to(tl.int32)
-    renewed = tl.max(changed)
+        changed = tl.zeros([ROWS_PER_PASS], tl.int32)
+        for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+            row = load_rows(inputs, start)
+            norm, radius = norm_and_radius(row)
+            by = tl.abs(whole_sphere / whole_norm * norm - radius)
+            changed = changed | (row.moving & (by > radius * SHARE_CHANGE)).to(tl.int32)
+        renewed = tl.max(changed)
 
-    over, ends = 0, 0
-    log_smooth_target, critical = 0.0, 0.0
-    if RULE == "warmup":
-        over = (tl.load(handed_over) != 0).to(tl.int32)
-        critical = -tl.max(top)
-        log_target = tl.minimum(log_target, critical)
-        log_smooth_mean = tl.sum(log_smooth_sum) / count
-        log_smooth_target = tl.minimum(log_smooth_mean, critical)
-        beyond = log_smooth_mean - log_smooth_target
-        variance = tl.sum(squares) / count - log_smooth_mean * log_smooth_mean + beyond * beyond
-        ends = ((tl.sum(n) > 0) & (tl.max(veto) == 0) & (variance < EQUALIZED_VARIANCE)).to(tl.int32)
-        if (ends != 0) & (over == 0) & (skipped == 0):
-            tl.store(handed_over, 1.0)
+    for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+        row = load_rows(inputs, start)
+        norm, radius = norm_and_radius(row)
+        grad_norm = tl.sqrt(tl.where(row.moving, row.gg, 1.0))
+        sphere_norm, kept, moving = radius, row.directed, row.moving
+        if WHOLE:
+            moving = only_if(fits != 0, moving)
+            kept = moving
+            radius = tl.where(only_if(renewed != 0, kept), whole_sphere / whole_norm * norm, radius)
+            zero = tl.zeros([ROWS_PER_PASS], tl.float32)
+            sphere_norm, norm, grad_norm = whole_sphere + zero, whole_norm + zero, whole_grad_norm + zero
+        a = tl.where(kept, sphere_norm / norm, 1.0)
+        s = tl.where(moving, sphere_norm / grad_norm if IS_ANGLE else sphere_norm * norm, 1.0)
+        tl.store(inputs.radius + row.at, radius, mask=only_if(inputs.skipped == 0, row.exist))
+        finish_rows(inputs, row, s, a, None, 0, PROJECT)
 
-    for start in range(0, n_rows, ROWS_PER_PASS):
-        at = start + lanes
-        ww, gg, wg, c, radius, passed, directed, moving, exists = _rows(sums, memory, numel, at, n_rows)
-        if RULE == "warmup":  # turns all that move by λE★
-            turn = tl.exp(log_target - critical)
-            _count_test(memory + 2 * n_rows + at, passed, turn, only_if(skipped == 0, exists))
-        s = tl.full([ROWS_PER_PASS], 1.0, tl.float32)
-        a = s
-        if RULE == "warmup":
-            offset = tl.where(moving, _log_e(ww, gg, moving) - log_target, 0.0)
-            smooth_offset = tl.where(moving, _log_smooth_e(ww, gg, c, moving) - log_smooth_target, 0.0)
-            rescaled = tl.where(ends != 0, smooth_offset, EQUALIZATION_RATE * offset) / 2
-            rescaled = tl.where(only_if(over == 0, passed == RADIAL_TESTS), rescaled, 0.0)
-            a = tl.exp(rescaled)
-            s = tl.exp(tl.where(over != 0, 0.0, rescaled - offset))
-            remembers = only_if((over == 0) & (skipped == 0), moving)
-            tl.store(memory + at, _smooth_c(ww, gg, c, moving), mask=remembers)
-        elif RULE == "uniform":
-            s = tl.where(moving, tl.exp(log_target - _log_e(ww, gg, moving)), 1.0)
-        elif (RULE == "angle") | (RULE == "sphere"):
-            norm, radius = _norm_and_radius(ww, radius, directed)
-            grad_norm = tl.sqrt(tl.where(moving, gg, 1.0))
-            sphere, kept = radius, directed
-            if WHOLE:
-                moving = only_if(fits != 0, moving)
-                kept = moving
-                radius = tl.where(only_if(renewed != 0, kept), whole_sphere / whole_norm * norm, radius)
-                zero = tl.zeros([ROWS_PER_PASS], tl.float32)
-                sphere, norm, grad_norm = whole_sphere + zero, whole_norm + zero, whole_grad_norm + zero
-            a = tl.where(kept, sphere / norm, 1.0)
-            s = tl.where(moving, sphere / grad_norm if RULE == "angle" else sphere * norm, 1.0)
-            tl.store(memory + n_rows + at, radius, mask=only_if(skipped == 0, exists))
-        if RULE is not None:
-            too_large = only_if(over == 0, directed & (gg == INFINITY))
-            s = tl.where(too_large, 0.0, s)
-            wg = tl.where(too_large, 0.0, wg)
-            tl.store(controls + at, s, mask=exists)
-        if (RULE == "warmup") | (RULE == "angle") | (RULE == "sphere"):
-            tl.store(controls + n_rows + at, a, mask=exists)
-        if PROJECT:
-            group = tl.load(group_of_row + at, mask=exists, other=0)
-            per_grad = of_group(group, per_grads)
-            if one_minus_dampening is not None:  # a new buffer takes the whole of its first gradient
-                is_new = tl.load(sums + 4 * n_rows + at, mask=exists, other=0.0) != 0
-                per_grad = tl.where(
-                    only_if(of_group(group, one_minus_dampening) != 1.0, is_new), 1.0, per_grad
-                )
-            wm = tl.load(sums + 3 * n_rows + at, mask=exists, other=0.0)
-            square = tl.where(directed, a * ww, 1.0)
-            radial = per_grad * (s * wg / square + of_group(group, decays))
-            radial += of_group(group, per_momenta) * (wm / square)
-            ok = directed & (tl.abs(radial) < INFINITY)
-            tl.store(controls + 2 * n_rows + at, tl.where(ok, radial, 0.0), mask=exists)
-        lr = of_group(tl.load(group_of_row + at, mask=exists, other=0), lrs)
-        tl.store(controls + 3 * n_rows + at, tl.zeros_like(s) + lr, mask=exists)
-        if RULE != "warmup":
-            turn = _turn(ww, gg, s, a, moving) * tl.exp(_log_lr(group_of_row, lrs, gains, at, exists))
-            _count_test(memory + 2 * n_rows + at, passed, turn, only_if(skipped == 0, exists))
+
+RULES: dict[str | None, Any] = {None: plain} | {f.__name__: f for f in (warmup, uniform, angle, sphere)}
 
 
 @triton.jit
-def _rows(sums, memory, numel, at, n_rows):
-    """Of the rows `at`: ‖w‖², ‖g‖², ⟨w,g⟩, c, radius, the tests passed after this step, whether w has a
-    direction, whether it moves, and whether there is such a row."""
-    exists = at < n_rows
-    ww = tl.load(sums + at, mask=exists, other=0.0, cache_modifier=".cg")
-    gg = tl.load(sums + n_rows + at, mask=exists, other=0.0, cache_modifier=".cg")
-    wg = tl.load(sums + 2 * n_rows + at, mask=exists, other=0.0, cache_modifier=".cg")
-    c = tl.load(memory + at, mask=exists, other=0.0)
-    radius = tl.load(memory + n_rows + at, mask=exists, other=0.0)
-    passed = tl.load(memory + 2 * n_rows + at, mask=exists, other=-1.0)
-    entries = tl.load(numel + at, mask=exists, other=1.0)
+def memory_of(rows, n_rows):
+    return Memory(c=rows.memory, radius=rows.memory + n_rows, tracked=rows.memory + 2 * n_rows)
+
+
+@triton.jit
+def load_rows(inputs, start):
+    """The `Block` of rows from `start` on, with this step's radial test (`elropt.rules.radial_test`)."""
+    at = start + tl.arange(0, ROWS_PER_PASS)
+    exist = at < inputs.n_rows
+    ww = tl.load(inputs.weight_sq + at, mask=exist, other=0.0, cache_modifier=".cg")
+    gg = tl.load(inputs.grad_sq + at, mask=exist, other=0.0, cache_modifier=".cg")
+    wg = tl.load(inputs.weight_dot_grad + at, mask=exist, other=0.0, cache_modifier=".cg")
+    c = tl.load(inputs.c + at, mask=exist, other=0.0)
+    radius = tl.load(inputs.radius + at, mask=exist, other=0.0)
+    passed = tl.load(inputs.tracked + at, mask=exist, other=-1.0)
+    entries = tl.load(inputs.numel + at, mask=exist, other=1.0)
     finite = (ww >= TINY) & (ww < INFINITY) & (gg >= TINY) & (gg < INFINITY)
     cosine = tl.abs(wg) / (tl.sqrt(tl.where(finite, ww, 1.0)) * tl.sqrt(tl.where(finite, gg, 1.0)))
     testing = finite & (cosine < INFINITY) & (passed >= 0) & (passed < RADIAL_TESTS)
@@ -196,52 +294,99 @@ def _rows(sums, memory, numel, at, n_rows):
     zero = cosine < tl.minimum(chance * NEAR_ZERO_BY_SIZE + NEAR_ZERO, chance * NEAR_ZERO_AT_MOST)
     passed = tl.where(testing, tl.where(zero, passed + LEAST_TEST, -1.0), passed)
     directed = (passed > 0) & (ww >= TINY) & (ww < INFINITY) & (gg != -1.0)
-    return ww, gg, wg, c, radius, passed, directed, directed & finite, exists
+    return Block(at, exist, ww, gg, wg, c, radius, passed, directed, directed & finite)
 
 
 @triton.jit
-def _count_test(held, passed, turn, mask):
+def finish_rows(inputs, row, s, a, turn, over, PROJECT: tl.constexpr):
+    """Store the controls of a block of rows and the radial tests that they have passed.
+
+    s, a: the rule's factors, None for 1. turn: the angle of this step, None: as `elropt.rules.step_turn` says.
+    over: whether the rule has ended, so that it leaves even a gradient that is too large as it is.
+    """
+    one = tl.full([ROWS_PER_PASS], 1.0, tl.float32)
+    wg = row.wg
+    grad_factor, weight_factor = one, one
+    if s is not None:
+        too_large = only_if(over == 0, row.directed & (row.gg == INFINITY))
+        grad_factor = tl.where(too_large, 0.0, s)
+        wg = tl.where(too_large, 0.0, wg)
+        tl.store(inputs.s + row.at, grad_factor, mask=row.exist)
+    if a is not None:
+        weight_factor = a
+        tl.store(inputs.a + row.at, weight_factor, mask=row.exist)
+    hypers = inputs.hypers
+    if PROJECT:
+        group = group_of(inputs, row)
+        per_grad = of_group(group, hypers.per_grads)
+        if hypers.one_minus_dampening is not None:  # a new buffer takes the whole of its first gradient
+            is_new = tl.load(inputs.is_new + row.at, mask=row.exist, other=0.0) != 0
+            is_damped = of_group(group, hypers.one_minus_dampening) != 1.0
+            per_grad = tl.where(only_if(is_damped, is_new), 1.0, per_grad)
+        wm = tl.load(inputs.weight_dot_momentum + row.at, mask=row.exist, other=0.0)
+        square = tl.where(row.directed, weight_factor * row.ww, 1.0)
+        radial = per_grad * (grad_factor * wg / square + of_group(group, hypers.decays))
+        radial += of_group(group, hypers.per_momenta) * (wm / square)
+        ok = row.directed & (tl.abs(radial) < INFINITY)
+        tl.store(inputs.p + row.at, tl.where(ok, radial, 0.0), mask=row.exist)
+    lr = of_group(group_of(inputs, row), inputs.lrs)
+    tl.store(inputs.lr + row.at, tl.zeros_like(one) + lr, mask=row.exist)
+    if turn is None:
+        relative = tl.sqrt(tl.where(row.moving, row.gg, 1.0) / tl.where(row.moving, row.ww, 1.0))
+        turn = grad_factor / weight_factor * relative * tl.exp(log_lr(inputs, row))
+    count_test(inputs, row, turn)
+
+
+@triton.jit
+def count_test(inputs, row, turn):
     """Keep the tests passed, with the one of this step counted by its angle."""
-    before = tl.load(held, mask=mask, other=-1.0)
+    remembered = only_if(inputs.skipped == 0, row.exist)
+    before = tl.load(inputs.tracked + row.at, mask=remembered, other=-1.0)
     share = turn / TEST_TURN
     counted = before + tl.where(share < 1, tl.maximum(share, LEAST_TEST), 1.0)
-    counted = tl.where((passed > 0) & (passed != before), tl.minimum(counted, RADIAL_TESTS), passed)
-    tl.store(held, counted, mask=mask)
+    counted = tl.where(
+        (row.passed > 0) & (row.passed != before), tl.minimum(counted, RADIAL_TESTS), row.passed
+    )
+    tl.store(inputs.tracked + row.at, counted, mask=remembered)
 
 
 @triton.jit
-def _turn(ww, gg, s, a, moving):
-    """Tangent of the angle that the gradient turns w by, in 1/lr."""
-    return s / a * tl.sqrt(tl.where(moving, gg, 1.0) / tl.where(moving, ww, 1.0))
-
-
-@triton.jit
-def _norm_and_radius(ww, radius, directed):
+def norm_and_radius(row):
     """‖w‖ (1 where w has no direction) and the norm to keep: at first the one that w has."""
-    norm = tl.sqrt(tl.where(directed, ww, 1.0))
-    return norm, tl.where((radius == 0) & directed, norm, radius)
+    norm = tl.sqrt(tl.where(row.directed, row.ww, 1.0))
+    return norm, tl.where((row.radius == 0) & row.directed, norm, row.radius)
 
 
 @triton.jit
-def _log_e(ww, gg, moving):
+def log_relative_grad(row):
     """log E of the rows that move, 0 elsewhere."""
-    return (tl.log(tl.where(moving, gg, 1.0)) - tl.log(tl.where(moving, ww, 1.0))) / 2
+    return (tl.log(tl.where(row.moving, row.gg, 1.0)) - tl.log(tl.where(row.moving, row.ww, 1.0))) / 2
 
 
 @triton.jit
-def _smooth_c(ww, gg, c, moving):
-    now = tl.sqrt(tl.where(moving, ww, 1.0)) * tl.sqrt(tl.where(moving, gg, 1.0))
-    return tl.where(c == 0, now, now + SMOOTHING * (c - now))
+def smooth_c(row):
+    """c = ‖g‖·‖w‖, smoothed over the steps; that of this step at the first."""
+    now = tl.sqrt(tl.where(row.moving, row.ww, 1.0)) * tl.sqrt(tl.where(row.moving, row.gg, 1.0))
+    return tl.where(row.c == 0, now, now + SMOOTHING * (row.c - now))
 
 
 @triton.jit
-def _log_smooth_e(ww, gg, c, moving):
-    log_e = tl.log(_smooth_c(ww, gg, c, moving)) - tl.log(tl.where(moving, ww, 1.0))
-    return tl.where(moving, log_e, 0.0)
+def log_smooth_relative_grad(row):
+    """log E from the smoothed c of the rows that move, 0 elsewhere."""
+    log_e = tl.log(smooth_c(row)) - tl.log(tl.where(row.moving, row.ww, 1.0))
+    return tl.where(row.moving, log_e, 0.0)
 
 
 @triton.jit
-def _log_lr(group_of_row, lrs, gains, at, exists):
-    group = tl.load(group_of_row + at, mask=exists, other=0)
-    lr = tl.where(exists, of_group(group, lrs) * of_group(group, gains), 0.0)
+def group_of(inputs, row):
+    """The param groups of the rows. Loaded anew wherever they are needed: to keep them would cost registers."""
+    return tl.load(inputs.group_of_row + row.at, mask=row.exist, other=0)
+
+
+@triton.jit
+def log_lr(inputs, row):
+    """log λΓ of the param groups of the rows, −∞ where λΓ is 0."""
+    group = group_of(inputs, row)
+    lr = of_group(group, inputs.lrs) * of_group(group, inputs.hypers.gains)
+    lr = tl.where(row.exist, lr, 0.0)
     return tl.where(lr > 0, tl.log(tl.where(lr > 0, lr, 1.0)), -INFINITY)

@@ -5,50 +5,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import tables
-from .args import GroupArguments, GroupHyper, HyperArguments
+from .args import Factors, Rows, Tables
 from .cooperative import MAX_REGISTERS, cooperative_kernel, max_programs
+from .decide import RULES
 from .graph_tables import GraphTables
+from .hyper_arguments import GroupArguments, GroupHyper, HyperArguments
+from .launches import LaunchKey, make_launches
 from .measure import measure_kernel
-from .tables import (
-    Row,
-    Table,
-    build_table,
-    dtypes_of,
-    refuse_upload_in_capture,
-    triples_of,
-    upload,
-)
+from .tables import Row, refuse_upload_in_capture, triples_of, upload
 from .update import update_kernel
 
-__all__ = ["DecisionInputs", "FusedStep", "LaunchKey", "StepPlan"]
+__all__ = ["DecisionInputs", "FusedStep", "StepPlan"]
 
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 _STRIDED = {torch.strided}
-
-
-class LaunchKey(NamedTuple):
-    """What the tensors of a param group must share with those of another to be updated in the same launch."""
-
-    has_momentum: bool
-    nesterov: bool
-    maximize: bool
-    seed: int | None  # of stochastic rounding
+_NO_FACTORS = Factors()
 
 
 class DecisionInputs(NamedTuple):
-    """What is decided, and where the rule remembers it: `memory` [3, R] c, radius and tests passed; `handed_over`."""
+    """What is decided, and where the rule remembers it.
+
+    name: of the rule, as in `decide.RULES`; None: SGD, whose layers are measured (and projected) all the same.
+    whole: granularity "network". project: whether the radial part of the update is removed.
+    scales_weights: whether the rule sets a. ends: whether it sets `handed_over`, after which it does nothing.
+    memory: float32 [3, R], the rule's c, radius and tracked. handed_over: 0-dim float32.
+    """
 
     name: str | None
     whole: bool
     project: bool
+    scales_weights: bool
+    ends: bool
     memory: Tensor
     handed_over: Tensor
 
@@ -98,35 +91,30 @@ class FusedStep:
         self.written_pointers = _pointers(self.written)
         self.grad_layouts, self.grad_pointers = _layouts(grads), tuple(_pointers(grads))
 
-        triples = triples_of(params, grads, buffers)
-        together: dict[Any, list[int]] = {}
-        for i, (triple, group) in enumerate(zip(triples, groups, strict=True)):
-            kind = kinds[group]
-            if triple.w.dtype != torch.bfloat16:
-                kind = kind._replace(seed=None)
-            together.setdefault((dtypes_of(triple), kind), []).append(i)
-        self.launches: list[Launch] = []
-        for (_, kind), members in together.items():
-            chosen = [[of[i] for i in members] for of in (triples, rows, groups)]
-            table = build_table(*chosen, tables.CHUNK)
-            if table.n_chunks > 0:
-                partials = torch.zeros(table.n_measured, 4, dtype=torch.float32, device=self.device)
-                self.launches.append(Launch(table, kind, np.array(members), partials))
-        # launches number their elements alike: their seeds must differ
-        self.seeds = [
-            None if launch.kind.seed is None else _mixed(launch.kind.seed, number, index)
-            for index, launch in enumerate(self.launches)
-        ]
+        self._make_memory(params, groups, rows)
+        self.launches = make_launches(
+            triples_of(params, grads, buffers),
+            rows,
+            groups,
+            kinds,
+            sums=self.sums,
+            counters=self.counters,
+            number=number,
+        )
+        self.tables = [launch.arguments for launch in self.launches]
+        self.cooperates = (
+            len(self.launches) == 1
+            and self.n_deciding > 0
+            and self.launches[0].table.n_chunks <= max_programs(self.device)
+        )
         self.addresses = [launch.table.addresses for launch in self.launches]
         self.hypers = HyperArguments(len(kinds), self.device)
         self.graph_tables = GraphTables(len(kinds), self.device)
         self.graph_tables.make_ready(self.grad_pointers, self.addresses)
-        self._prepare_rule(params, groups, rows, 0 if rule is None else rule.memory.shape[1])
 
-    def _prepare_rule(
-        self, params: Sequence[Tensor], groups: Sequence[int], rows: Sequence[Row], n_rows: int
-    ) -> None:
-        """Scratch memory of the decision. A row that nobody measures keeps its −1 in the sums."""
+    def _make_memory(self, params: Sequence[Tensor], groups: Sequence[int], rows: Sequence[Row]) -> None:
+        """Of the decision: all that has an entry per row. A row that nobody measures keeps its −1 in the sums."""
+        self.n_rows = n_rows = 0 if self.rule is None else self.rule.memory.shape[1]
         numel, group_of_row = np.ones(n_rows, np.float32), np.zeros(n_rows, np.int32)
         self.n_deciding, self.measured = 0, []
         for p, group, row in zip(params, groups, rows, strict=True):
@@ -136,7 +124,6 @@ class FusedStep:
                 group_of_row[first : first + count] = group
                 self.n_deciding += count
                 self.measured.append(p)
-        self.numel, self.group_of_row = upload(numel, self.device), upload(group_of_row, self.device)
         self.sums = torch.full((5, n_rows), -1.0, dtype=torch.float32, device=self.device)
         self.counters = torch.zeros(n_rows + 1, dtype=torch.int32, device=self.device)
         # parameters that are parts of one tensor may share its version counter, which then counts each of them
@@ -148,11 +135,21 @@ class FusedStep:
         self.p.zero_()
         self.versions: tuple[list[int], list[int]] | None = None
         self.gate = torch.zeros((), dtype=torch.int32, device=self.device)
-        self.cooperates = (
-            len(self.launches) == 1
-            and self.n_deciding > 0
-            and self.launches[0].table.n_chunks <= max_programs(self.device)
-        )
+        rule = self.rule
+        if rule is not None:
+            self.rows = Rows(
+                rule.memory,
+                rule.handed_over if rule.ends else None,
+                self.controls,
+                upload(numel, self.device),
+                upload(group_of_row, self.device),
+            )
+            self.decision = {"RULE": RULES[rule.name], "WHOLE": rule.whole, "PROJECT": rule.project}
+            self.factors = Factors(
+                self.s if rule.name is not None else None,
+                self.a if rule.scales_weights else None,
+                self.p if rule.project else None,
+            )
 
     def plan(self, grads: Sequence[Tensor]) -> StepPlan | None:
         """What `step` needs to know of these gradients; None if the launches do not fit them, or if a parameter or a
@@ -197,13 +194,13 @@ class FusedStep:
         together = rule is not None and self.cooperates
         try:
             with torch.cuda.device_of(self.params[0]):
-                addresses, groups = self._follow(plan, lrs, hypers)
-                if rule is not None and together:
-                    self._cooperate(rule, addresses, groups, amp, rounding_step)
+                tables, groups = self._follow(plan, lrs, hypers)
+                if together:
+                    self._cooperate(tables, groups, amp, rounding_step)
                 else:
                     if rule is not None:
-                        self._measure(rule, addresses, groups, read_all, amp)
-                    self._update(rule, addresses, groups, amp, rounding_step)
+                        self._measure(rule, tables, groups, read_all, amp)
+                    self._update(rule, tables, groups, amp, rounding_step)
         except BaseException:  # between launches: programs have been counted that will not be followed
             self.counters.zero_()
             self.versions = None
@@ -217,18 +214,22 @@ class FusedStep:
 
     def _follow(
         self, plan: StepPlan, lrs: Sequence[float | Tensor], hypers: tuple[GroupHyper, ...]
-    ) -> tuple[list[Tensor], GroupArguments]:
-        """The address tables and the arguments of the groups for this step. Nothing waits for the device."""
+    ) -> tuple[list[Tables], GroupArguments]:
+        """The tables of each launch and the arguments of the groups, for this step. Nothing waits for the device."""
         if plan.in_capture:
             of_graph = self.graph_tables.take(plan.grad_pointers, self._addresses_for)
-            return of_graph.addresses, of_graph.hypers.of(lrs, hypers, of_graph.host_hypers)
+            tables = [
+                of_launch._replace(addresses=addresses)
+                for of_launch, addresses in zip(self.tables, of_graph.addresses, strict=True)
+            ]
+            return tables, of_graph.hypers.of(lrs, hypers, of_graph.host_hypers)
         if plan.grad_pointers != self.grad_pointers:
             self.grad_pointers = plan.grad_pointers
             for array, addresses in zip(self._addresses_for(plan.grad_pointers), self.addresses, strict=True):
                 host = torch.from_numpy(array)
                 addresses.copy_(host.pin_memory() if addresses.is_cuda else host, non_blocking=True)
         self.graph_tables.make_ready(plan.grad_pointers, self.addresses)
-        return self.addresses, self.hypers.of(lrs, hypers)
+        return self.tables, self.hypers.of(lrs, hypers)
 
     def _addresses_for(self, grad_pointers: Sequence[int]) -> list[np.ndarray]:
         return [launch.addresses_with(grad_pointers) for launch in self.launches]
@@ -236,7 +237,7 @@ class FusedStep:
     def _measure(
         self,
         rule: DecisionInputs,
-        addresses_of_launches: list[Tensor],
+        tables: list[Tables],
         groups: GroupArguments,
         read_all: bool,
         amp: dict[str, Tensor | None],
@@ -247,142 +248,76 @@ class FusedStep:
         buffers = [m._version for m in self.buffers] if rule.project else []
         unknown = (weights, buffers) != self.versions
         self.versions = [version + 1 for version in weights], buffers  # after the update that follows
-        for launch, addresses in zip(self.launches, addresses_of_launches, strict=True):
+        for launch, tables_of_launch in zip(self.launches, tables, strict=True):
             if launch.table.n_measured > 0:
                 measure_kernel[(launch.table.n_measured,)](
-                    addresses,
-                    launch.table.segments,
-                    launch.table.chunk_segment,
-                    launch.partials,
-                    self.sums,
-                    self.counters,
-                    self.sums.shape[1],
+                    tables_of_launch,
+                    launch.scratch,
+                    self.n_rows,
                     read_all=int(unknown or read_all or rule.project),
                     read_momentum=int(unknown),
-                    **self._decision(rule, groups),
-                    one_minus_dampening=groups.one_minus_dampening,
                     **amp,
+                    n_deciding=self.n_deciding,
+                    rows=self.rows,
+                    lrs=groups.lrs,
+                    hypers=groups.measure,
+                    **self.decision,
                     HAS_BUFFERS=rule.project and launch.kind.has_momentum,
                     MAXIMIZE=launch.kind.maximize,
-                    **launch.table.options,
+                    **launch.options,
                 )
-
-    def _decision(
-        self, rule: DecisionInputs, groups: GroupArguments, rowless_programs: int = 0
-    ) -> dict[str, Any]:
-        return {
-            "n_deciding": self.n_deciding + rowless_programs,
-            "memory": rule.memory,
-            "handed_over": rule.handed_over if rule.name == "warmup" else None,
-            "controls": self.controls,
-            "numel": self.numel,
-            "group_of_row": self.group_of_row,
-            "lrs": groups.lrs,
-            "decays": groups.decays,
-            "gains": groups.gains,
-            "per_grads": groups.per_grads,
-            "per_momenta": groups.per_momenta,
-            "RULE": rule.name,
-            "WHOLE": rule.whole,
-            "PROJECT": rule.project,
-        }
 
     def _update(
         self,
         rule: DecisionInputs | None,
-        addresses_of_launches: list[Tensor],
+        tables: list[Tables],
         groups: GroupArguments,
         amp: dict[str, Tensor | None],
         rounding_step: Tensor | None,
     ) -> None:
-        for index, (launch, addresses) in enumerate(zip(self.launches, addresses_of_launches, strict=True)):
+        factors = _NO_FACTORS if rule is None else self.factors
+        for launch, tables_of_launch in zip(self.launches, tables, strict=True):
             update_kernel[(launch.table.n_chunks,)](
-                addresses,
-                launch.table.segments,
-                launch.table.chunk_segment,
-                lrs=groups.lrs,
-                decays=groups.decays if groups.is_decayed else None,
-                partials=launch.partials,
-                **self._factors(rule),
+                tables_of_launch,
+                groups.lrs,
+                groups.update[launch.kind.has_momentum],
+                factors,
+                launch.scratch.partials,
+                launch.rounding(rounding_step),
                 **amp,
-                **self._momentum_and_rounding(launch, index, groups, rounding_step),
                 SUMS=0 if rule is None else 2 if rule.project else 1,
-                **launch.table.options,
+                NESTEROV=launch.kind.nesterov,
+                MAXIMIZE=launch.kind.maximize,
+                **launch.options,
             )
 
     def _cooperate(
         self,
-        rule: DecisionInputs,
-        addresses_of_launches: list[Tensor],
+        tables: list[Tables],
         groups: GroupArguments,
         amp: dict[str, Tensor | None],
         rounding_step: Tensor | None,
     ) -> None:
-        (launch,), (addresses,) = self.launches, addresses_of_launches
-        cooperative_kernel[(launch.table.n_chunks,)](
-            addresses,
-            launch.table.segments,
-            launch.table.chunk_segment,
-            launch.partials,
-            self.sums,
-            self.counters,
-            self.gate,
-            self.sums.shape[1],
-            **self._decision(rule, groups, launch.table.n_chunks - launch.table.n_measured),
-            **self._factors(rule),
+        (launch,), (tables_of_launch,) = self.launches, tables
+        table, has_momentum = launch.table, launch.kind.has_momentum
+        cooperative_kernel[(table.n_chunks,)](
+            tables_of_launch,
+            launch.scratch._replace(gate=self.gate),
+            self.n_rows,
+            self.n_deciding + table.n_chunks - table.n_measured,  # and the programs without a row
+            self.rows,
+            groups.lrs,
+            groups.together[has_momentum],
+            self.factors,
+            launch.rounding(rounding_step),
             **amp,
-            **self._momentum_and_rounding(launch, 0, groups, rounding_step),
-            HAS_BUFFERS=launch.kind.has_momentum,
-            **launch.table.options,
+            **self.decision,
+            HAS_BUFFERS=has_momentum,
+            NESTEROV=launch.kind.nesterov,
+            MAXIMIZE=launch.kind.maximize,
+            **launch.options,
             **({"maxnreg": MAX_REGISTERS, "launch_cooperative_grid": True} if self.gate.is_cuda else {}),
         )
-
-    def _factors(self, rule: DecisionInputs | None) -> dict[str, Tensor | None]:
-        """The controls that the rule sets."""
-        name = None if rule is None else rule.name
-        return {
-            "grad_factor": self.s if name is not None else None,
-            "weight_factor": self.a if name in ("warmup", "angle", "sphere") else None,
-            "radial": self.p if rule is not None and rule.project else None,
-        }
-
-    def _momentum_and_rounding(
-        self, launch: Launch, index: int, groups: GroupArguments, rounding_step: Tensor | None
-    ) -> dict[str, Any]:
-        kind = launch.kind
-        return {
-            "momenta": groups.momenta if kind.has_momentum else None,
-            "one_minus_dampening": groups.one_minus_dampening,
-            "NESTEROV": kind.nesterov,
-            "MAXIMIZE": kind.maximize,
-            "seed": None if kind.seed is None else self.seeds[index],
-            "step": None if kind.seed is None else rounding_step,
-        }
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What one launch of the update covers.
-
-    members: the numbers of its tensors among those of the step.
-    partials: float32 [n_measured, 4], see `measure_kernel`.
-    """
-
-    table: Table
-    kind: LaunchKey
-    members: np.ndarray
-    partials: Tensor
-
-    def addresses_with(self, grad_pointers: Sequence[int]) -> np.ndarray:
-        """The addresses of all segments if the gradients (of all tensors, not only these) are there."""
-        pointers = self.table.pointers.copy()
-        pointers[:, 1] = np.array(grad_pointers, np.int64)[self.members]
-        return self.table.addresses_of(pointers)
-
-
-def _mixed(*numbers: int) -> int:
-    """A seed of 63 bits that differs if one of the numbers does."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _pointers(tensors: Sequence[Tensor]) -> list[int]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .args import HyperArguments
+from .hyper_arguments import HyperArguments
 
 __all__ = ["GraphTables", "TablesOfGraph"]
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decide import RADIAL_TESTS, decide
+from .args import Hypers, Rows, Scratch
+from .decide import RADIAL_TESTS, decide, memory_of
 from .tables import load_chunk, only_if, tables_for, triples_of
 
 __all__ = ["measure", "measure_kernel"]
@@ -62,70 +63,40 @@ def measure(
             if table.n_measured > 0:
                 partials = torch.empty(table.n_measured, 4, dtype=torch.float32, device=device)
                 measure_kernel[(table.n_measured,)](
-                    table.addresses,
-                    table.segments,
-                    table.chunk_segment,
-                    partials,
-                    sums,
-                    counters,
+                    table.arguments,
+                    Scratch(partials, sums, counters),
                     n_rows,
                     read_all=1,
                     read_momentum=1,
-                    **NO_DECISION,
+                    grad_scale=None,
+                    found_inf=None,
+                    n_deciding=0,
+                    rows=Rows(),
+                    lrs=None,
+                    hypers=Hypers(),
+                    RULE=None,
+                    WHOLE=False,
+                    PROJECT=False,
+                    MAXIMIZE=False,
                     HAS_BUFFERS=any(m is not None for m in buffers),
                     **table.options,
                 )
     return sums[:4]
 
 
-# What `measure_kernel` is given where it is to return sums and nothing else.
-NO_DECISION = {
-    "grad_scale": None,
-    "found_inf": None,
-    "n_deciding": 0,
-    "memory": None,
-    "handed_over": None,
-    "controls": None,
-    "numel": None,
-    "group_of_row": None,
-    "lrs": None,
-    "decays": None,
-    "gains": None,
-    "per_grads": None,
-    "per_momenta": None,
-    "one_minus_dampening": None,
-    "RULE": None,
-    "WHOLE": False,
-    "PROJECT": False,
-    "MAXIMIZE": False,
-}
-
-
 @triton.jit(do_not_specialize=["n_rows", "read_all", "read_momentum", "n_deciding"])
 def measure_kernel(
-    addresses,
-    segments,
-    chunk_segment,
-    partials,
-    sums,
-    counters,
+    tables,
+    scratch,
     n_rows,
     read_all,
     read_momentum,
     grad_scale,
     found_inf,
     n_deciding,
-    memory,
-    handed_over,
-    controls,
-    numel,
-    group_of_row,
+    rows,
     lrs,
-    decays,
-    gains,
-    per_grads,
-    per_momenta,
-    one_minus_dampening,
+    hypers,
     RULE: tl.constexpr,
     WHOLE: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -137,6 +108,8 @@ def measure_kernel(
     CHUNK: tl.constexpr,
 ):
     """sums[:, row] = Σ w², Σ g², Σ w·g, Σ w·m over the row, and whether its buffer is new; then `decide`.
+
+    tables, scratch, rows, hypers: see `args`. RULE: a function of `decide.RULES`; None where nobody decides.
 
     Each program sums a chunk as a tree, in float32, into partials[chunk, :]. The last program of a row adds its
     partials in a fixed order, in float64, so that the bits do not depend on which program that is. The last program
@@ -150,13 +123,11 @@ def measure_kernel(
     Bytes per element: read g (4 in float32), w unless its norm is known (8), m where asked for (12).
     Source: derived, docs/theory.md: the sums that its quantities are made of.
     """
-    w, g, m, left, full, row, _, first, n_chunks, m_address = load_chunk(
-        addresses, segments, chunk_segment, W, G, M, CHUNK
-    )
+    w, g, m, left, full, row, _, first, n_chunks, m_address = load_chunk(tables, W, G, M, CHUNK)
     wanted, read_w = True, True
-    if memory is not None:
-        passed = tl.load(memory + 2 * n_rows + row)
-        over = False if handed_over is None else tl.load(handed_over) != 0
+    if rows.memory is not None:
+        passed = tl.load(memory_of(rows, n_rows).tracked + row)
+        over = False if rows.handed_over is None else tl.load(rows.handed_over) != 0
         wanted = (read_all != 0) | ((passed >= 0) & (over == 0))
         read_w = (read_all != 0) | (wanted & (passed < RADIAL_TESTS))
     read_m = (read_momentum != 0) & (m_address != 0)
@@ -173,15 +144,14 @@ def measure_kernel(
         m_at = tl.multiple_of(m + lanes, 16)
         mask = tl.full([CHUNK], True, tl.int1)
         whole = _products(w_at, g_at, m_at, mask, read_w, wanted, read_m, scale, HAS_BUFFERS)
-        _store_partials(partials, whole, wanted, read_w, read_momentum, HAS_BUFFERS)
+        _store_partials(scratch.partials, whole, wanted, read_w, read_momentum, HAS_BUFFERS)
     else:
         size = tl.minimum(left, CHUNK).to(tl.int32)
         part = _masked_products(w, g, m, size, read_w, wanted, read_m, scale, HAS_BUFFERS, CHUNK // 4)
-        _store_partials(partials, part, wanted, read_w, read_momentum, HAS_BUFFERS)
+        _store_partials(scratch.partials, part, wanted, read_w, read_momentum, HAS_BUFFERS)
     finish(
-        partials, sums, counters, None, n_rows, row, first, n_chunks, m_address,
-        found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
-        lrs, decays, gains, per_grads, per_momenta, one_minus_dampening, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,
+        scratch, n_rows, row, first, n_chunks, m_address,
+        n_deciding, rows, lrs, hypers, found_inf, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,
     )  # fmt: skip
 
 
@@ -232,17 +202,13 @@ def _store_partials(partials, products, wanted, read_w, read_momentum, HAS_BUFFE
 
 @triton.jit
 def finish(
-    partials, sums, counters, gate, n_rows, row, first, n_chunks, m_address,
-    found_inf, n_deciding, memory, handed_over, controls, numel, group_of_row,
-    lrs, decays, gains, per_grads, per_momenta, one_minus_dampening,
+    scratch, n_rows, row, first, n_chunks, m_address,
+    n_deciding, rows, lrs, hypers, found_inf,
     RULE: tl.constexpr, WHOLE: tl.constexpr, PROJECT: tl.constexpr,
     HAS_BUFFERS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """The last program of a row sums its partials; the last of `n_deciding` decides and takes the counters back to 0.
-
-    counters: int32 [n_rows + 1]: programs done of each row, then rows done and programs without a row.
-    gate: int32, where given, goes up by one once all is decided.
-    """
+    """The last program of a row sums its partials; the last of `n_deciding` decides. Counters return to 0."""
+    counters = scratch.counters
     is_last = 1
     if row >= 0:
         # The barrier and the release of the atomic publish this program's stores, its acquire fetches the others'.
@@ -251,30 +217,26 @@ def finish(
         if is_last != 0:
             tl.store(counters + row, 0)
             lanes = tl.arange(0, PARTIALS_PER_LOAD)[:, None]
-            at = partials + first.to(tl.int64) * 4 + tl.arange(0, 4)[None, :]
+            at = scratch.partials + first.to(tl.int64) * 4 + tl.arange(0, 4)[None, :]
             total = _partials_from(0, at, lanes, n_chunks)
             for start in range(PARTIALS_PER_LOAD, n_chunks, LOADS_PER_PASS * PARTIALS_PER_LOAD):
                 for i in tl.static_range(LOADS_PER_PASS):
                     total += _partials_from(start + i * PARTIALS_PER_LOAD, at, lanes, n_chunks)
-            at = sums + tl.arange(0, 4).to(tl.int64) * n_rows + row
+            at = scratch.sums + tl.arange(0, 4).to(tl.int64) * n_rows + row
             tl.store(at, tl.sum(total, axis=0).to(tl.float32))
-            if PROJECT & HAS_BUFFERS & (one_minus_dampening is not None):
+            if PROJECT & HAS_BUFFERS & (hypers.one_minus_dampening is not None):
                 m = tl.load(m_address.to(tl.pointer_type(M)), mask=m_address != 0, other=0.0)
                 new = is_new(m.to(tl.float32))
-                tl.store(sums + 4 * n_rows + row, new.to(tl.float32))
-    if memory is not None:
+                tl.store(scratch.sums + 4 * n_rows + row, new.to(tl.float32))
+    if rows.memory is not None:
         if is_last != 0:
             tl.debug_barrier()
             if tl.atomic_add(counters + n_rows, 1) == n_deciding - 1:
                 tl.store(counters + n_rows, 0)
-                decide(
-                    sums, memory, handed_over, controls, numel, group_of_row,
-                    lrs, decays, gains, per_grads, per_momenta, one_minus_dampening, found_inf, n_rows,
-                    RULE, WHOLE, PROJECT,
-                )  # fmt: skip
-                if gate is not None:
+                decide(scratch.sums, rows, lrs, hypers, found_inf, n_rows, RULE, WHOLE, PROJECT)
+                if scratch.gate is not None:
                     tl.debug_barrier()
-                    tl.atomic_add(gate, 1)
+                    tl.atomic_add(scratch.gate, 1)
 
 
 @triton.jit

@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from .args import Tables
+
 CHUNK = 4096  # elements per program: a power of two, at least 8, so that full chunks keep 16-byte alignment
 NUM_WARPS = 8
 
@@ -88,6 +90,10 @@ class Table:
         return _addresses(pointers, self.owner, self.shifts)
 
     @property
+    def arguments(self) -> Tables:
+        return Tables(self.addresses, self.segments, self.chunk_segment)
+
+    @property
     def options(self) -> dict[str, Any]:
         """What every launch over this table has in common. Products and sums are fused by `tl.fma` alone: bits must not
         depend on which factors are given, nor on which kernel adds up a norm."""
@@ -96,9 +102,7 @@ class Table:
 
 @triton.jit
 def load_chunk(
-    addresses,
-    segments,
-    chunk_segment,
+    tables,
     W: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
@@ -111,14 +115,14 @@ def load_chunk(
     Bytes: 60 per chunk. Offsets are int64.
     """
     chunk = tl.program_id(0)
-    index = tl.load(chunk_segment + chunk).to(tl.int64)
-    w_address = tl.load(addresses + index * 3)
-    g_address = tl.load(addresses + index * 3 + 1)
-    elements = tl.load(segments + index * 4)
-    m_address = tl.where(elements > 0, tl.load(addresses + index * 3 + 2), 0)
-    first = tl.load(segments + index * 4 + 1).to(tl.int32)
-    row = tl.load(segments + index * 4 + 2).to(tl.int32)
-    group = tl.load(segments + index * 4 + 3).to(tl.int32)
+    index = tl.load(tables.chunk_segment + chunk).to(tl.int64)
+    w_address = tl.load(tables.addresses + index * 3)
+    g_address = tl.load(tables.addresses + index * 3 + 1)
+    elements = tl.load(tables.segments + index * 4)
+    m_address = tl.where(elements > 0, tl.load(tables.addresses + index * 3 + 2), 0)
+    first = tl.load(tables.segments + index * 4 + 1).to(tl.int32)
+    row = tl.load(tables.segments + index * 4 + 2).to(tl.int32)
+    group = tl.load(tables.segments + index * 4 + 3).to(tl.int32)
     offset = (chunk - first).to(tl.int64) * CHUNK
     left = elements - offset
     full = (((w_address | g_address | m_address) & 15) == 0) & (left >= CHUNK)

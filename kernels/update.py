@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .args import Factors, Hypers
 from .measure import is_new
 from .tables import Row, load_chunk, of_group, tables_for, triples_of
 
@@ -63,16 +64,16 @@ def update(
         lr = lr.detach().reshape(()).to(device, torch.float32, non_blocking=True)
     else:
         lr = float(lr)
-    factors = {
-        "grad_factor": _checked("grad_factor", grad_factor, device),
-        "weight_factor": _checked("weight_factor", weight_factor, device),
-        "radial": _checked("radial", radial, device),
-    }
-    lengths = {name: len(factor) for name, factor in factors.items() if factor is not None}
+    factors = Factors(
+        _checked("grad_factor", grad_factor, device),
+        _checked("weight_factor", weight_factor, device),
+        _checked("radial", radial, device),
+    )
+    lengths = {name: len(factor) for name, factor in factors._asdict().items() if factor is not None}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the factors have lengths {lengths}; each needs one entry per row")
     if rows is None or not lengths:
-        factors, rows = dict.fromkeys(factors), [None] * len(params)
+        factors, rows = Factors(), [None] * len(params)
 
     # Without momentum there are no buffers, whatever the list holds.
     old = momentum_buffers if momentum != 0 else [None] * len(params)
@@ -80,23 +81,23 @@ def update(
     tables = tables_for(
         triples_of(params, grads, buffers), rows=rows, n_rows=max(lengths.values(), default=0)
     )
+    hypers = Hypers(
+        (float(momentum),) if momentum != 0 else None,
+        (1.0 - dampening,) if dampening != 0 else None,
+        (float(weight_decay),) if weight_decay != 0 else None,
+    )
     with torch.cuda.device_of(params[0]):
         for table in tables:
             if table.n_chunks > 0:
                 update_kernel[(table.n_chunks,)](
-                    table.addresses,
-                    table.segments,
-                    table.chunk_segment,
+                    table.arguments,
                     (lr,),
-                    (float(momentum),) if momentum != 0 else None,
-                    (1.0 - dampening,) if dampening != 0 else None,
-                    (float(weight_decay),) if weight_decay != 0 else None,
-                    **factors,
-                    partials=None,
+                    hypers,
+                    factors,
+                    None,
+                    None,
                     grad_scale=None,
                     found_inf=None,
-                    seed=None,
-                    step=None,
                     SUMS=0,
                     NESTEROV=bool(nesterov),
                     MAXIMIZE=bool(maximize),
@@ -137,21 +138,14 @@ def _checked(name: str, factor: Tensor | None, device: torch.device) -> Tensor |
 
 @triton.jit
 def update_kernel(
-    addresses,
-    segments,
-    chunk_segment,
+    tables,
     lrs,
-    momenta,
-    one_minus_dampening,
-    decays,
-    grad_factor,
-    weight_factor,
-    radial,
+    hypers,
+    factors,
     partials,
+    rounding,
     grad_scale,
     found_inf,
-    seed,
-    step,
     SUMS: tl.constexpr,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -163,12 +157,11 @@ def update_kernel(
     """ŵ = a·w ;  g ← g/scale, −g if maximize ;  g̃ = s·g + ω·ŵ ;  m ← g̃ in a new buffer, else μ·m + (1−d)·g̃
     u = g̃ without momentum, g̃ + μ·m if nesterov, else m ;  w ← ŵ − lr·(u − p·ŵ)
 
-    lrs, momenta, one_minus_dampening (1−d), decays (ω): tuples with an entry per param group, lrs of
-    floats or device scalars.
+    tables, hypers, factors, rounding: see `args`. lrs: floats or device scalars, an entry per param group.
     All of μ, d, ω, s, a, p, grad_scale and found_inf may be None: then they cost neither arithmetic nor
     traffic. A found_inf other than 0 ends the program before it has changed anything.
     SUMS: 1: Σ w² of the new, rounded w goes to partials[chunk, 0] for the next step; 2: Σ w·m to [chunk, 3] too.
-    seed, step: round w to bfloat16 stochastically (`round_stochastically`).
+    rounding: where given, w is rounded to bfloat16 stochastically (`round_stochastically`).
 
     Bytes per element: read w, g and m, write w and m: 20 in float32 (12 without momentum).
     Source: torch.optim.SGD; the factors: derived, docs/theory.md.
@@ -176,17 +169,22 @@ def update_kernel(
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
-    w, g, m, left, full, row, group, _, _, _ = load_chunk(addresses, segments, chunk_segment, W, G, M, CHUNK)
+    w, g, m, left, full, row, group, _, _, _ = load_chunk(tables, W, G, M, CHUNK)
     has_row = row >= 0
     lr = of_group(group, lrs)
-    momentum = None if momenta is None else of_group(group, momenta)
-    keep = None if one_minus_dampening is None else of_group(group, one_minus_dampening)
-    decay = None if decays is None else of_group(group, decays)
+    momentum = None if hypers.momenta is None else of_group(group, hypers.momenta)
+    keep = None if hypers.one_minus_dampening is None else of_group(group, hypers.one_minus_dampening)
+    decay = None if hypers.decays is None else of_group(group, hypers.decays)
     scale = None if grad_scale is None else 1.0 / tl.load(grad_scale)
-    s = None if grad_factor is None else tl.load(grad_factor + row, mask=has_row, other=1.0)
-    a = None if weight_factor is None else tl.load(weight_factor + row, mask=has_row, other=1.0)
-    p = None if radial is None else tl.load(radial + row, mask=has_row, other=0.0)
-    count = None if step is None else tl.load(step)
+    s = None if factors.grad_factor is None else tl.load(factors.grad_factor + row, mask=has_row, other=1.0)
+    a = (
+        None
+        if factors.weight_factor is None
+        else tl.load(factors.weight_factor + row, mask=has_row, other=1.0)
+    )
+    p = None if factors.radial is None else tl.load(factors.radial + row, mask=has_row, other=0.0)
+    seed = None if rounding is None else rounding.seed
+    count = None if rounding is None else tl.load(rounding.step)
     # A full, aligned chunk is a branch of its own: only without a mask do the accesses become 128 bits wide.
     if full:
         lanes = tl.arange(0, CHUNK)

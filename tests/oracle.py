@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Norms = Sequence[Array]
+Factors = list[tuple[Array, Array]]
 
 
 def invariant_gradient(curvature: Array, per_filter: bool = False) -> Callable[[Array], Array]:
@@ -25,6 +27,33 @@ def invariant_gradient(curvature: Array, per_filter: bool = False) -> Callable[[
     if per_filter:
         return lambda w: np.stack([of_one(row, d) for row, d in zip(w, curvature, strict=True)])
     return lambda w: of_one(w, curvature)
+
+
+def no_factors(w_norms: Norms, g_norms: Norms) -> Factors:
+    return [(np.ones(()), np.ones(()))] * len(w_norms)
+
+
+def uniform(w_norms: Norms, g_norms: Norms) -> Factors:
+    e = [g / w for w, g in zip(w_norms, g_norms, strict=True)]
+    mean = np.exp(np.concatenate([np.log(x).ravel() for x in e]).mean())
+    return [(mean / x, np.ones(())) for x in e]
+
+
+def angle(w_norms: Norms, g_norms: Norms) -> Factors:
+    return [(w / g, np.ones(())) for w, g in zip(w_norms, g_norms, strict=True)]
+
+
+def sphere(w_norms: Norms, g_norms: Norms) -> Factors:
+    return [(w**2, np.ones(())) for w in w_norms]
+
+
+# From ‖w‖ and ‖g‖ of every tensor, shaped to broadcast against it, to its s and a.
+FACTORS: dict[str | None, Callable[[Norms, Norms], Factors]] = {
+    None: no_factors,
+    "uniform": uniform,
+    "angle": angle,
+    "sphere": sphere,
+}
 
 
 class Oracle:
@@ -61,22 +90,11 @@ class Oracle:
             return [np.sqrt(sum((t**2).sum() for t in tensors))] * len(tensors)
         return [np.linalg.norm(t) for t in tensors]
 
-    def factors(self, grads: Sequence[Array]) -> list[Array]:
-        """s of every tensor, shaped to broadcast against it."""
-        w_norms, g_norms = self.norms(self.weights), self.norms(grads)
-        if self.rule == "uniform":
-            e = [g / w for g, w in zip(g_norms, w_norms, strict=True)]
-            mean = np.exp(np.concatenate([np.log(x).ravel() for x in e]).mean())
-            return [mean / x for x in e]
-        if self.rule == "angle":
-            return [w / g for g, w in zip(g_norms, w_norms, strict=True)]
-        if self.rule == "sphere":
-            return [w**2 for w in w_norms]
-        return [np.ones(())] * len(grads)
-
     def step(self, grads: Sequence[Array], lr: float) -> None:
         updated = []
-        for i, (w, g, s) in enumerate(zip(self.weights, grads, self.factors(grads), strict=True)):
+        factors = FACTORS[self.rule](self.norms(self.weights), self.norms(grads))
+        for i, (w, g, (s, a)) in enumerate(zip(self.weights, grads, factors, strict=True)):
+            w = a * w
             g = s * (-g if self.maximize else g) + self.weight_decay * w
             u = g
             if self.momentum:

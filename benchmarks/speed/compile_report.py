@@ -110,19 +110,10 @@ def compile_cases() -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = ("measure", "update", "cooperative", "tables")
-    measure, update, cooperative, tables = (
+    names = ("args", "decide", "measure", "update", "cooperative", "tables")
+    args, decide, measure, update, cooperative, tables = (
         importlib.import_module(f"elropt.kernels.{name}") for name in names
     )
-    types: dict[str, Any] = {"addresses": "*i64", "segments": "*i64", "chunk_segment": "*i32"}
-    types |= {"counters": "*i32", "gate": "*i32", "group_of_row": "*i32", "step": "*i64", "seed": "i64"}
-    types |= dict.fromkeys(["n_rows", "read_all", "read_momentum", "n_deciding"], "i32")
-    tuples = ["lrs", "momenta", "one_minus_dampening", "decays", "gains", "per_grads", "per_momenta"]
-    types |= dict.fromkeys(tuples, ("fp32", "fp32")) | {"lrs": ("fp32", "*fp32")}
-    constants: dict[str, Any] = {
-        "RULE": None, "WHOLE": False, "PROJECT": False, "HAS_BUFFERS": False,
-        "SUMS": 1, "NESTEROV": True, "MAXIMIZE": False, "CHUNK": tables.CHUNK,
-    }  # fmt: skip
     kernels: dict[str, Any] = {
         "measure": measure.measure_kernel,
         "update": update.update_kernel,
@@ -130,40 +121,90 @@ def compile_cases() -> Report:
     }
     elements = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
     elements_per_thread = tables.CHUNK // (THREADS_PER_WARP * tables.NUM_WARPS)
+    constants: dict[str, Any] = {
+        "RULE": None, "WHOLE": False, "PROJECT": False, "HAS_BUFFERS": False,
+        "SUMS": 1, "NESTEROV": True, "MAXIMIZE": False, "CHUNK": tables.CHUNK,
+    }  # fmt: skip
 
     report: Report = {}
     for name, case in CASES.items():
         function = kernels[case.kernel]
-        changes = dict(case.changes)
+        types = argument_types(args, case)
         of_elements = (elements[dtype] for dtype in case.elements.split())
-        constexprs = {**constants, **dict(zip("WGM", of_elements, strict=True))}
-        if not changes.pop("AMP", False):
-            constexprs |= {"grad_scale": None, "found_inf": None}
-        if not changes.pop("damped", False):
-            constexprs["one_minus_dampening"] = None
-        if not changes.pop("rounded", False):
-            constexprs |= {"seed": None, "step": None}
-        constexprs |= changes
-        constexprs = {k: v for k, v in constexprs.items() if k in function.arg_names}
-        if constexprs.get("RULE") != "warmup" and case.kernel != "update":
-            constexprs["handed_over"] = None
-        signature = {
-            arg: "constexpr" if arg in constexprs else types.get(arg, "*fp32") for arg in function.arg_names
+        constexprs = {**constants, **dict(zip("WGM", of_elements, strict=True)), **case.changes}
+        if case.kernel != "update" and types["rows"].memory is not None:
+            constexprs["RULE"] = decide.RULES[constexprs["RULE"]]
+        signature = {arg: types.get(arg, "constexpr") for arg in function.arg_names}
+        values: dict[tuple[int, ...], Any] = {
+            (i,): constexprs[arg] for i, arg in enumerate(signature) if signature[arg] == "constexpr"
         }
-        attrs = {
-            (i,): [["tt.divisibility", 16]]
-            for i, arg in enumerate(function.arg_names)
-            if isinstance(signature[arg], str) and signature[arg].startswith("*")
-        }
+        attrs: dict[tuple[int, ...], Any] = {}
+        for i, of_argument in enumerate(signature.values()):
+            for path, of_field in paths((i,), of_argument):
+                if of_field is None:
+                    values[path] = None
+                elif of_field.startswith("*"):
+                    attrs[path] = [["tt.divisibility", 16]]
         options: dict[str, Any] = {"num_warps": tables.NUM_WARPS, "enable_fp_fusion": False}
         if case.kernel == "cooperative":
             options |= {"maxnreg": cooperative.MAX_REGISTERS, "launch_cooperative_grid": True}
-        source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attrs)
+        signature = {arg: without_none(of_argument) for arg, of_argument in signature.items()}
+        source = ASTSource(fn=function, signature=signature, constexprs=values, attrs=attrs)
         report[name] = {}
         for capability in CAPABILITIES:
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             report[name][str(capability)] = examine(compiled, elements_per_thread)
     return report
+
+
+def argument_types(args: Any, case: Case) -> dict[str, Any]:
+    """Of the arguments of a kernel that are no constants: Triton's names of types, in groups as in `kernels.args`; None
+    for what is absent."""
+    changes = case.changes
+    rule = changes.get("RULE")
+    is_absent = {
+        name for name in ("grad_factor", "weight_factor", "radial", "momenta") if changes.get(name, 0) is None
+    }
+    of_groups: dict[str, Any] = dict.fromkeys(args.Hypers._fields, ("fp32", "fp32"))
+    if not changes.get("damped"):
+        is_absent.add("one_minus_dampening")
+    if case.kernel == "measure":
+        is_absent.add("momenta")
+    if case.kernel == "update":
+        is_absent |= {"gains", "per_grads", "per_momenta"}
+    factors = {name: None if name in is_absent else "*fp32" for name in args.Factors._fields}
+    scaling = "*fp32" if changes.get("AMP") else None
+    rows = args.Rows("*fp32", "*fp32" if rule == "warmup" else None, "*fp32", "*fp32", "*i32")
+    if changes.get("memory", 0) is None:
+        rows = args.Rows()
+    return {
+        "tables": args.Tables("*i64", "*i64", "*i32"),
+        "scratch": args.Scratch("*fp32", "*fp32", "*i32", "*i32" if case.kernel == "cooperative" else None),
+        **dict.fromkeys(("n_rows", "n_deciding", "read_all", "read_momentum"), "i32"),
+        "rows": rows,
+        "lrs": ("fp32", "*fp32"),
+        "hypers": args.Hypers(**{k: None if k in is_absent else v for k, v in of_groups.items()}),
+        "factors": args.Factors(**factors),
+        "rounding": args.Rounding("i64", "*i64") if changes.get("rounded") else None,
+        "partials": "*fp32",
+        "grad_scale": scaling,
+        "found_inf": scaling,
+    }
+
+
+def paths(path: tuple[int, ...], of_argument: Any) -> list[tuple[tuple[int, ...], str | None]]:
+    """Every type that an argument is made of, with where it stands among the arguments."""
+    if not isinstance(of_argument, tuple):
+        return [(path, of_argument)]
+    return [found for i, of_field in enumerate(of_argument) for found in paths((*path, i), of_field)]
+
+
+def without_none(of_argument: Any) -> Any:
+    """The types of an argument as Triton wants them: what is None is a constant."""
+    if not isinstance(of_argument, tuple):
+        return "constexpr" if of_argument is None else of_argument
+    fields = map(without_none, of_argument)
+    return type(of_argument)(*fields) if hasattr(of_argument, "_fields") else tuple(fields)
 
 
 def examine(compiled: Any, elements_per_thread: int) -> dict[str, Any]:

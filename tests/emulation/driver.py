@@ -131,7 +131,10 @@ def _tensors_in(values: Mapping[str, object]) -> Iterator[tuple[str, torch.Tenso
         if isinstance(value, torch.Tensor):
             yield name, value
         elif isinstance(value, tuple | list):
-            yield from _tensors_in({f"{name}[{i}]": member for i, member in enumerate(value)})
+            fields = getattr(value, "_fields", range(len(value)))
+            yield from _tensors_in(
+                {f"{name}.{field}": member for field, member in zip(fields, value, strict=True)}
+            )
 
 
 def install() -> Emulator:

@@ -8,7 +8,7 @@ prints JSON: {"compiled": how many, "failed": {kernel and options: error}, "spil
 process in which TRITON_INTERPRET is set: there the kernels are Python.
 
 No signature is written down here. `ELRSGD`, `measure` and `update` run on the CPU with the options asked for, Triton
-itself works out the types of what they hand to a kernel, and is stopped before it compiles (`jit_cache_hook`).
+itself works out the types of what they hand to a kernel, and is stopped before it compiles.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction
 
 from elropt import ELRSGD, kernels
 from elropt.kernels import cooperative, fused_step, tables
@@ -114,19 +115,28 @@ class Recorder:
     def __init__(self) -> None:
         self.found: dict[str, Specialization] = {}
         triton.runtime.driver.set_active(NoGPU())
-        knobs.runtime.jit_cache_hook = self._note
+        JITFunction._do_compile = lambda function, *arguments, **_: self._note(function, *arguments)
         tables.DEVICE_TYPE = "cpu"
 
-    def _note(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        function = fn.jit_function
-        options = json.loads(compile["specialization_data"])["options"]
-        options = {name: options[name] for name in ("num_warps", "enable_fp_fusion")}
+    def _note(
+        self,
+        function: Any,
+        key: Any,
+        signature: Any,
+        device: int,
+        constants: Any,
+        all_options: Any,
+        attrs: Any,
+        *_: Any,
+    ) -> None:
+        """In place of Triton's own, which would compile. (Its hook before that fails on a function among the constants,
+        in triton 3.6.)"""
+        options = {name: getattr(all_options, name) for name in ("num_warps", "enable_fp_fusion")}
         if function is cooperative.cooperative_kernel:  # the host gives these to launches on a GPU alone
             options |= {"maxnreg": cooperative.MAX_REGISTERS, "launch_cooperative_grid": True}
-        source = ASTSource(function, compile["signature"], compile["constants"], compile["configs"][0])
+        source = ASTSource(function, signature, constants, attrs)
         found = Specialization(source, options)
         self.found.setdefault(found.key, found)
-        return True  # Triton compiles and launches nothing
 
     def step(self, options: Options) -> None:
         """A step of an optimizer with these options."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -48,6 +49,14 @@ def write_triton(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (folder / "triton" / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / "triton" / name).write_text(text)
+
+
+def test_the_folder_of_a_checkout_is_no_package_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    for name in ("kernels", "kernels.tables"):
+        with pytest.raises(ImportError, match="write `from elropt import kernels`"):
+            importlib.import_module(name)
+    assert kernels.__name__ == "elropt.kernels"
 
 
 def test_without_triton() -> None:

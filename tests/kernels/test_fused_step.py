@@ -24,13 +24,15 @@ if not kernels.available():
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from elropt.kernels import tables
+from elropt.kernels.args import Hypers, Rows
 from elropt.kernels.decide import decide
 
 from ..nets import backward, bn_mlp, invariant_weights
 from .counting import bytes_touched
 
-group_hyper_module = importlib.import_module("elropt.kernels.args")
+hyper_module = importlib.import_module("elropt.kernels.hyper_arguments")
 step_module = importlib.import_module("elropt.kernels.fused_step")
+launches_module = importlib.import_module("elropt.kernels.launches")
 decide_module = importlib.import_module("elropt.kernels.decide")
 DEVICE = tables.DEVICE_TYPE
 INTERPRETED = DEVICE == "cpu"
@@ -57,11 +59,11 @@ def test_the_kernel_has_the_constants_of_the_rules() -> None:
         "SMOOTHING",
         "TINY",
         "EQUALIZATION_RATE",
+        "EQUALIZED_STD",
         "SHARE_CHANGE",
     )
     constants = {name: getattr(decide_module, name).value for name in names}
     assert constants == {name: getattr(rules, name) for name in names}
-    assert decide_module.EQUALIZED_VARIANCE.value == rules.EQUALIZED_STD**2
     near_zero = (decide_module.NEAR_ZERO_BY_SIZE, decide_module.NEAR_ZERO, decide_module.NEAR_ZERO_AT_MOST)
     assert tuple(constant.value for constant in near_zero) == rules.NEAR_ZERO
 
@@ -137,14 +139,15 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     )
     actual = torch.full((4, n), torch.nan, device=DEVICE)
     per_group = range(len(case["lrs"]))
+    hypers = Hypers(
+        decays=tuple(0.01 * (i + 1) for i in per_group),
+        gains=tuple(9.7 - i for i in per_group),
+        per_grads=tuple(1.0 - 0.1 * i for i in per_group),
+        per_momenta=tuple(0.9 - 0.1 * i for i in per_group),
+    )
     decide[(1,)](
-        sums, memory, actual_over, actual, numel, group,
-        tuple(case["lrs"]),
-        tuple(0.01 * (i + 1) for i in per_group),
-        tuple(9.7 - i for i in per_group),
-        tuple(1.0 - 0.1 * i for i in per_group),
-        tuple(0.9 - 0.1 * i for i in per_group),
-        None, None, n, RULE=rule, WHOLE=granularity == "network", PROJECT=project,
+        sums, Rows(memory, actual_over, actual, numel, group), tuple(case["lrs"]), hypers, None, n,
+        RULE=decide_module.RULES[rule], WHOLE=granularity == "network", PROJECT=project,
     )  # fmt: skip
 
     factors = dict(zip(["grad_factor", "weight_factor", "radial"], actual.cpu(), strict=False))
@@ -516,7 +519,7 @@ def test_many_groups_give_the_bits_that_they_give_by_value(
     rule: str | None, project: bool, dampening: float, lr_as: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_table = steps_of_many_groups(rule, project, dampening, lr_as)
-    monkeypatch.setattr(group_hyper_module, "MAX_BY_VALUE", 12)
+    monkeypatch.setattr(hyper_module, "MAX_BY_VALUE", 12)
     by_value = steps_of_many_groups(rule, project, dampening, "float")
     assert all(map(torch.equal, by_table, by_value))
 
@@ -525,9 +528,9 @@ def test_the_table_of_many_groups_is_uploaded_when_a_value_has_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     uploads = []
-    upload = group_hyper_module.upload
+    upload = hyper_module.upload
     monkeypatch.setattr(
-        group_hyper_module, "upload", lambda array, device: uploads.append(array) or upload(array, device)
+        hyper_module, "upload", lambda array, device: uploads.append(array) or upload(array, device)
     )
     steps_of_many_groups("uniform", False, 0.0, "float", steps=6)
     assert len(uploads) == 3  # learning rates change at every second step
@@ -540,12 +543,14 @@ def test_a_captured_step_uploads_the_table_from_memory_of_its_own() -> None:
     hypers = tuple(kernels.GroupHyper(0.9, 0.0, 1e-3 * i, 1.0, 1.0, 0.9) for i in range(9))
     lrs: list[float | Tensor] = [0.1 * i for i in range(8)]
     lrs.append(torch.tensor(0.25, device=DEVICE))
-    of_graph = group_hyper_module.HyperArguments(9, torch.device(DEVICE))
+    of_graph = hyper_module.HyperArguments(9, torch.device(DEVICE))
     pinned = torch.empty(of_graph.table.shape)
     for _ in range(2):  # the same step once more
         arguments = of_graph.of(lrs, hypers, pinned)
     torch.testing.assert_close(arguments.lrs[:9].cpu(), torch.tensor([float(lr) for lr in lrs]))
-    torch.testing.assert_close(arguments.decays[:9].cpu(), torch.tensor([h.weight_decay for h in hypers]))
+    torch.testing.assert_close(
+        arguments.measure.decays[:9].cpu(), torch.tensor([h.weight_decay for h in hypers])
+    )
     torch.testing.assert_close(pinned[0, :8], torch.tensor(lrs[:8]))
     with pytest.raises(RuntimeError, match="changed between two steps that are captured"):
         of_graph.of([0.5, *lrs[1:]], hypers, pinned)
@@ -690,9 +695,9 @@ def test_pointers_that_stay_upload_nothing_and_moved_parameters_are_followed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     uploads = []
-    addresses_with = step_module.Launch.addresses_with
+    addresses_with = launches_module.Launch.addresses_with
     monkeypatch.setattr(
-        step_module.Launch, "addresses_with", lambda *args: uploads.append(1) or addresses_with(*args)
+        launches_module.Launch, "addresses_with", lambda *args: uploads.append(1) or addresses_with(*args)
     )
     net, optimizer = net_and_optimizer(True, rule="uniform", flagged=True)
     backward(net, 0)

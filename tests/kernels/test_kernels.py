@@ -23,6 +23,7 @@ if not kernels.available():
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from elropt.kernels import tables
+from elropt.kernels.args import Factors, Hypers, Rows, Scratch
 from elropt.kernels.update import update_kernel
 
 from .counting import bytes_touched
@@ -729,27 +730,15 @@ def test_offsets_beyond_32_bits_in_the_kernels() -> None:
     table.segments[0, 1] = -(table.n_chunks - 1)  # the one program that is launched works on the last chunk
     partials = torch.full((1, 4), torch.nan, device=DEVICE)
     sums, counters = torch.empty(5, 1, device=DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    common = (table.addresses, table.segments, table.chunk_segment)
     measure_module.measure_kernel[(1,)](
-        *common, partials, sums, counters, 1, 1, 0,
-        **measure_module.NO_DECISION, HAS_BUFFERS=False, **table.constexprs, num_warps=tables.NUM_WARPS,
+        table.arguments, Scratch(partials, sums, counters), 1, 1, 0, None, None, 0, Rows(), None, Hypers(),
+        RULE=None, WHOLE=False, PROJECT=False, MAXIMIZE=False, HAS_BUFFERS=False,
+        **table.constexprs, num_warps=tables.NUM_WARPS,
     )  # fmt: skip
     torch.testing.assert_close(partials[0, 0], w.square().sum())
     torch.testing.assert_close(partials[0, 2], (w * g).sum())
-    nothing = dict.fromkeys(
-        [
-            "grad_factor",
-            "weight_factor",
-            "radial",
-            "partials",
-            "grad_scale",
-            "found_inf",
-            "seed",
-            "step",
-        ]
-    )
     update_kernel[(1,)](
-        *common, (0.5,), None, None, None, **nothing,
+        table.arguments, (0.5,), Hypers(), Factors(), None, None, None, None,
         SUMS=0, NESTEROV=False, MAXIMIZE=False, **table.constexprs, num_warps=tables.NUM_WARPS,
     )  # fmt: skip
     torch.testing.assert_close(w, before - 0.5 * g)
