@@ -60,7 +60,7 @@ def test_no_module_has_the_name_of_something_that_elropt_exports() -> None:
 
 def test_rules_are_listed_once(sources: Sources) -> None:
     """All others ask `RULES`. A benchmark may choose among the rules."""
-    library = [path for path in sources.trees if path.startswith(("elropt/", "examples/"))]
+    library = [path for path in sources.trees if path.startswith(("elropt/", "kernels/", "examples/"))]
     lists = {path: lists_of_rules(sources.trees[path]) for path in library}
     assert {path for path, lines in lists.items() if lines} == {"elropt/rules.py"}
 
