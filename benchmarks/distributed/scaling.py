@@ -320,9 +320,8 @@ def _rows() -> str:
     for decoder in DECODERS:
         name = f"{decoder.blocks} × {decoder.width:,}: {decoder.elements / 1e9:,.0f} billion"
         for tracked, rows in decoder.rows.items():
-            lines.append(
-                (name, tracked, f"{rows:,}", _size(BYTES_PER_ROW * rows), _size(STATE_BYTES_PER_ROW * rows))
-            )
+            sizes = _size(BYTES_PER_ROW * rows), _size(STATE_BYTES_PER_ROW * rows)
+            lines.append((name, tracked, f"{rows:,}", *sizes))
     return _markdown(("blocks × width: parameters", "tracked", "R", "all-reduced", "state per rank"), lines)
 
 
@@ -332,54 +331,33 @@ def _algorithms() -> str:
     for name, (rounds, cost) in ALGORITHMS.items():
         seconds, messages, sent = cost(GPUS, size, DGX_H100)
         schedule = rounds(GPUS, size, DGX_H100)
-        late = np.median(
-            [simulate(schedule, GPUS, jitter=1, seed=seed).seconds.max() for seed in range(SEEDS)]
-        )
-        times = map(_duration, (cost(GPUS, 0, DGX_H100).seconds, seconds, float(late)))
+        traces = (simulate(schedule, GPUS, jitter=1, seed=seed) for seed in range(SEEDS))
+        late = float(np.median([trace.seconds.max() for trace in traces]))
+        times = map(_duration, (cost(GPUS, 0, DGX_H100).seconds, seconds, late))
         in_a_row = cost(GPUS, 0, ONE_SECOND_EACH).seconds
         lines.append((name, f"{in_a_row:,.0f}", f"{messages:,}", _size(sent), *times))
-    heads = (
-        "algorithm",
-        "messages in a row",
-        "sent",
-        "bytes sent",
-        "latency alone",
-        "time",
-        "with late messages",
+    counts, times = (
+        ("messages in a row", "sent", "bytes sent"),
+        ("latency alone", "time", "with late messages"),
     )
-    return _markdown(heads, lines)
+    return _markdown(("algorithm", *counts, *times), lines)
 
 
 def _step() -> str:
-    fsdp = fsdp_cost(DECODER, GPUS, DGX_H100)
-    memory = memory_seconds(DECODER, GPUS)
+    fsdp, memory = fsdp_cost(DECODER, GPUS, DGX_H100), memory_seconds(DECODER, GPUS)
+    traffic = _size(memory * MEMORY_BANDWIDTH)
     lines = [
-        (
-            "FSDP2: parameters twice, gradients once",
-            f"{fsdp.messages:,}",
-            _size(fsdp.bytes),
-            _duration(fsdp.seconds),
-            "",
-            "",
-        ),
-        (
-            "the optimizer's own memory traffic",
-            "–",
-            _size(memory * MEMORY_BANDWIDTH),
-            _duration(memory),
-            "",
-            "",
-        ),
+        ("FSDP2: parameters twice, gradients once", f"{fsdp.messages:,}", _size(fsdp.bytes), fsdp.seconds),
+        ("the optimizer's own memory traffic", "–", traffic, memory),
     ]
+    lines = [(*cells, _duration(seconds), "", "") for *cells, seconds in lines]
     for name, tracked in (("hierarchical", TRACKED), ("ring", TRACKED), ("ring", FILTERS)):
         seconds, messages, sent = ALGORITHMS[name].cost(GPUS, BYTES_PER_ROW * DECODER.rows[tracked], DGX_H100)
         shares = _percent(seconds / fsdp.seconds), _percent(seconds / memory)
-        lines.append(
-            (f"all-reduce, {tracked}: {name}", f"{messages:,}", _size(sent), _duration(seconds), *shares)
-        )
-    return _markdown(
-        ("per step and GPU", "messages", "bytes", "time", "of FSDP2", "of the memory traffic"), lines
-    )
+        cells = f"{messages:,}", _size(sent), _duration(seconds)
+        lines.append((f"all-reduce, {tracked}: {name}", *cells, *shares))
+    columns = "messages", "bytes", "time", "of FSDP2", "of the memory traffic"
+    return _markdown(("per step and GPU", *columns), lines)
 
 
 def _markdown(heads: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -409,7 +387,7 @@ def _percent(share: float) -> str:
 
 
 def main() -> None:
-    """Prints the tables of docs/scaling.md, from the committed result of benchmarks/distributed/all_reduce.py.
+    """Print the tables of docs/scaling.md, from the committed result of benchmarks/distributed/all_reduce.py.
 
     Example: python -m benchmarks.distributed.scaling
     """
