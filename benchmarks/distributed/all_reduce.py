@@ -38,7 +38,7 @@ from benchmarks.common.command_line import one_of, table_of
 from benchmarks.common.files import write_json
 from benchmarks.common.statistics import grouped
 from benchmarks.speed.options import workload_option
-from benchmarks.speed.timing import synchronize
+from benchmarks.speed.timing import synchronize, take_turns
 from benchmarks.speed.workloads import WORKLOADS, Workload, param_groups
 from elropt import ELRSGD, env_report
 from elropt.plots import COLORS, MARKERS, save
@@ -190,10 +190,8 @@ def time_steps(name: str, turns: int, watch: Stopwatch, ranks: int) -> list[Row]
         for _ in range(STEPS_UNTIL_KNOWN if watch.device.type == "cuda" else 2):
             optimizer.step()
     counts = {key: count_all_reduces(optimizer) for key, optimizer in made.items()}
-    seconds: dict[str, list[tuple[float, float]]] = {key: [] for key in made}
-    for _ in range(turns):
-        for key, optimizer in made.items():
-            seconds[key].append(watch.seconds(optimizer.step))
+    blocks = {key: functools.partial(watch.seconds, optimizer.step) for key, optimizer in made.items()}
+    seconds = take_turns(blocks, turns)  # in the same order on all ranks
     samples = {key: watch.of_the_slowest(values) for key, values in seconds.items()}
     return [
         {

@@ -31,7 +31,8 @@ from rich.console import Console
 
 from benchmarks.imagenet.data import load_tree
 from benchmarks.imagenet.recipe import OPTIMIZERS, make_settings
-from benchmarks.imagenet.training import Pace, Refused, join_world, train
+from benchmarks.imagenet.training import Pace, train
+from benchmarks.imagenet.world import Refused, join_world
 
 
 def main(

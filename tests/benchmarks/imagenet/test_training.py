@@ -45,7 +45,8 @@ from benchmarks.imagenet.recipe import (
     make_optimizer,
     make_settings,
 )
-from benchmarks.imagenet.training import Pace, Refused, Training, World, backward, evaluate, take_step, train
+from benchmarks.imagenet.training import Pace, Training, backward, evaluate, take_step, train
+from benchmarks.imagenet.world import Refused, World
 from tests.benchmarks.photos import TRAIN, VAL, write_photos
 
 ROOT = Path(__file__).resolve().parents[3]
