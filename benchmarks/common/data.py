@@ -17,7 +17,6 @@ import io
 import lzma
 import os
 import pickle
-import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,8 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from benchmarks.common.files import write_whole
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -39,7 +40,7 @@ _IMAGE_SUFFIXES = {
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff"),
     ".webp",
 }
-_NAMED = 5  # of the files that are left out
+_NAMED = 5  # files that are left out, in a warning
 
 
 @dataclass(frozen=True, eq=False)
@@ -431,7 +432,7 @@ def read_image(path: str | Path) -> "Image.Image":
             if file.mode == "P" and isinstance(file.info.get("transparency"), bytes):
                 return file.convert("RGBA").convert("RGB")  # Pillow warns of the direct way
             return file.convert("RGB")
-    except Exception as error:  # Pillow raises nearly all there are
+    except Exception as error:  # Pillow raises errors of many kinds
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -445,7 +446,7 @@ def _require_16_bits(file: "Image.Image") -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Around what reads a file: whatever is raised becomes a ValueError that names it."""
+    """Turns every error of the block that reads a file into a ValueError that names the file."""
     try:
         yield
     except Exception as error:
@@ -531,25 +532,20 @@ def _read_compact(title: str, paths: Sequence[Path], decode: Decoder) -> _Source
 
 
 def _cached(path: Path, archive: Archive, decode: Decoder) -> NDArray[np.uint8]:
-    """What `decode` makes of the file at `path`, kept in the user's cache folder under its SHA-256.
+    """The images that `decode` makes of the file at `path`, kept in the user's cache folder under its SHA-256.
 
-    As .npz, which has a checksum: what is damaged there is decoded again.
+    They are kept as .npz, which has a checksum. A damaged one is decoded again.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elropt"
-    cached, unfinished = folder / f"{digest}.npz", folder / f"{digest}.{secrets.token_hex(4)}"
+    cached = folder / f"{digest}.npz"
     with contextlib.suppress(Exception), cached.open("rb") as file, np.load(file) as kept:
         return kept["images"]
     images = decode(archive)
     with contextlib.suppress(OSError):  # without a writable cache the next call decodes again
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with unfinished.open("wb") as file:
-                np.savez(file, images=images)
-            unfinished.replace(cached)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(cached, lambda file: np.savez(file, images=images))
     return images
 
 

@@ -40,7 +40,6 @@ class Entry(NamedTuple):
         build: makes it from parameters or groups, and from `lr`, `momentum` and, if groups have none, `weight_decay`.
         unit: of its learning rate, a key of `LRS`.
         separate_lr: the learning rate is that of the tracked weights alone, as no other weight has this unit.
-        needs_tracked: it has to be told which weights are tracked, by the groups of `elropt.param_groups`.
         decay_factor: what SGD's weight decay is multiplied by to do about the same here.
         channels_last: it can train weights in this memory format.
         package: the package, besides torch and elropt, that it comes from.
@@ -49,7 +48,6 @@ class Entry(NamedTuple):
     build: Callable[..., Optimizer]
     unit: str = "SGD's"
     separate_lr: bool = False
-    needs_tracked: bool = False
     decay_factor: float = 1.0
     channels_last: bool = True
     package: str | None = None
@@ -69,7 +67,7 @@ def of_rule(rule: str) -> Entry:
     """ELRSGD with a rule."""
     lr_unit = RULES[rule].lr_unit
     build = partial(elropt.ELRSGD, rule=rule)
-    return Entry(build, UNITS[lr_unit], separate_lr=lr_unit != "lr", needs_tracked=True)
+    return Entry(build, UNITS[lr_unit], separate_lr=lr_unit != "lr")
 
 
 OPTIMIZERS: dict[str, Entry] = {

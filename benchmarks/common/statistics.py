@@ -18,7 +18,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """The items by their key, in the order in which these come."""
+    """The items with the same key in a list; the keys in the order of their first items."""
     groups: dict[Key, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -39,7 +39,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: ArrayLike) -> Interval:
-    """Mean of one value per seed. With 3 to 5 seeds the interval is narrower than its 95 % say."""
+    """Mean and interval of one value per seed. With 3 to 5 seeds it covers the true mean less often than in 95 %."""
     values = np.asarray(values, dtype=np.float64)
     if values.size < 2 or np.ptp(values) == 0:
         bound = values[0] if values.size > 1 else np.nan
@@ -54,7 +54,7 @@ def interval(values: ArrayLike) -> Interval:
 
 
 def geometric_interval(values: ArrayLike) -> Interval:
-    """`interval` of the logarithms, taken back; of the values that are positive and finite."""
+    """Geometric mean and its interval, by `interval` of the logarithms. Only finite values above 0 count."""
     values = np.asarray(values, dtype=np.float64)
     mean, low, high, n = interval(np.log(values[np.isfinite(values) & (values > 0)]))
     return Interval(math.exp(mean), math.exp(low), math.exp(high), n)
@@ -93,7 +93,10 @@ def curve(points: Sequence[tuple[float, float]]) -> Curve:
 
 
 class UsableRange(NamedTuple):
-    """Learning rates around the best at which accuracy stays above a bar; whether the grid's ends cut it off."""
+    """The learning rates around the best with an accuracy above a bar.
+
+    cut_low, cut_high: whether the stretch ends only because the grid does.
+    """
 
     low: float
     high: float
@@ -110,8 +113,8 @@ class UsableRange(NamedTuple):
 
 
 def usable_range(curve: Curve, bar: float) -> UsableRange | None:
-    """The stretch around the best learning rate in which the mean accuracy, linear in log lr between the points of
-    the grid, is at least `bar`. None if the best is below it, or the bar is NaN."""
+    """The stretch around the best learning rate in which the mean accuracy is at least `bar`. Between the points of the
+    grid it is linear in log lr. None if the best accuracy is below the bar, or the bar is NaN."""
     if not curve.mean[curve.best] >= bar:
         return None
     ends = []

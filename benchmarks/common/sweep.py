@@ -15,21 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from benchmarks.common.command_line import progress_bar
 from elropt import env_report
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Spec = TypeVar("Spec", bound="DataclassInstance")  # frozen, of plain values
+Spec = TypeVar("Spec", bound="DataclassInstance")  # frozen, with plain values
 Row = dict[str, Any]
 
 
@@ -42,12 +35,14 @@ def sweep(
     console: Console,
     describe: Callable[[Spec], str] = str,
 ) -> list[Row]:
-    """`work(spec)` of every spec, `jobs` processes at a time, each with one thread on the CPU.
+    """Calls `work(spec)` for every spec, in `jobs` processes at a time, each with one thread on the CPU.
 
-    A finished row is appended to `rows_file` (JSON lines, with the spec and the commit) at once, and a spec whose row
-    is there already is not run again. `work` is a function of a module. Returns the rows in the order of `specs`: the
-    spec under "spec", the commit, and what `work` returned. What `work` raises is raised when all other runs are done:
-    one failure costs one row.
+    A row is the spec under "spec", the commit, and what `work` returned. It is appended to `rows_file` (JSON lines) as
+    soon as its run is done; a spec with a row in that file is not run again. `work` is a function of a module, as other
+    processes import it. If it raises, the other runs are done first, and then the first error is raised.
+
+    Returns:
+        The rows, in the order of `specs`.
     """
     done = read_rows(rows_file)
     missing = [spec for spec in dict.fromkeys(specs) if _key(dataclasses.asdict(spec)) not in done]
@@ -56,15 +51,8 @@ def sweep(
         return [done[_key(dataclasses.asdict(spec))] for spec in specs]
     env = env_report.collect()
     commit = f"{env['git_commit']}{' with changes' if env['git_dirty'] else ''}"
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     with (
-        Progress(*columns, console=console) as progress,
+        progress_bar(console) as progress,
         rows_file.open("a", encoding="utf-8") as file,
         ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
@@ -86,7 +74,7 @@ def sweep(
                 done[_key(row["spec"])] = json.loads(json.dumps(without_nan(row)))
                 progress.update(task, advance=1, description=describe(spec))
         except BaseException as error:
-            pool.shutdown(cancel_futures=True)  # what the end of `with` alone would wait for
+            pool.shutdown(cancel_futures=True)  # the end of `with` alone would wait for all runs in the queue
             if isinstance(error, KeyboardInterrupt):
                 console.print(f"{len(done)} rows are in {rows_file}: the same command goes on from there")
             raise
@@ -97,7 +85,7 @@ def sweep(
 
 
 def read_rows(rows_file: Path) -> dict[str, Row]:
-    """The rows of a sweep by their spec; a last line that a kill cut short is cut off the file.
+    """The rows of a sweep by their spec. If a killed process left a last line that is cut short, the file loses it.
 
     Raises ValueError if another line is not a row.
     """
@@ -120,7 +108,7 @@ def read_rows(rows_file: Path) -> dict[str, Row]:
 
 
 def without_nan(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
+    """A copy with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

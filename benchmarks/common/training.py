@@ -188,7 +188,7 @@ def make_schedule(optimizer: Optimizer, steps: int, linear: float) -> LRSchedule
 
 
 class Trace:
-    """E = ‖g‖/‖w‖ of the tracked weights, and the ELR that is applied to them, at some steps."""
+    """E = ‖g‖/‖w‖ of the tracked weights, and the ELR that is applied to them, at `recorded_steps`."""
 
     def __init__(self, optimizer: Optimizer, tracked: Mapping[str, Tensor], steps: int) -> None:
         self._optimizer, self._tracked = optimizer, tracked
@@ -250,7 +250,7 @@ class Trace:
 
 
 def recorded_steps(steps: int) -> list[int]:
-    """The first `FIRST_STEPS` steps, 100, the last, and between them some evenly in the logarithm and some evenly."""
+    """The first `FIRST_STEPS` steps, step 100, the last, and some between: 24 at equal ratios, 12 equally far apart."""
     last = steps - 1
     between = [*np.geomspace(1, max(last, 1), 24), *np.linspace(0, last, 12)]
     chosen = {*range(FIRST_STEPS), 100, *np.rint(between).astype(int).tolist()}

@@ -1,7 +1,7 @@
 """Other ways to start: warm-ups that the study compares with ELRSGD's, as hooks on `torch.optim.SGD`.
 
-Each gets the optimizer and the tracked weights, and acts between backward and step. They read values back to the host
-and are written for clarity; what wins is built into `elropt.rules`.
+Each gets the optimizer and the tracked weights, and acts between backward and step. They are written for clarity, not
+for speed: they read values back to the host. The one that won is built into `elropt.rules`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Critical = Callable[[np.ndarray], np.ndarray]
 def capped(optimizer: Optimizer, weights: list[Tensor], critical: Critical) -> None:
     """lr = min(lr, critical learning rate) for all parameters until the cap no longer binds (docs/theory.md §4).
 
-    Of momentum the cap takes the gain 1/(1-μ) of a single gradient in the long run (§6).
+    With momentum μ the cap is (1 - μ) times as large: in the long run a single gradient counts 1/(1 - μ) times (§6).
     """
 
     def before(*_: object) -> None:
@@ -68,9 +68,9 @@ def faded(optimizer: Optimizer, weights: list[Tensor], steps: int) -> None:
 
 
 def imposed(optimizer: Optimizer, weights: list[Tensor], spread: float) -> None:
-    """Rescale the weights once, at the first step, so that E falls geometrically from the first layer to the last, by
-    `spread` in all (below 1: rises; 1: all are equal, as `elropt.equalize_` makes them). The function is the same for
-    every spread: only the ELRs differ."""
+    """Rescale the weights once, at the first step: then E of the first layer is `spread` times E of the last, and E is
+    geometric between them. With spread 1 all E are equal, as after `elropt.equalize_`. The network's function is the
+    same for every spread; only the ELRs differ."""
     done = False
 
     @torch.no_grad()
