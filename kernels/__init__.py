@@ -1,8 +1,8 @@
 """The Triton backend: one launch over all tensors to measure them, one to update them.
 
-`can_use`, `measure` and `update` have the signatures of the plain torch specification; `FusedStep` is a whole step
-over tensors that stay. Where there is no triton, or none that loads, or torch is built for ROCm, this package still
-imports, `can_use` is always False, and the rest is absent; `why_unavailable` says why.
+`can_use`, `measure` and `update` have the signatures of `elropt.reference`. `FusedStep` is a whole step, made once for
+tensors that do not change from step to step. Without a triton that loads, or with a torch for ROCm, this package can
+still be imported: `can_use` is always False, the kernels are absent, and `why_unavailable` says why.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def _why_triton_does_not_load() -> str | None:
-    """What the kernels need of triton is imported here first: an installed one may lack a library, or be too old."""
+    """Import what the kernels need of triton. An installed triton may lack a library, or be too old."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:

@@ -26,9 +26,9 @@ def bytes_moved(
     Args:
         params, grads, momentum_buffers: as the step sees them; without buffers there is no momentum.
         measure: what is read of every tensor before the update: nothing (None: no rule, or a warm-up that is over), the
-            gradient ("warmup", "uniform", "angle", "sphere"), gradient and weight ("both": while it is tested whether
-            layers are scale-invariant, after somebody else wrote to a parameter, and with ``project``), or "all": the
-            buffer too (the first of the latter).
+            gradient ("grad": while a rule acts), gradient and weight ("both": during the radial tests, after other code
+            has written to a parameter, and with ``project``), or the buffer too ("all": the first step with
+            ``project``).
 
     Returns:
         For float32 with momentum, per parameter: 20, 24, 28 and 32.

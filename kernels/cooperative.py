@@ -1,4 +1,4 @@
-"""Measure, decide and update in one launch, for nets small enough to stay on the chip between the three."""
+"""Measure, decide and update in one launch, for nets whose w, g and m fit into the registers of the GPU."""
 # Triton's language looks like Python, but type checkers cannot follow it.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
@@ -62,8 +62,7 @@ def cooperative_kernel(
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
-    # It opens once all programs, those without a row too, have been at `finish`: not before this one has read it, so
-    # that the order of this read needs no fence.
+    # The gate opens after all programs have been at `finish`, this one too: so this read comes before, without a fence.
     before = tl.atomic_add(scratch.gate, 0, sem="relaxed")
     w_first, g_first, m_first, left, full, row, group, first, n_chunks, m_address = load_chunk(
         tables, W, G, M, CHUNK

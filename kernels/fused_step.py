@@ -1,4 +1,4 @@
-"""One step over tensors that stay the same from step to step: measure and decide in one launch, update in another."""
+"""A step over the same tensors as the step before: one launch measures and decides, another updates."""
 # Triton's launches look like calls of Python functions, but type checkers cannot follow them.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
@@ -54,7 +54,7 @@ class StepPlan(NamedTuple):
 
 
 class FusedStep:
-    """The launches of a step: tables and scratch memory on the device, made once.
+    """The launches of a step, with tables and scratch memory on the device that are made once.
 
     `plan` says whether they still fit and changes nothing; `step` measures, decides and updates.
 
@@ -63,8 +63,8 @@ class FusedStep:
             `new_buffer` where a tensor had none.
         groups: for each tensor the number of its param group.
         kinds: for each param group.
-        rows: for each tensor the (first, count) of its rows in the memory of the rule, or None.
-        rule: None where nothing is ever decided.
+        rows: for each tensor the (first, count) of its rows in the memory of the rule; None: it has none.
+        rule: None: nothing is measured and decided.
         number: of this step among those of an optimizer, for the random bits of stochastic rounding.
 
     Raises:
@@ -113,7 +113,7 @@ class FusedStep:
         self.graph_tables.make_ready(self.grad_pointers, self.addresses)
 
     def _make_memory(self, params: Sequence[Tensor], groups: Sequence[int], rows: Sequence[Row]) -> None:
-        """Of the decision: all that has an entry per row. A row that nobody measures keeps its −1 in the sums."""
+        """All that has an entry per row. A row that no launch measures keeps ‖g‖² = −1: no gradient."""
         self.n_rows = n_rows = 0 if self.rule is None else self.rule.memory.shape[1]
         numel, group_of_row = np.ones(n_rows, np.float32), np.zeros(n_rows, np.int32)
         self.n_deciding, self.measured = 0, []
@@ -201,13 +201,15 @@ class FusedStep:
                     if rule is not None:
                         self._measure(rule, tables, groups, read_all, amp)
                     self._update(rule, tables, groups, amp, rounding_step)
-        except BaseException:  # between launches: programs have been counted that will not be followed
+        except (
+            BaseException
+        ):  # after the first launch, the counters count programs whose step has been given up
             self.counters.zero_()
             self.versions = None
             raise
-        # Autograd cannot see these writes (and keeps no momentum buffer for later).
+        # Autograd cannot see these writes. It never saves momentum buffers, so theirs are not counted.
         torch.autograd.graph.increment_version(self.params)
-        if rule is None or together:  # no sums of the new weights: the cooperative kernel reads them anyway
+        if rule is None or together:  # the update has left no sums of the new weights
             self.versions = None
         elif self.shares_counters and self.versions is not None:
             self.versions = [p._version for p in self.measured], self.versions[1]
@@ -224,10 +226,11 @@ class FusedStep:
             ]
             return tables, of_graph.hypers.of(lrs, hypers, of_graph.host_hypers)
         if plan.grad_pointers != self.grad_pointers:
-            self.grad_pointers = plan.grad_pointers
+            self.grad_pointers = ()  # what the tables hold is unknown until all of them have been written
             for array, addresses in zip(self._addresses_for(plan.grad_pointers), self.addresses, strict=True):
                 host = torch.from_numpy(array)
                 addresses.copy_(host.pin_memory() if addresses.is_cuda else host, non_blocking=True)
+            self.grad_pointers = plan.grad_pointers
         self.graph_tables.make_ready(plan.grad_pointers, self.addresses)
         return self.tables, self.hypers.of(lrs, hypers)
 
@@ -325,7 +328,7 @@ def _pointers(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _layouts(grads: Sequence[Tensor]) -> object:
-    """What must stay the same of the gradients; their shapes are those of their parameters (torch checks that)."""
+    """All that launches depend on, beside addresses. Shapes are those of the parameters: torch checks that."""
     if not PLAIN_TYPES.issuperset(map(type, grads)):
         return None
     if any(map(Tensor.is_neg, grads)):  # lazily negated views

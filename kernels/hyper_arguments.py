@@ -65,7 +65,7 @@ class HyperArguments:
 
     def __init__(self, n_groups: int, device: torch.device) -> None:
         self.hypers: tuple[GroupHyper, ...] | None = None
-        self.arguments: GroupArguments | None = None  # of these `hypers`; their lrs are those of any step
+        self.arguments: GroupArguments | None = None  # made of `hypers`; without a table, their lrs are empty
         self.table: Tensor | None = None
         if n_groups > MAX_BY_VALUE:
             # every row begins on a 16-byte boundary, so that kernels are compiled for one alignment
@@ -86,7 +86,7 @@ class HyperArguments:
 
         Args:
             lrs: of each group, floats or 0-dim tensors on the device.
-            hypers: of each group. The same object as at the last call stands for the same values.
+            hypers: of each group. The object of the last call must hold the values that it held then.
             pinned: host memory of the table's shape, while a CUDA graph is captured: the graph uploads what it holds
                 whenever it is replayed.
 

@@ -108,9 +108,9 @@ def load_chunk(
     M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """What this program works on: pointers to its first element in w, g and m, the number of elements from
-    there to the end of the segment, whether it is a full chunk on 16-byte boundaries, the segment's row, group,
-    first chunk and number of chunks, and the address of its buffer (0 if there is nothing at it).
+    """What this program works on: pointers to its first element in w, g and m; the number of elements from there
+    to the end of the segment; whether it is a full chunk on 16-byte boundaries; the segment's row, group, first chunk
+    and number of chunks; the address of its buffer (0 if it has none, or no elements).
 
     Bytes: 60 per chunk. Offsets are int64.
     """
@@ -273,8 +273,8 @@ def _is_interleaved(w: Layout) -> bool:
 def tables_for(triples: tuple[Triple, ...], *, rows: Sequence[Row], n_rows: int) -> tuple[Table, ...]:
     """The tables of a call, one for each combination of dtypes that occurs.
 
-    They are cached under all that they hold, and uploaded asynchronously on the current stream only when some
-    of it (a pointer, a shape, …) is new. The cache is bounded and keeps no tensor alive.
+    They are cached, and uploaded without waiting, on the current stream, when a pointer, a shape or anything else
+    that they hold is new. The cache is bounded and keeps no parameter alive.
 
     Args:
         triples: as from `triples_of`; at least one.

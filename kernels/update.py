@@ -112,15 +112,15 @@ def update(
 def new_buffer(grad: Tensor) -> Tensor:
     """A momentum buffer that has not seen a gradient: −0.0 everywhere.
 
-    μ·(−0) + g̃ is g̃ in every bit, so nobody has to remember that the next step is its first, not even if that step is
-    skipped or replayed from a CUDA graph. Only with dampening does the kernel look whether an entry is −0.0.
+    μ·(−0) + g̃ is g̃ in every bit. So no flag has to say that the next step is the first, and that step may be skipped,
+    or replayed from a CUDA graph. Only with dampening does the kernel ask whether an entry is −0.0.
     """
     return torch.full_like(grad, -0.0)
 
 
 def without_marks(buffer: Tensor) -> Tensor:
-    """A buffer from elsewhere, in which −0.0 is a value and not the mark of a new one: +0.0 in its place, unless all of
-    it is −0.0. For dampening; the buffer itself if there is nothing to do, which the host does not know."""
+    """Write +0.0 over −0.0 in a momentum buffer from elsewhere, where −0.0 is a value and not the mark of a new entry.
+    A buffer of nothing but −0.0 is left as it is: it is new. For dampening. Returns the buffer."""
     mark = (buffer == 0) & torch.signbit(buffer)
     return buffer.copy_(torch.where(mark & ~mark.all(), 0.0, buffer))
 

@@ -1181,3 +1181,24 @@ def test_nothing_of_an_optimizer_stays_alive() -> None:
     del net, optimizer
     gc.collect()
     assert [ref() for ref in alive] == [None, None]
+
+
+def test_a_table_that_could_not_be_written_is_written_by_the_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = nn.Parameter(torch.randn(3, 4, device=DEVICE))
+    optimizer = ELRSGD([weight], lr=0.1, rule=None, fused=True)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
+
+    def fails(*arguments: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launches_module.Launch, "addresses_with", fails)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    assert torch.equal(weight, before)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before - 0.1)
