@@ -86,6 +86,7 @@ SANITIZER_TESTS = [
     "tests/kernels/test_kernels.py::test_non_finite_gradients_show_up_in_their_row_alone",
 ]
 STEPS = ("torch-fused", "torch-foreach", "elr-none", "elr-warmup", "elr-uniform", "elr-project")
+TINY_STEPS, MORE_TINY_STEPS = ("torch-fused", "elr-none"), ("timm-lars", "elr-angle")
 MORE_STEPS = ("torch-fused", "elr-none", "elr-warmup", "elr-uniform")
 MORE_WORKLOADS = ("decoder-1b", "resnet-56", "2000-tensors", "decoder-1b-bf16")
 PEERS = ("timm-lars", "timm-sgdp", "elr-angle", "elr-sphere", "optimi-sgd", "pytorch-optimizer-lars")
@@ -162,37 +163,41 @@ def sanitizer_program() -> str | None:
     )
 
 
+def steps(
+    context: Context,
+    workloads: tuple[str, ...],
+    optimizers: tuple[str, ...],
+    *more: str,
+    file: str = "step_time",
+) -> list[str]:
+    """The command that times steps; with `tiny` they are those of a few small tensors."""
+    if context.tiny:
+        workloads, more = ("tiny",), ("--seconds", "0.05", *more)
+    out = ["--device", context.device, "--out", str(context.out / f"{file}.json")]
+    chosen = repeated("--workload", workloads) + repeated("--optimizer", optimizers)
+    return module("step_time", *out, *chosen, *more)
+
+
 def step_time(context: Context) -> list[list[str]]:
     """Times of the steps that matter most."""
-    out = ["--device", context.device, "--out", str(context.out / "step_time.json")]
-    if context.tiny:
-        few = repeated("--optimizer", ("torch-fused", "elr-none"))
-        return [module("step_time", *out, "--workload", "tiny", *few, "--seconds", "0.05")]
-    chosen = repeated("--workload", ("resnet-50", "vit-b-16"))
-    return [module("step_time", *out, *chosen, *repeated("--optimizer", STEPS))]
+    return [steps(context, ("resnet-50", "vit-b-16"), TINY_STEPS if context.tiny else STEPS)]
 
 
 def more_steps(context: Context) -> list[list[str]]:
     """Times of the other steps, added to the same file; no row is started that could not end."""
-    out = ["--device", context.device, "--out", str(context.out / "step_time.json"), "--add"]
     if context.tiny:
-        few = repeated("--optimizer", ("timm-lars", "elr-angle"))
-        return [module("step_time", *out, "--workload", "tiny", *few, "--seconds", "0.05")]
+        return [steps(context, (), MORE_TINY_STEPS, "--add")]
     # what is left for the peers once the other workloads are done, and at least a third
-    budgets = (context.seconds * 2 / 3, context.seconds / 3)
-    out_of_time = [["--budget", f"{max(budget - 12, 1):.0f}"] for budget in budgets]
-    others = [*repeated("--workload", MORE_WORKLOADS), *repeated("--optimizer", MORE_STEPS)]
-    peers = ["--workload", "resnet-50", *repeated("--optimizer", PEERS)]
+    others, peers = (f"{max(context.seconds * share - 12, 1):.0f}" for share in (2 / 3, 1 / 3))
     return [
-        module("step_time", *out, *others, *out_of_time[0]),
-        module("step_time", *out, *peers, *out_of_time[1]),
+        steps(context, MORE_WORKLOADS, MORE_STEPS, "--add", "--budget", others),
+        steps(context, ("resnet-50",), PEERS, "--add", "--budget", peers),
     ]
 
 
 def compiled(context: Context) -> list[list[str]]:
     """Times of torch's compiled SGD beside its fused one: slow to compile, so in no call."""
-    chosen = ["--workload", "resnet-50", *repeated("--optimizer", ("torch-fused", "torch-compiled"))]
-    return [module("step_time", "--out", str(context.out / "compiled.json"), *chosen)]
+    return [steps(context, ("resnet-50",), ("torch-fused", "torch-compiled"), file="compiled")]
 
 
 def host(context: Context) -> list[list[str]]:
