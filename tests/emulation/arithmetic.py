@@ -80,7 +80,7 @@ def _shift_left(x: Array, by: Array) -> Array:
 
 
 def _shift_right(x: Array, by: Array) -> Array:
-    """Past the end only the sign, or 0 of unsigned numbers, is left."""
+    """Shifts by the width or more leave only the sign, or 0 of unsigned numbers."""
     bits = 8 * x.itemsize
     shifted = x >> np.minimum(by, bits - 1).astype(x.dtype)
     return shifted if x.dtype.kind == "i" else np.where(by < bits, shifted, x.dtype.type(0))
@@ -163,8 +163,8 @@ def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
 
 
 def _approximately(function: Callable[..., Array], ulp: int = 1) -> Callable[..., Array]:
-    """An instruction that the manual lets be off by some last places is off by up to that here, by what looks like
-    chance but depends on the result alone; short results (1, 2, 0.5 …) are exact."""
+    """The manual allows some instructions an error of a few last places. Here they have one, up to that size, which
+    looks random but depends on the result alone. Short results (1, 2, 0.5 …) are exact."""
 
     def approximation(*arguments: Array) -> Array:
         exact = function(*arguments).astype(np.float32)

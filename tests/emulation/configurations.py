@@ -1,4 +1,4 @@
-"""Random configurations of `ELRSGD`: three steps of the kernels in the emulator beside the specification in float64.
+"""Random configurations of `ELRSGD`: three steps in the emulator, compared with the specification in float64.
 
 A configuration is drawn from its number, so that it can be run again. What the optimizer computes with the kernels is
 compared after every step, then handed to the other, so that each step is judged alone.
@@ -161,7 +161,7 @@ def _kind(random_: random.Random) -> dict[str, Any]:
 
 
 class Pair:
-    """An optimizer that steps in the emulator, and its twin in float64 on the specification."""
+    """An optimizer that steps in the emulator, and its twin that steps on the reference, in float64."""
 
     def __init__(self, configuration: Configuration) -> None:
         self.configuration = configuration
@@ -237,7 +237,8 @@ class Pair:
                 p.grad, q.grad = grad, grad.double() / scale
 
     def differences(self, *, skipped: bool) -> Iterator[str]:
-        """Between the parameters, momentum buffers and rule's state of the two; then the twin takes over the values."""
+        """Of the two in parameters, momentum buffers and memory of the rule. Then the twin takes over
+        the values."""
         for index, (p, q) in enumerate(self.params):
             ours, theirs = self.actual.state.get(p, {}), self.expected.state.get(q, {})
             pairs = {"weight": (p.detach(), q.detach())}
@@ -261,7 +262,7 @@ class Pair:
 def _difference(
     name: str, actual: Tensor, expected: Tensor, rtol: float, atol: float | None = None
 ) -> Iterator[str]:
-    """What of it is further off than rounding allows. atol: None: a hundred-thousandth of a typical entry."""
+    """A message if an entry is further off than rounding allows. atol: None: 1e-5 of a typical entry."""
     limits = torch.finfo(actual.dtype)
     x, y = actual.double(), expected.double()
     y = torch.where(y.abs() > limits.max, y.sign() * math.inf, y)
@@ -285,7 +286,7 @@ def run(
     schedules: list[Schedule] | None = None,
     steps: int = STEPS,
 ) -> list[str]:
-    """What was wrong in the steps; each has a schedule of its own, one of them with warps that move by themselves."""
+    """What was wrong in the steps. Each has its own schedule; in one, warps move by themselves."""
     pair = Pair(configuration)
     findings: list[str] = []
     is_small = pair.chunks <= 16

@@ -32,9 +32,9 @@ from .ptx import (
 from .races import ATOMIC, ATOMIC_READ, KINDS, READ, WRITE, Access, Event, History
 
 WARP = 32
-# Once all threads poll, so many polls in a row that see the same value are taken for a wait forever.
+# A deadlock: all threads poll, and each has seen the same value so many times in a row.
 PATIENCE = 10
-# How often a thread is chosen without asking whether it would poll in vain.
+# The share of turns in which a thread moves even if it would poll in vain.
 RESTLESSNESS = 0.02
 MOST_INSTRUCTIONS = 20_000_000
 
@@ -321,7 +321,7 @@ class Cta:
         return True
 
     def pass_barrier(self) -> None:
-        """Once all threads have come."""
+        """Called when all threads have arrived."""
         if self.running or not self.waiting:
             return
         barrier = self.launch.program.code[self.waiting[0].position - 1]

@@ -14,7 +14,7 @@ _LOWEST, _BEYOND = 1 << 16, 1 << 47  # of addresses of a process; an array canno
 
 
 def _everything() -> dict[int, Array]:
-    """All of this process's memory, as arrays of 1, 2, 4 and 8 bytes. Reading where nothing is ends the process."""
+    """All memory of this process, as arrays of 1, 2, 4 and 8 bytes. A read where no memory is ends the process."""
     data = np.ctypeslib.as_array((ctypes.c_uint8 * (_BEYOND - _LOWEST)).from_address(_LOWEST))
     return {size: data.view(f"u{size}") for size in (1, 2, 4, 8)}
 
@@ -23,7 +23,7 @@ _MEMORY = _everything()
 
 
 class Fault(Exception):
-    """What a GPU would stop at, too: an address outside of all tensors or not aligned, a deadlock."""
+    """An error that stops a GPU too: an address outside of all tensors or not aligned, a deadlock."""
 
 
 class GlobalMemory:

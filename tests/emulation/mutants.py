@@ -1,4 +1,4 @@
-"""Kernels with one thing broken, which the emulator must notice: changes to the PTX before it runs.
+"""Kernels with one thing broken on purpose, in their PTX, which the emulator must notice.
 
 Each names what it must find. A mutation that changes nothing is an error, so that none goes out of date unnoticed.
 """
@@ -215,8 +215,8 @@ def run(emulator: Emulator, mutant: Mutant, *, steps: int = 3) -> list[str]:
 
 
 def barriers_that_nobody_misses(emulator: Emulator, kernel: str) -> Iterator[str]:
-    """Every `bar.sync` of a kernel that can be removed without a finding. (Within a CTA a race is found whatever the
-    schedule, because nothing but barriers orders its threads.)"""
+    """Every `bar.sync` of a kernel that can be removed without a finding. (Only barriers order the threads of a CTA, so
+    a race within it is found with any schedule.)"""
     run(emulator, Mutant(kernel, unchanged, "", ""), steps=1)
     for number in range(len(barriers(emulator.compiled[kernel]))):
         if not run(emulator, Mutant(kernel, without_barrier(number), "", ""), steps=1):

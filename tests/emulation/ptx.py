@@ -44,7 +44,7 @@ class Instruction:
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic(Instruction):
-    """arguments: (slot, how to see its bits); results: slots, None for one that nobody wants."""
+    """arguments: (slot, type to view its bits as); results: slots, None for one that is thrown away."""
 
     function: Callable[..., Array | tuple[Array, ...]]
     arguments: tuple[tuple[int, np.dtype], ...]
@@ -127,7 +127,7 @@ class Program:
     targets: dict[str, int] = field(default_factory=dict)
 
     def registers(self, n_threads: int) -> list[Array]:
-        """Values of all slots at the start. What no instruction has set is garbage."""
+        """Values of all slots at the start: garbage, except for constants."""
         garbage = {
             dtype: np.frombuffer(b"\xa5" * dtype.itemsize * n_threads, dtype) for dtype in set(self.dtypes)
         }

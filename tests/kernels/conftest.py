@@ -1,4 +1,4 @@
-"""What holds of every kernel that these tests run."""
+"""Checks of every kernel that these tests run."""
 
 from __future__ import annotations
 

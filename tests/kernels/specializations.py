@@ -1,8 +1,8 @@
-"""Every specialisation of the kernels that the host can ask for, recorded from the host and compiled without a GPU.
+"""Every specialization of the kernels that the host can ask for: recorded on the host, compiled without a GPU.
 
-    python -m tests.kernels.specializations pairs          # every pair of options, as far as Triton's own code (TTIR)
-    python -m tests.kernels.specializations all            # every combination of what changes the code, likewise
-    python -m tests.kernels.specializations assembled      # some of the pairs, to the end, for three GPUs
+    python -m tests.kernels.specializations pairs          # every pair of options, up to Triton's own code (TTIR)
+    python -m tests.kernels.specializations all            # every combination that changes the code, up to TTIR
+    python -m tests.kernels.specializations assembled      # the pairs, up to machine code, for three GPUs
 
 prints JSON: {"compiled": how many, "failed": {kernel and options: error}, "spilled": {…: bytes of stack}}. Not for a
 process in which TRITON_INTERPRET is set: there the kernels are Python.
@@ -97,7 +97,7 @@ class Specialization(NamedTuple):
 
 
 class NoGPU:
-    """A driver that answers what a launch asks before it compiles."""
+    """A driver with just what a launch asks for before it compiles."""
 
     def get_current_device(self) -> int:
         return 0
@@ -110,7 +110,7 @@ class NoGPU:
 
 
 class Recorder:
-    """Takes note of launches in place of making them: `found` by `Specialization.key`."""
+    """Notes launches instead of making them. found: by `Specialization.key`."""
 
     def __init__(self) -> None:
         self.found: dict[str, Specialization] = {}
@@ -129,8 +129,8 @@ class Recorder:
         attrs: Any,
         *_: Any,
     ) -> None:
-        """In place of Triton's own, which would compile. (Its hook before that fails on a function among the constants,
-        in triton 3.6.)"""
+        """Replaces the method of Triton that compiles. (Its `jit_cache_hook` would do, but in triton 3.6 it fails on a
+        function among the constants.)"""
         options = {name: getattr(all_options, name) for name in ("num_warps", "enable_fp_fusion")}
         if function is cooperative.cooperative_kernel:  # the host gives these to launches on a GPU alone
             options |= {"maxnreg": cooperative.MAX_REGISTERS, "launch_cooperative_grid": True}
@@ -192,12 +192,12 @@ def _tensors(options: Options) -> tuple[nn.Parameter, Tensor, Tensor]:
 
 
 def _arguments(options: Options) -> Options:
-    """Those of the options that are arguments of the optimizer."""
+    """The options that are arguments of the optimizer."""
     return {name: options[name] for name in CODE if name not in ("scaled", "launches")}
 
 
 def allowed(options: Options) -> bool:
-    """Whether the optimizer takes them: asked of itself."""
+    """Whether the optimizer takes these options, by its own check."""
     try:
         validate_choices({**DEFAULTS, **_arguments(options)})
     except ValueError:
@@ -210,8 +210,8 @@ def function_allowed(options: Options) -> bool:
 
 
 def covering(choices: dict[str, list[Any]], is_allowed: Callable[[Options], bool]) -> list[Options]:
-    """Options such that every pair of values that is allowed together occurs in one of them: greedily, from the same
-    random candidates at every call. A pair for which 300 random completions are refused is taken to be refused."""
+    """Options in which every allowed pair of values occurs at least once. Chosen greedily, from the same random
+    candidates at every call. A pair counts as refused if 300 random completions of it are."""
     rng = random.Random(0)
 
     def candidates(fixed: Options, number: int) -> Iterator[Options]:
@@ -235,7 +235,7 @@ def covering(choices: dict[str, list[Any]], is_allowed: Callable[[Options], bool
 
 
 def all_pairs(choices: dict[str, list[Any]]) -> Iterator[tuple[tuple[str, Any], tuple[str, Any]]]:
-    """Of the values of any two of the options, those that nothing allows too."""
+    """All pairs of values of two options, refused ones too."""
     for a, b in itertools.combinations(choices, 2):
         for x, y in itertools.product(choices[a], choices[b]):
             yield (a, x), (b, y)
@@ -246,7 +246,7 @@ def pairs_in(options: Options) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
 
 
 def every_code() -> Iterator[Options]:
-    """Every combination of what changes the code that is allowed, with types and alignment drawn for each."""
+    """Every allowed combination of the options that change the code, each with random types and alignment."""
     rng = random.Random(0)
     for values in itertools.product(*CODE.values()):
         types = {name: rng.choice(of) for name, of in TYPES.items()}
@@ -267,7 +267,7 @@ def recorded(of_optimizer: Iterable[Options], of_functions: Iterable[Options] = 
 
 
 def compile_to_ttir(specialization: Specialization) -> None:
-    """As far as Triton's own representation: past everything that a wrong program is refused for."""
+    """Compile to Triton's own representation: a wrong program is refused before that."""
     target = GPUTarget("cuda", 90, 32)
     backend = make_backend(target)
     options = backend.parse_options(dict(specialization.options))
@@ -280,7 +280,7 @@ def compile_to_ttir(specialization: Specialization) -> None:
 
 
 def stack_bytes(specialization: Specialization, capability: int) -> int:
-    """Compiles to the end. Bytes of stack per thread, which is where registers are spilled to."""
+    """Compile to machine code. Returns the bytes of stack per thread, to which registers are spilled."""
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(specialization.source, target=target, options=specialization.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

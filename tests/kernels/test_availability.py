@@ -1,4 +1,4 @@
-"""Machines on which the kernels cannot run: everything else works, and they say why they do not."""
+"""Where the kernels cannot run, all else works, and they say why they do not."""
 
 from __future__ import annotations
 

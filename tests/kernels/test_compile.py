@@ -1,4 +1,4 @@
-"""The kernels compiled ahead of time for GPUs that need not be there.
+"""The kernels compiled ahead of time, for GPUs that this machine need not have.
 
 pytest runs them under the interpreter, so a process of its own compiles them: `benchmarks.speed.compile_report`.
 """

@@ -1,4 +1,4 @@
-"""Which tables a CUDA graph gets, without a GPU: its memory is the CPU's here. `tests/gpu/test_graphs.py` captures."""
+"""Which tables a CUDA graph gets, without a GPU: here all memory is the CPU's. `tests/gpu/test_graphs.py` captures."""
 
 from __future__ import annotations
 

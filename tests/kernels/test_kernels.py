@@ -37,7 +37,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 GUARD, GUARD_VALUE = (
     8,
     1e4,
-)  # what lies on either side of every tensor: would be seen in sums, and if stepped on
+)  # before and after every tensor: sums would show a read there, and a comparison a write
 SIZES = [0, 1, 2, 27, 63, 64, 65, 200]  # around CHUNK = 64
 
 # Relative error of one rounding on storing; the interpreter truncates to bfloat16.
@@ -140,7 +140,7 @@ shapes = st.one_of(
 def sgd_float64(
     w, g, m, *, lr, momentum, dampening, weight_decay, nesterov, maximize, s=1.0, a=1.0, p=0.0
 ) -> tuple[Tensor, Tensor]:
-    """The specification in float64: the new w, and the new m (of no meaning without momentum)."""
+    """The specification in float64: the new w and the new m (without momentum, m means nothing)."""
     w, g = a * w.double(), (-g if maximize else g).double()
     g = s * g + weight_decay * w
     m = g if m is None else momentum * m.double() + (1 - dampening) * g
@@ -507,7 +507,7 @@ def tensors(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def refused() -> dict[str, tuple[list[Tensor | None], str]]:
-    """[w, g, m] that the kernels refuse, and the words in which they do."""
+    """[w, g, m] that the kernels refuse, and what the message says."""
     w, g, m = tensors(4, 6)
     gaps = torch.ones(4, 12, device=DEVICE)[:, ::2]
     return {
@@ -721,7 +721,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 def test_offsets_beyond_32_bits_in_the_kernels() -> None:
-    """The last chunk of a tensor of 2³¹ + 100 elements, of which only that chunk is there."""
+    """The last chunk of a tensor of 2³¹ + 100 elements. Only this chunk is in memory."""
     n = 2**31 + 100
     w, g = (Shape((n % tables.CHUNK,)).random(torch.Generator().manual_seed(i)) for i in range(2))
     before, missing = w.clone(), (n // tables.CHUNK) * tables.CHUNK * 4

@@ -1,4 +1,4 @@
-"""Whatever the host asks for compiles. pytest runs kernels under the interpreter, so other processes compile them."""
+"""All that the host can ask for compiles. Here kernels are interpreted, so other processes compile them."""
 
 from __future__ import annotations
 
