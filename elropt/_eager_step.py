@@ -1,38 +1,59 @@
-"""One ELRSGD step without an optimizer: measure → decide → update."""
+"""One step on any backend: measure → decide → update, over groups of tensors."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import foreach as foreach_backend
-from . import kernels as triton_backend
-from . import reference as reference_backend
+from ._group_values import has_lr_by_row, lr_of, lr_ratio, momentum_coefficients
+from ._validate import check_step_tensors
+from .backend import Backend, UpdateOptions, choose_backend
 from .rules import LayerControls, LayerStats, RowHyper, RuleState, decide
-from .sharding import Reductions, Shard, sum_over_shards
+from .sharding import Reductions, Shard, local, local_grad, sum_over_shards
 
-__all__ = ["Group", "choose_backend", "measure", "measure_decide_update", "update_groups"]
+__all__ = [
+    "Group",
+    "LayerMeasurements",
+    "hyper_of_rows",
+    "measure",
+    "measure_decide_update",
+    "tensors_with_gradients",
+    "update_groups",
+    "upload",
+    "values_of_rows",
+]
 
-SAME_BITS = {torch.float32, torch.float64}
+_NOTHING: dict[str, Any] = {}
 
 
-@dataclasses.dataclass
-class Group:
-    """Tensors of one param group that have a gradient, on one device, and the group's hyper-parameters.
+class LayerMeasurements(NamedTuple):
+    """What a step measured and applied: `params[i]` owns the next `row_counts[i]` rows of every vector."""
+
+    params: Sequence[Tensor]
+    row_counts: Sequence[int]
+    lrs: Sequence[float | Tensor]
+    per_filter: bool
+    stats: LayerStats
+    controls: LayerControls
+    tracked: Tensor
+
+
+class Group(NamedTuple):
+    """Tensors of neighbouring param groups that have a gradient and are updated together, on one device.
 
     Attributes:
         owners: the optimizer's parameters.
-        params, grads: what lies here of them and of their gradients: plain tensors of equal shapes.
-        shards: which part that is; None: all of it.
-        momentum_buffers: one per parameter, None before its first step; `measure_decide_update` fills them in.
+        params, grads: the parts of them and of their gradients on this rank: plain tensors of equal shapes.
+        shards: which parts these are; None: all of the tensor.
+        momentum_buffers: one per parameter, None before its first step.
         row_counts: for each parameter the number of rows it has in the rule's vectors: 0 if the rule leaves it
             alone, 1, or with granularity "filter" the size of its dimension 0, of the whole tensor.
-        lr, weight_decay: of all tensors, or a list with one for each.
-        backend: a module with `measure` and `update`, see `choose_backend`.
+        options: of the update.
+        backend: who computes it, see `choose_backend`.
         lr_ratio: of the learning rate of the rows that are found to be tracked to `lr`.
     """
 
@@ -42,17 +63,12 @@ class Group:
     shards: list[Shard | None]
     momentum_buffers: list[Tensor | None]
     row_counts: list[int]
-    lr: float | Tensor | list[float]
-    momentum: float
-    dampening: float
-    weight_decay: float | Tensor | list[float]
-    nesterov: bool
-    maximize: bool
-    backend: ModuleType
+    options: UpdateOptions
+    backend: Backend
     lr_ratio: float = 1.0
 
     def rows_here(self, *, per_filter: bool) -> list[tuple[int, int]]:
-        """Of the rows of each tensor, the (first, count) that something of lies here."""
+        """For each tensor the (first, count) of its rows that this rank has a part of."""
         if not any(self.shards):
             return [(0, count) for count in self.row_counts]
         return [
@@ -63,6 +79,100 @@ class Group:
             else (0, min(shard.count, 1))
             for count, shard in zip(self.row_counts, self.shards, strict=True)
         ]
+
+
+def tensors_with_gradients(
+    groups: Sequence[Mapping[str, Any]],
+    row_counts: Sequence[Sequence[int]],
+    shards: Mapping[Tensor, Shard | None],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    *,
+    per_filter: bool,
+) -> list[Group]:
+    """The tensors of param groups that have a gradient. Changes nothing.
+
+    Neighbouring param groups become one `Group` where their bits do not depend on it, and a param group becomes several
+    where neighbouring tensors are on different devices.
+
+    Args:
+        groups: param groups.
+        row_counts: of each group, for each of its parameters.
+        shards: of the parameters that are DTensors.
+        state: of the optimizer, whose momentum buffers are used.
+        per_filter: granularity "filter".
+
+    Raises:
+        RuntimeError: a gradient or a buffer that cannot be applied; names it and the remedy.
+    """
+    runs: list[list[tuple[Any, ...]]] = []
+    key_before: object = None
+    for group, counts in zip(groups, row_counts, strict=True):
+        options, lr, decay = _options_in_common(group), lr_of(group), group["weight_decay"]
+        for p, count in zip(group["params"], counts, strict=True):
+            grad = p.grad
+            if grad is None:
+                continue
+            key = p.device, options
+            if key != key_before:
+                runs.append([])
+                key_before = key
+            runs[-1].append((p, grad, count, lr, decay, group))
+    return [_group_of(shards, state, per_filter, *map(list, zip(*run, strict=True))) for run in runs]
+
+
+def _group_of(
+    shards: Mapping[Tensor, Shard | None],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    per_filter: bool,
+    params: list[Tensor],
+    grads: list[Tensor],
+    row_counts: list[int],
+    lrs: list[float | Tensor],
+    decays: list[float | Tensor],
+    groups: list[Mapping[str, Any]],
+) -> Group:
+    """Of tensors on one device: `groups` are the param groups of each."""
+    group, device = groups[0], params[0].device
+    held: list[Tensor | None] = [None] * len(params)
+    if group["momentum"] != 0:
+        held = [state.get(p, _NOTHING).get("momentum_buffer") for p in params]
+    check_step_tensors(params, grads, held, row_counts, groups)
+    row_counts = [
+        count if g.layout == torch.strided else 0 for g, count in zip(grads, row_counts, strict=True)
+    ]
+    parts, buffers = params, held
+    if shards and not group["differentiable"]:
+        parts = list(map(local, params))
+        grads = list(map(local_grad, params, grads))
+        buffers = [None if m is None else local(m) for m in held]
+    return Group(
+        params,
+        parts,
+        grads,
+        [shards.get(p) for p in params] if shards else [None] * len(params),
+        buffers,
+        row_counts,
+        UpdateOptions(
+            lr=_common(lrs, device),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=_common(decays, device),
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        ),
+        choose_backend(
+            parts,
+            grads,
+            buffers,
+            foreach=group["foreach"],
+            fused=group["fused"],
+            differentiable=group["differentiable"],
+            per_filter=per_filter,
+            tensor_decay=isinstance(group["weight_decay"], Tensor),
+            lr_by_row=has_lr_by_row(group),
+        ),
+        lr_ratio(group) if has_lr_by_row(group) else 1.0,
+    )
 
 
 def measure_decide_update(
@@ -78,7 +188,7 @@ def measure_decide_update(
     reductions: Reductions | None = None,
     with_tests: bool = True,
     with_dot: bool = True,
-) -> tuple[LayerStats, LayerControls, RuleState]:
+) -> tuple[LayerStats, LayerControls, RuleState, list[list[Tensor | None]]]:
     """One step in place over all groups that share a rule. Rows are numbered through the groups in order.
 
     Args:
@@ -86,13 +196,13 @@ def measure_decide_update(
         state, hyper: the rule's memory and the groups' hyper-parameters, by row.
         rule, granularity, project: as in `ELRSGD`.
         absent: whether rows that took part earlier have no gradient now (0-dim bool; None: no).
-        rows: which of all rows these are, where only parts of tensors lie here.
+        rows: which of all rows these are, where this rank has only parts of tensors.
         reductions: what makes the sums of all rows those of whole tensors.
         with_tests: whether a row may have radial tests before it.
         with_dot: whether ⟨w,g⟩ is measured, without which there can be neither tests nor `project`.
 
     Returns:
-        What was measured, what was applied, and the rule's memory after the step.
+        What was measured, what was applied, the rule's memory after the step, and of each group the momentum buffers.
     """
     per_filter = granularity == "filter"
     stats = measure(
@@ -114,8 +224,8 @@ def measure_decide_update(
         absent=absent,
         with_tests=with_tests,
     )
-    update_groups(groups, controls, per_filter=per_filter)
-    return stats, controls, state
+    buffers = update_groups(groups, controls, per_filter=per_filter)
+    return stats, controls, state, buffers
 
 
 def measure(
@@ -142,7 +252,7 @@ def measure(
                 per_filter=per_filter,
                 with_dot=with_dot,
             )
-            if group.maximize:
+            if group.options.maximize:
                 part[2].neg_()
             part = part.to(device, non_blocking=True)
         sums += _with_rows_elsewhere(part, here, group.row_counts)
@@ -164,91 +274,107 @@ def _with_rows_elsewhere(
     return pieces
 
 
-def update_groups(groups: Sequence[Group], controls: LayerControls, *, per_filter: bool = False) -> None:
-    """Update every group. Without controls this is plain SGD."""
-    by_row = any(vector is not None for vector in controls)
+def update_groups(
+    groups: Sequence[Group], controls: LayerControls, *, per_filter: bool = False
+) -> list[list[Tensor | None]]:
+    """Update every group in place, and return its momentum buffers. Without controls this is plain SGD."""
+    factors = {name: vector for name, vector in controls._asdict().items() if vector is not None}
     first = 0
+    buffers_of_groups = []
     for group in groups:
         rows: list[tuple[int, int] | None] = []
-        if by_row:
+        if factors:
             for (begin, here), count in zip(
                 group.rows_here(per_filter=per_filter), group.row_counts, strict=True
             ):
                 rows.append((first + begin, here) if here else None)
                 first += count
-        factors = controls._asdict()
-        if group.backend is triton_backend:  # which has no rows with a learning rate of their own
-            del factors["lr_factor"]
+        buffers = list(group.momentum_buffers)
         group.backend.update(
             group.params,
             group.grads,
-            group.momentum_buffers,
-            lr=group.lr,
-            momentum=group.momentum,
-            dampening=group.dampening,
-            weight_decay=group.weight_decay,
-            nesterov=group.nesterov,
-            maximize=group.maximize,
-            rows=rows if by_row else None,
+            buffers,
+            **group.options._asdict(),
             **factors,
+            rows=rows if factors else None,
         )
+        buffers_of_groups.append(buffers)
+    return buffers_of_groups
 
 
-def choose_backend(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor | None],
-    *,
-    foreach: bool | None,
-    fused: bool | None,
-    differentiable: bool = False,
-    per_filter: bool = False,
-    tensor_decay: bool = False,
-    lr_by_row: bool = False,
-) -> ModuleType:
-    """The module that updates these tensors: what is asked for; else on CUDA fused where every tensor qualifies and
-    foreach otherwise; on the CPU foreach, where its bits are those of one tensor after the other; else these.
-
-    Raises:
-        RuntimeError: ``fused=True`` but a tensor does not qualify.
-    """
-    tensors = params, grads, momentum_buffers
-    if fused and not triton_backend.can_use(*tensors, per_filter=per_filter):
-        unavailable = triton_backend.why_unavailable()
-        raise RuntimeError(
-            "fused=True needs triton and dense float32, bfloat16 or float16 parameters on one CUDA device, with "
-            f"gradients of the same strides, but the group holds {_describe(params)}"
-            f"{'' if unavailable is None else f'; {unavailable}'}. "
-            "Use fused=None to let ELRSGD choose."
+def values_of_rows(groups: Sequence[Group]) -> list[tuple[Any, ...]]:
+    """What `hyper_of_rows` depends on, of each group; in the place of a tensor 0."""
+    return [
+        (
+            0.0 if isinstance(group.options.lr, Tensor) else group.options.lr,
+            0.0 if isinstance(group.options.weight_decay, Tensor) else group.options.weight_decay,
+            group.options.momentum,
+            group.options.dampening,
+            group.options.nesterov,
+            group.lr_ratio,
+            group.row_counts,
+            [m is not None for m in group.momentum_buffers],
+            [p.numel() for p in group.owners],
         )
-    ours_to_choose = foreach is None and fused is None and not differentiable
-    on_cuda = ours_to_choose and all(p.is_cuda for p in params)
-    if fused or (
-        on_cuda
-        and not tensor_decay
-        and not lr_by_row
-        and triton_backend.can_use(*tensors, per_filter=per_filter)
-    ):
-        return triton_backend
-    on_cpu = ours_to_choose and _has_same_bits(params, grads, momentum_buffers)
-    if (foreach or on_cuda or on_cpu) and foreach_backend.can_use(*tensors, per_filter=per_filter):
-        return foreach_backend
-    return reference_backend
+        for group in groups
+    ]
 
 
-def _has_same_bits(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None]
-) -> bool:
-    """Whether `torch._foreach_*` and single operations give the same bits: on the CPU, where dtypes are not mixed."""
-    dtypes = [p.dtype for p in params]
+def hyper_of_rows(values: Sequence[tuple[Any, ...]], device: torch.device) -> RowHyper:
+    """The hyper-parameters of groups with these `values_of_rows`, by row."""
+    columns = [
+        (lr, decay, *momentum_coefficients(*of_momentum, has_buffer=has_buffer), numel / count, ratio, count)
+        for lrs, decays, *of_momentum, ratio, counts, have_buffers, numels in values
+        for lr, decay, count, has_buffer, numel in zip(
+            *(v if isinstance(v, list) else [v] * len(counts) for v in (lrs, decays)),
+            counts,
+            have_buffers,
+            numels,
+            strict=True,
+        )
+        if count
+    ]
+    *by_row, counts = np.array(columns, dtype=np.float32).T
+    return RowHyper(*upload(np.repeat(np.stack(by_row), counts.astype(np.int64), axis=1), device))
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on the device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> float | Tensor:
+    """A tensor hyper-parameter as a 0-dim tensor on the device of the parameters."""
+    if not isinstance(value, Tensor):
+        return value
+    return local(value).squeeze().to(device, non_blocking=True)
+
+
+def _common(values: list[Any], device: torch.device) -> float | Tensor | list[float]:
+    """The value of all tensors, or if these differ, all values."""
+    if isinstance(values[0], Tensor):
+        return _scalar(values[0], device)
+    return values if any(value != values[0] for value in values) else values[0]
+
+
+def _options_in_common(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What neighbouring groups must agree on to be updated together: in tensors, on the object; not in lr and decay.
+    Only on the CPU, and not with `foreach=True`: elsewhere the bits of a tensor may depend on its neighbours."""
+    lr, decay = group["lr"], group["weight_decay"]
+    values: tuple[object, ...] = ()
+    if isinstance(lr, Tensor) or isinstance(decay, Tensor):
+        values = id(lr), id(decay), lr_ratio(group), group.get("scale_invariant")
+    if group["fused"] or group["foreach"] or not all(p.is_cpu for p in group["params"]):
+        values = (id(group),)
     return (
-        all(p.is_cpu for p in params)
-        and set(dtypes) <= SAME_BITS
-        and dtypes == [g.dtype for g in grads]
-        and dtypes == [d if m is None else m.dtype for m, d in zip(momentum_buffers, dtypes, strict=True)]
+        values,
+        lr_ratio(group) if has_lr_by_row(group) else 1.0,
+        group["momentum"],
+        group["dampening"],
+        group["nesterov"],
+        group["maximize"],
+        group["foreach"],
+        group["fused"],
+        group["differentiable"],
     )
-
-
-def _describe(params: Sequence[Tensor]) -> str:
-    kinds = sorted({f"{str(p.dtype).removeprefix('torch.')} on {p.device}" for p in params})
-    return ", ".join(kinds)

@@ -1,7 +1,8 @@
-"""Whether a state dict fits an optimizer: asked before anything of it is taken over."""
+"""What ELRSGD makes of a state dict: whether it fits is asked before anything of it is taken over."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._rule_group import STATE_DTYPES
+from ._rule_memory import STATE_DTYPES, State
+from ._validate import validate
 from .rules import RADIAL_TESTS
 from .sharding import is_dtensor
 
-__all__ = ["check_groups", "check_state", "matched_by_name", "warn_of_other_rules"]
+__all__ = ["complete_state_dict", "restore_memory"]
 
 KNOWN_STATE = {"momentum_buffer", *STATE_DTYPES}
 FOREIGN_STATE = {  # of Adam and its kind, RMSprop, Adadelta, SGDP; what hooks and wrappers keep is their own concern
@@ -34,7 +36,81 @@ WRAPPERS = {
 }  # in names of parameters
 REQUIRED = ("params", "lr", "momentum", "dampening", "weight_decay", "nesterov")  # in every group of SGD
 FOREIGN = ("betas", "eps")  # of optimizers that have all of these and more
+SGD_KEYS = (
+    "params",
+    "lr",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+    "maximize",
+    "foreach",
+    "differentiable",
+    "fused",
+)
 REMEDY = "load what SGD or ELRSGD has saved, or start ELRSGD without loading"
+
+
+def complete_state_dict(
+    state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> None:
+    """Check a state dict and complete it in place: what `torch.optim.SGD` does not know stays as it is here, `foreach`
+    and `fused` always do, and parameters with names on both sides are brought into the order of here.
+
+    Args:
+        state_dict: with entries of its own, which are replaced.
+        groups: the param groups of the optimizer.
+        defaults: of the optimizer.
+
+    Warns:
+        UserWarning: another rule than here.
+
+    Raises:
+        ValueError: it does not fit; nothing has been changed then.
+    """
+    check_groups(state_dict, groups)
+    named = [
+        matched_by_name(theirs, mine, number)
+        for number, (mine, theirs) in enumerate(zip(groups, state_dict["param_groups"], strict=True))
+    ]
+    completed = [
+        {
+            **{key: value for key, value in mine.items() if key not in SGD_KEYS},
+            **theirs,
+            "foreach": mine["foreach"],
+            "fused": mine["fused"],
+        }
+        for mine, theirs in zip(groups, named, strict=True)
+    ]
+    for number, group in enumerate(completed):
+        try:
+            validate({**defaults, **group})
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"param group {number} of the state dict: {error}") from None
+    check_state(state_dict["state"], params_by_index(completed, groups))
+    warn_of_other_rules(completed, groups)
+    for theirs, group in zip(named, completed, strict=True):
+        if "rule" in theirs and "tracked_lr" not in theirs:  # of an ELRSGD that did not have it
+            group["tracked_lr"] = None
+    state_dict["param_groups"] = completed
+
+
+def restore_memory(state: State, loaded: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Put what a rule remembers into the state of the optimizer in its own dtypes, whatever those of the parameters."""
+    for index, p in params_by_index(loaded["param_groups"], groups):
+        for key, dtype in STATE_DTYPES.items():
+            value = loaded["state"].get(index, {}).get(key)
+            if value is not None:
+                state[p][key] = value.detach().to(p.device, dtype, copy=True)
+
+
+def params_by_index(
+    saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> list[tuple[Any, Tensor]]:
+    """(index in a state dict, parameter here), by position."""
+    indices = itertools.chain.from_iterable(group["params"] for group in saved)
+    params = itertools.chain.from_iterable(group["params"] for group in groups)
+    return list(zip(indices, params, strict=True))
 
 
 def check_groups(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -119,7 +195,7 @@ def warn_of_other_rules(saved: Sequence[Mapping[str, Any]], groups: Sequence[Map
             f"loading a state dict brought {', '.join(changes)}, which ELRSGD was made with: what is loaded holds. To "
             "keep the other, set it in optimizer.param_groups after loading",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

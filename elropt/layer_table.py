@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ._rule_group import LayerMeasurements
+from ._eager_step import LayerMeasurements
 from ._unwrap import unwrap
 from .optimizer import ELRSGD
 

@@ -1,10 +1,10 @@
-"""ELRSGD: validates, holds state, picks a backend. The arithmetic is in `functional` and below."""
+"""ELRSGD: holds the state and says when what happens. The arithmetic is in `rules` and the backends."""
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
-import numbers
 import operator
 import threading
 import warnings
@@ -17,23 +17,50 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiable
 
 from . import kernels
-from ._rule_group import (
-    STATE_DTYPES,
-    LayerMeasurements,
-    RuleGroup,
-    TritonStep,
+from ._eager_step import LayerMeasurements
+from ._group_values import (
     count_rows,
     has_lr_by_row,
     has_tensor_decay,
     lr_ratio,
-    refuse_one_of_many,
     rule_key,
+    set_reference_lr,
 )
-from ._state_dict import check_groups, check_state, matched_by_name, warn_of_other_rules
+from ._rule_group import RuleGroup, RuleGroupPlan
+from ._rule_memory import State
+from ._state_dict import complete_state_dict, restore_memory
+from ._triton_step import TritonStep
+from ._validate import (
+    check_params,
+    refuse_capture,
+    refuse_duplicates,
+    refuse_flattened,
+    refuse_one_of_many,
+    validate,
+    validate_choices,
+    validate_numbers,
+)
 from .rules import RULES
-from .sharding import check_placement, is_dtensor, is_inside_zero, local
+from .sharding import is_dtensor, is_inside_zero, local
 
 __all__ = ["ELRSGD"]
+
+LARGE_ANGLE = 0.1  # in radians per step
+_SGD_DEFAULTS = {
+    "nesterov": False,
+    "maximize": False,
+    "foreach": None,
+    "differentiable": False,
+    "fused": None,
+    "rule": None,
+    "tracked_lr": None,
+    "project": False,
+    "granularity": "layer",
+    "stochastic_rounding": None,
+}
+_STEP_VALUES = operator.itemgetter(
+    "momentum", "dampening", "weight_decay", "nesterov", "rule", "project", "tracked_lr"
+)
 
 
 class ELRSGD(Optimizer):
@@ -156,15 +183,18 @@ class ELRSGD(Optimizer):
             "fused": fused,
         }
         validate(defaults)
+        # Written here and in `add_param_group` alone.
         self._inside_zero = is_inside_zero()
+        self._given: dict[int, bool] = {}  # ids of the parameters; whether they had other than one dimension
+        # Written by `_update_rule_groups`, and `_held` also at the end of a step.
         self._rule_groups: list[RuleGroup] | None = None
-        self._layout: tuple[list[object], list[object]] = [], []
-        self._held: tuple[list[object], list[object]] = [], []
-        self._captured: dict[int, TritonStep] = {}
+        self._layout: tuple[list[object], list[object]] = [], []  # of the param groups: objects, options
+        self._held: tuple[list[object], list[object]] = [], []  # what the state held
+        # Written by `step`.
+        self._captured: dict[int, TritonStep] = {}  # CUDA graphs that are replayed later use their memory
         self._checked: tuple[list[Any], list[Any]] = [], []  # learning rates and other values
-        self._given: dict[int, bool] = {}
         self._warned_of_angle = False
-        self._recording = False
+        self._recording = False  # and by `record_next_step`
         self._stepping = threading.RLock()
         super().__init__(params, defaults)
         self._prepare_tracing()
@@ -176,8 +206,8 @@ class ELRSGD(Optimizer):
             reference = self.defaults if "tracked_lr" not in param_group else complete
             set_reference_lr(complete, reference["lr"])
             validate(complete)
-            _refuse_duplicates(complete)
-            self._check_tensors(complete)
+            refuse_duplicates(complete)
+            check_params(complete, inside_zero=self._inside_zero)
             if complete["tracked_lr"] is not None:
                 param_group["reference_lr"] = complete["reference_lr"]
         super().add_param_group(param_group)
@@ -218,30 +248,11 @@ class ELRSGD(Optimizer):
         loaded: dict[str, Any] = {}
 
         def complete(_: Optimizer, final: dict[str, Any]) -> None:
-            check_groups(final, self.param_groups)
-            named = [
-                matched_by_name(theirs, mine, number)
-                for number, (mine, theirs) in enumerate(
-                    zip(self.param_groups, final["param_groups"], strict=True)
-                )
-            ]
-            final["param_groups"] = [
-                {**{k: v for k, v in mine.items() if k not in _SGD_KEYS}, **theirs, **_backend_of(mine)}
-                for mine, theirs in zip(self.param_groups, named, strict=True)
-            ]
-            self._check_loaded(final)
-            warn_of_other_rules(final["param_groups"], self.param_groups)
-            for theirs, group in zip(named, final["param_groups"], strict=True):
-                if "rule" in theirs and "tracked_lr" not in theirs:  # of an ELRSGD that did not have it
-                    group["tracked_lr"] = None
+            complete_state_dict(final, self.param_groups, self.defaults)
             loaded.update(final)
 
         def restore(_: Optimizer) -> None:
-            for index, p in self._params_by_index(loaded):
-                for key, dtype in STATE_DTYPES.items():
-                    value = loaded["state"].get(index, {}).get(key)
-                    if value is not None:
-                        self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
+            restore_memory(self.state, loaded, self.param_groups)
 
         hooks = (
             self.register_load_state_dict_pre_hook(complete),
@@ -253,20 +264,6 @@ class ELRSGD(Optimizer):
             for hook in hooks:
                 hook.remove()
         self._prepare_tracing()
-
-    def _params_by_index(self, state_dict: Mapping[str, Any]) -> list[tuple[int, Tensor]]:
-        """(index in a state dict, parameter here), by position."""
-        indices = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        return list(zip(indices, params, strict=True))
-
-    def _check_loaded(self, state_dict: Mapping[str, Any]) -> None:
-        for number, group in enumerate(state_dict["param_groups"]):
-            try:
-                validate({**self.defaults, **group})
-            except (ValueError, RuntimeError) as error:
-                raise ValueError(f"param group {number} of the state dict: {error}") from None
-        check_state(state_dict["state"], self._params_by_index(state_dict))
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -305,26 +302,31 @@ class ELRSGD(Optimizer):
                 self._step()
 
     def _step(self) -> None:
-        prepared = [
-            (rule_group, rule_group.prepare(self.state)) for rule_group in self._current_rule_groups()
-        ]
-        for _, tensors in prepared:
-            if isinstance(tensors, TritonStep) and tensors.plan is not None and tensors.plan.in_capture:
-                self._captured[id(tensors)] = tensors  # a graph that is replayed later uses its memory
+        rule_groups = self._update_rule_groups()
+        plans = [rule_group.plan(self.state) for rule_group in rule_groups]
         # set by torch.amp.GradScaler around this call
         amp = {name: _tensor_or_none(self, name) for name in ("grad_scale", "found_inf")}
-        all_fused = all(isinstance(tensors, TritonStep) or not tensors for _, tensors in prepared)
+        all_fused = all(plan.triton_step is not None or not plan.groups for plan in plans)
         if amp["found_inf"] is not None and not all_fused:
             if not _unscale(self, amp):
                 self._recording = False
-                for rule_group, _ in prepared:
+                for rule_group in rule_groups:
                     rule_group.skip(amp["grad_scale"])
                 return
             amp = dict.fromkeys(amp)
-        grown = [e.step(tensors, self.state, record=self._recording, **amp) for e, tensors in prepared]
+        self._keep_captured(plans)
+        grown = [
+            rule_group.step(plan, self.state, record=self._recording, **amp)
+            for rule_group, plan in zip(rule_groups, plans, strict=True)
+        ]
         if any(grown):
             self._held = self._state_objects()
         self._recording = False
+
+    def _keep_captured(self, plans: list[RuleGroupPlan]) -> None:
+        for plan in plans:
+            if plan.triton_step is not None and plan.triton_plan is not None and plan.triton_plan.in_capture:
+                self._captured[id(plan.triton_step)] = plan.triton_step
 
     @torch.compiler.disable()
     def _step_eagerly(self) -> None:
@@ -334,7 +336,7 @@ class ELRSGD(Optimizer):
     def _prepare_tracing(self) -> None:
         """What the first step would make, where torch.compile could not trace the making of it."""
         if self._is_traceable():
-            self._current_rule_groups()
+            self._update_rule_groups()
 
     def _is_traceable(self) -> bool:
         """Whether torch.compile can trace a step: SGD by `torch._foreach_*` or a for-loop."""
@@ -366,12 +368,63 @@ class ELRSGD(Optimizer):
     @torch.no_grad()
     def layer_records(self) -> list[LayerMeasurements]:
         """What the last step measured and applied; where it measured nothing, weights and gradients as they are now.
-        `elropt.layer_stats` makes a table of it."""
-        records = [rule_group.record(self.state) for rule_group in self._current_rule_groups()]
+        Changes nothing. `elropt.layer_stats` makes a table of it."""
+        rule_groups, state = self._rule_groups, self.state
+        if (
+            rule_groups is None
+            or not self._is_laid_out_as_before()
+            or any(rule_group.is_detached(state) for rule_group in rule_groups)
+        ):  # as the next step will make them, of copies
+            state = collections.defaultdict(
+                dict, {key: dict(held) for key, held in _of_params(state).items()}
+            )
+            rule_groups = self._make_rule_groups([dict(group) for group in self.param_groups], state)
+        records = [rule_group.record(state) for rule_group in rule_groups]
         return [record for record in records if record is not None]
 
-    def _current_rule_groups(self) -> list[RuleGroup]:
+    def _update_rule_groups(self) -> list[RuleGroup]:
         """What groups of the same rule, granularity and project form; anew if anybody changed them or their state."""
+        held = self._state_objects()
+        rule_groups = self._rule_groups
+        is_as_left = all(map(_same_objects, held, self._held))
+        if (
+            rule_groups is None
+            or not self._is_laid_out_as_before()
+            or (not is_as_left and any(rule_group.is_detached(self.state) for rule_group in rule_groups))
+        ):
+            refuse_capture(self.param_groups)
+            self._rule_groups = rule_groups = self._make_rule_groups(self.param_groups, self.state)
+            has_lazy = any(is_lazy(p) for group in self.param_groups for p in group["params"])
+            # with lazy parameters anew at the next step: they may have a shape then
+            self._layout = ([], []) if has_lazy else self._layout_now()
+            self._held = self._state_objects()
+        elif not is_as_left:
+            for rule_group in rule_groups:
+                rule_group.forget_triton_steps(self.state)
+            self._held = held
+        return rule_groups
+
+    def _make_rule_groups(self, param_groups: list[dict[str, Any]], state: State) -> list[RuleGroup]:
+        """Leaves their memory in `state`."""
+        together: dict[Any, list[dict[str, Any]]] = {}
+        for group in param_groups:
+            set_reference_lr(group, group["lr"])
+            validate_choices(group)
+            refuse_duplicates(group)
+            check_params(group, inside_zero=self._inside_zero)
+            together.setdefault(rule_key(group), []).append(group)
+        refuse_flattened(param_groups, self._given)
+        for groups in together.values():
+            refuse_one_of_many(groups)
+        with torch.inference_mode(False):
+            return [RuleGroup(groups, state, number) for number, groups in enumerate(together.values())]
+
+    def _is_laid_out_as_before(self) -> bool:
+        """Whether the param groups, their parameters and the options that rule groups depend on are the same."""
+        objects, options = self._layout_now()
+        return options == self._layout[1] and _same_objects(objects, self._layout[0])
+
+    def _layout_now(self) -> tuple[list[object], list[object]]:
         groups = self.param_groups
         params = [group["params"] for group in groups]
         objects = [*groups, *itertools.chain.from_iterable(params)]
@@ -387,37 +440,12 @@ class ELRSGD(Optimizer):
             for g in groups
         ]
         options += map(len, params)
-        held = self._state_objects()
-        if (
-            self._rule_groups is None
-            or options != self._layout[1]
-            or not _same_objects(objects, self._layout[0])
-            or (
-                not all(map(_same_objects, held, self._held))
-                and any(rule_group.is_detached(self.state) for rule_group in self._rule_groups)
-            )
-        ):
-            self._refuse_capture()
-            together: dict[Any, list[dict[str, Any]]] = {}
-            for group in self.param_groups:
-                set_reference_lr(group, group["lr"])
-                validate_choices(group)
-                _refuse_duplicates(group)
-                self._check_tensors(group)
-                together.setdefault(rule_key(group), []).append(group)
-            self._refuse_flattened()
-            for groups in together.values():
-                refuse_one_of_many(groups)
-            with torch.inference_mode(False):
-                self._rule_groups = [
-                    RuleGroup(groups, self.state, number) for number, groups in enumerate(together.values())
-                ]
-            self._layout = objects, options
-            if any(is_lazy(p) for group in self.param_groups for p in group["params"]):
-                self._layout = [], []  # anew at the next step: it may have a shape then
-            held = self._state_objects()
-        self._held = held
-        return self._rule_groups
+        return objects, options
+
+    def _state_objects(self) -> tuple[list[object], list[object]]:
+        """The dicts of the state and what they hold, to notice when somebody has put in something else."""
+        dicts = [held for key, held in self.state.items() if isinstance(key, Tensor)]
+        return dicts, list(itertools.chain.from_iterable(map(dict.values, dicts)))
 
     def _check_values(self) -> None:
         """Of groups with a rule, what a scheduler or the user has changed since the last step. Reads no tensor."""
@@ -458,148 +486,10 @@ class ELRSGD(Optimizer):
                 stacklevel=stacklevel,
             )
 
-    def _check_tensors(self, group: Mapping[str, Any]) -> None:
-        params = group["params"]
-        rule = group["rule"] or ("project" if group["project"] else None)
-        if has_lr_by_row(group) and (rule is None or group["fused"]):
-            reason = (
-                "rule=None needs groups that say which layers are tracked (scale_invariant, see "
-                "elropt.param_groups): without a rule nothing finds out"
-                if rule is None
-                else "fused=True needs groups that say which layers are tracked (scale_invariant, see "
-                "elropt.param_groups); bare parameters take foreach=True or fused=None"
-            )
-            raise ValueError(f"tracked_lr={group['tracked_lr']} with {reason}")
-        for p in params if isinstance(params, list | tuple) else [params]:
-            p = p[1] if isinstance(p, tuple) else p
-            check_placement(p, rule, inside_zero=self._inside_zero)
-            if isinstance(p, Tensor) and not is_lazy(p) and p.is_inference():
-                raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} is an inference tensor, which only torch.inference_mode "
-                    "can change: make the model outside of it"
-                )
 
-    def _refuse_flattened(self) -> None:
-        """DeepSpeed ZeRO puts one-dimensional pieces of many parameters in the place of those of every group."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        if (
-            not any(self._given.values())
-            or all(id(p) in self._given for p in params)
-            or any(is_lazy(p) or p.dim() != 1 for p in params)
-        ):
-            return
-        for group in self.param_groups:
-            rule = group["rule"] or ("project" if group["project"] else None)
-            if rule is not None and any(id(p) not in self._given for p in group["params"]):
-                raise ValueError(
-                    f"rule={rule!r} needs the norm of every layer, but the parameters that this optimizer was made "
-                    "with have been replaced by flattened ones, as DeepSpeed ZeRO and its fp16 and bf16 optimizers do: "
-                    "use stage 0, or torch.distributed.fsdp.fully_shard instead, or rule=None, project=False"
-                )
-
-    def _refuse_capture(self) -> None:
-        """What a rule remembers cannot be made while a CUDA graph is captured: each replay would make it anew."""
-        remembering = [
-            group
-            for group in self.param_groups
-            if group["rule"] is not None or group["project"] or group["stochastic_rounding"] is not None
-        ]
-        on_cuda = any(p.is_cuda for group in remembering for p in group["params"])
-        if on_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the optimizer's state would have to be made during CUDA graph capture: run one step before it, also "
-                "after load_state_dict or add_param_group"
-            )
-
-    def _state_objects(self) -> tuple[list[object], list[object]]:
-        """The dicts of the state and what they hold, to notice when somebody has put in something else."""
-        dicts = [
-            held for key, held in self.state.items() if isinstance(key, Tensor)
-        ]  # hooks keep what they like
-        return dicts, list(itertools.chain.from_iterable(map(dict.values, dicts)))
-
-
-def _backend_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: group[key] for key in ("foreach", "fused")}
-
-
-_STEP_VALUES = operator.itemgetter(
-    "momentum", "dampening", "weight_decay", "nesterov", "rule", "project", "tracked_lr"
-)
-LARGE_ANGLE = 0.1  # in radians per step
-_SGD_KEYS = (
-    "params",
-    "lr",
-    "momentum",
-    "dampening",
-    "weight_decay",
-    "nesterov",
-    "maximize",
-    "foreach",
-    "differentiable",
-    "fused",
-)
-_SGD_DEFAULTS = {
-    "nesterov": False,
-    "maximize": False,
-    "foreach": None,
-    "differentiable": False,
-    "fused": None,
-    "rule": None,
-    "tracked_lr": None,
-    "project": False,
-    "granularity": "layer",
-    "stochastic_rounding": None,
-}
-
-
-def validate(group: Mapping[str, Any]) -> None:
-    """Check the hyper-parameters of one param group; reads tensors among them.
-
-    Raises:
-        ValueError: names the value, what is allowed and the remedy.
-        RuntimeError: a combination of foreach, fused and differentiable that torch refuses too.
-    """
-    validate_numbers(group, read_tensors=True)
-    validate_choices(group)
-
-
-def set_reference_lr(group: dict[str, Any], lr: float | Tensor) -> None:
-    """The `lr` at which `tracked_lr` holds; read here if it is a tensor. What is there stays.
-
-    Raises:
-        ValueError: there is no proportion to an lr of 0.
-    """
-    if group["tracked_lr"] is None or "reference_lr" in group:
-        return
-    if not 0 < float(lr) < math.inf:
-        raise ValueError(
-            f"tracked_lr={group['tracked_lr']} is kept in proportion to lr, so lr={lr} is not valid: it must be above "
-            "0 when the optimizer is made; a schedule may bring it to 0 later"
-        )
-    group["reference_lr"] = float(lr)
-
-
-def validate_numbers(group: Mapping[str, Any], *, read_tensors: bool) -> None:
-    """The part of `validate` that asks for numbers in their ranges. Same errors."""
-    for name in ("lr", "momentum", "dampening", "weight_decay"):
-        if not isinstance(group[name], numbers.Real | Tensor):
-            raise ValueError(f"{name}={group[name]!r} is not valid: it must be a number")
-    for name in ("lr", "weight_decay"):
-        value = group[name]
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(
-                f"{name} is a tensor of shape {tuple(value.shape)}; it must be a float or have one element"
-            )
-    for name in ("lr", "momentum", "dampening", "weight_decay"):
-        value = group[name]
-        lowest = -math.inf if name == "dampening" else 0
-        if (read_tensors or not isinstance(value, Tensor)) and not (
-            math.isfinite(value) and lowest <= float(value)
-        ):
-            raise ValueError(
-                f"{name}={value} is not valid: it must be finite{' and at least 0' if lowest == 0 else ''}"
-            )
+def _of_params(state: Mapping[Any, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+    """Without what hooks keep under other keys."""
+    return {key: held for key, held in state.items() if isinstance(key, Tensor)}
 
 
 def _same_objects(a: list[Any], b: list[Any]) -> bool:
@@ -625,70 +515,3 @@ def _unscale(optimizer: Optimizer, amp: Mapping[str, Tensor | None]) -> bool:
                 if p.grad is not None:
                     local(p.grad).div_(scale.to(p.grad.device))
     return True
-
-
-def _refuse_duplicates(group: Mapping[str, Any]) -> None:
-    params = group["params"]
-    if not isinstance(params, list | tuple) or (group["rule"] is None and not group["project"]):
-        return
-    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-    if len({id(p) for p in tensors}) != len(tensors):
-        raise ValueError(
-            f"a param group with rule={group['rule']!r}, project={group['project']} holds the same parameter twice; "
-            "give it once, or use rule=None and project=False"
-        )
-
-
-def validate_choices(group: Mapping[str, Any]) -> None:
-    """The part of `validate` that reads no tensor: the rule, and what goes together. Same errors."""
-    momentum, dampening = group["momentum"], group["dampening"]
-    rule, granularity, flag = group["rule"], group["granularity"], group.get("scale_invariant")
-    if group["nesterov"] and (momentum == 0 or dampening != 0):
-        raise ValueError(
-            f"nesterov=True needs momentum > 0 and dampening=0, not momentum={momentum}, dampening={dampening}"
-        )
-    if rule not in RULES:
-        raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(map(repr, RULES))}")
-    if granularity not in RULES[rule].granularities:
-        allowed = ", ".join(map(repr, RULES[rule].granularities))
-        raise ValueError(
-            f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of {allowed}"
-        )
-    if rule is not None and momentum >= 1:
-        raise ValueError(
-            f"momentum={momentum} is not valid with rule={rule!r}: it must be below 1, or use rule=None"
-        )
-    tracked_lr = group["tracked_lr"]
-    if tracked_lr is not None and not (
-        isinstance(tracked_lr, numbers.Real) and 0 <= float(tracked_lr) < math.inf
-    ):
-        raise ValueError(
-            f"tracked_lr={tracked_lr!r} is not valid: a finite number, at least 0, in the unit of the rule, or None"
-        )
-    reference = group.get("reference_lr", 1.0)
-    if not isinstance(reference, numbers.Real) or not 0 < float(reference) < math.inf:
-        raise ValueError(
-            f"reference_lr={reference!r} is not valid: it must be finite and above 0, the lr at which tracked_lr "
-            "holds; leave it out to have it be lr"
-        )
-    seed = group["stochastic_rounding"]
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
-        raise ValueError(
-            f"stochastic_rounding={seed!r} is not valid: a seed (an integer from 0 to 2⁶³−1), or None"
-        )
-    if flag is not None and not isinstance(flag, bool):
-        raise ValueError(
-            f"scale_invariant={flag!r} is not valid: True, False, or leave it out to have it measured"
-        )
-    if group["differentiable"] and (rule is not None or group["project"]):
-        raise ValueError(
-            "differentiable=True needs rule=None and project=False: rules do not take part in autograd"
-        )
-    if group["fused"] and isinstance(group["weight_decay"], Tensor):
-        raise ValueError(
-            "weight_decay as a tensor does not work with fused=True; give a float or use foreach=True"
-        )
-    if group["fused"] and group["differentiable"]:
-        raise RuntimeError("fused=True does not support differentiable=True; use fused=False")
-    if group["fused"] and group["foreach"]:
-        raise RuntimeError("fused and foreach cannot both be True; choose one")

@@ -74,13 +74,13 @@ def test_what_hooks_keep_costs_the_kernels_no_new_tables() -> None:
     optimizer.register_step_post_hook(keep)
     train(net, optimizer, range(1))
     (rule_group,) = optimizer._rule_groups or []
-    fused = rule_group._fused
+    fused = rule_group.last.triton_step
     train(net, optimizer, range(1, 3))
     assert fused is not None
-    assert rule_group._fused is fused
+    assert rule_group.last.triton_step is fused
     optimizer.state[net[0].weight]["momentum_buffer"] = torch.zeros(4, 8)  # but another buffer is used
     train(net, optimizer, range(3, 4))
-    assert rule_group._fused is not fused
+    assert rule_group.last.triton_step is not fused
     assert optimizer.state[net[0].weight]["momentum_buffer"].any()
 
 

@@ -182,9 +182,9 @@ def carry_norms(rule: str, granularity: str, device: str, *, steps: int, every: 
         optimizer.step()
         if before:
             (rule_group,) = optimizer._rule_groups or []
-            fused = rule_group._fused
+            fused = rule_group.last.triton_step
             assert fused is not None
-            used = fused.kernels
+            used = fused.launches
             assert used.versions == ([p._version for p in params], [])  # so the next step carries them
             norms = torch.stack([w.double().norm() for w in before])
             torch.testing.assert_close(used.sums[0].double().sqrt(), norms, rtol=1e-5, atol=0)

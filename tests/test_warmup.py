@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elropt import ELRSGD, dynamics, effective_lrs, rules
 from elropt import reference as reference_backend
-from elropt._rule_group import WarmupEndPoll
+from elropt._warmup_end import WarmupEndPoll
 
 from .nets import backward, bn_mlp, invariant_weights, train
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from elropt import ELRSGD, _rule_group, layer_stats
-from elropt._rule_group import WarmupEndPoll
+from elropt._warmup_end import WarmupEndPoll
 from tests.distributed.conftest import Ranks
 from tests.oracle import invariant_gradient
 

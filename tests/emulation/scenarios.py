@@ -80,7 +80,7 @@ def late_news(emulator: Emulator) -> Iterator[str]:
                 p.grad = _unit(torch.randn(p.shape, generator=generator))
             if not knows and step > 0:
                 (rule_group,) = optimizer._rule_groups or []
-                rule_group._watch.warmup_is_over = lambda: False  # type: ignore[method-assign]
+                rule_group.warmup_end.warmup_is_over = lambda: False  # type: ignore[method-assign]
             if not knows and step == 3:
                 optimizer.record_next_step()
             optimizer.step()

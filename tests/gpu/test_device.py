@@ -51,7 +51,7 @@ def test_one_launch_and_two_launches_agree(
         )
         train(net, optimizer, 10)
         rule_group = optimizer._rule_groups[0]  # type: ignore[index]
-        assert rule_group._fused.kernels.cooperates == (programs > 0)  # type: ignore[union-attr]
+        assert rule_group.last.triton_step.launches.cooperates == (programs > 0)  # type: ignore[union-attr]
         nets.append(list(net.parameters()))
     for a, b in zip(*nets, strict=True):
         assert (a - b).norm() / b.norm() < 1e-3
@@ -93,7 +93,7 @@ def test_carried_norms_have_the_bits_of_measured_ones(
             optimizer._rule_groups = None
         optimizer.step()
     measured = kernels.measure(weights, [torch.ones_like(w) for w in weights])[0]
-    used = optimizer._rule_groups[0]._fused.kernels.sums[0]  # type: ignore[index,union-attr]
+    used = optimizer._rule_groups[0].last.triton_step.launches.sums[0]  # type: ignore[index,union-attr]
     assert torch.equal(measured, used)
 
 
@@ -111,7 +111,7 @@ def test_many_programs_without_a_row_pass_the_gate() -> None:
             p.grad = torch.ones_like(p)
         optimizer.step()
     torch.cuda.synchronize()
-    assert optimizer._rule_groups[0]._fused.kernels.cooperates  # type: ignore[index,union-attr]
+    assert optimizer._rule_groups[0].last.triton_step.launches.cooperates  # type: ignore[index,union-attr]
     assert tracked.norm().item() == pytest.approx(radius, rel=0.01)
 
 

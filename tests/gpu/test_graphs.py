@@ -115,7 +115,7 @@ def test_replays_with_a_changing_lr_equal_eager_steps(
         torch.cuda.synchronize()
         if rule == "warmup" and not graphed:
             (rule_group,) = optimizer._rule_groups or []
-            assert rule_group._watch.warmup_is_over()
+            assert rule_group.warmup_end.warmup_is_over()
         runs.append(steps)
     assert first_difference(*runs) == ""
 

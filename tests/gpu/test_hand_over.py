@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elropt import ELRSGD
-from elropt._rule_group import WarmupEndPoll
+from elropt._warmup_end import WarmupEndPoll
 
 from ..nets import bn_mlp
 
@@ -35,7 +35,7 @@ def test_when_the_host_learns_of_it_does_not_matter(
     soon, optimizer = run(backend, 80)
     torch.cuda.synchronize()
     (rule_group,) = optimizer._rule_groups or []
-    assert rule_group._watch.warmup_is_over()
+    assert rule_group.warmup_end.warmup_is_over()
     monkeypatch.setattr(WarmupEndPoll, "warmup_is_over", lambda self: False)
     never, _ = run(backend, 80)
     for a, b in zip(soon, never, strict=True):

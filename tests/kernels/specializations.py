@@ -33,8 +33,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 from elropt import ELRSGD, kernels
+from elropt._validate import validate_choices
 from elropt.kernels import cooperative, fused_step, tables
-from elropt.optimizer import validate_choices
 
 Options = dict[str, Any]
 

@@ -441,7 +441,7 @@ def test_the_carried_sums_are_those_that_would_be_measured(
             for p in net.parameters():
                 p.grad = torch.randn(p.shape, generator=generator).to(p)
             if forget and step > 0:
-                optimizer._rule_groups[0]._fused.kernels.versions = None  # type: ignore[index,union-attr]
+                optimizer._rule_groups[0].last.triton_step.launches.versions = None  # type: ignore[index,union-attr]
             optimizer.step()
         results.append(list(net.parameters()))
     assert all(map(torch.equal, *results))
@@ -668,9 +668,9 @@ def test_the_gate_opens_when_the_last_program_has_arrived(
 
     def without_waiting(op: Any, pointers: Any, values: Any, mask: Any, sem: Any) -> Any:
         nonlocal reads
-        fused = optimizer._rule_groups[0]._fused  # type: ignore[index]
+        fused = optimizer._rule_groups[0].last.triton_step  # type: ignore[index]
         result = atomic_rmw(op, pointers, values, mask, sem)
-        if int(pointers[0]) == fused.kernels.gate.data_ptr():  # type: ignore[union-attr]
+        if int(pointers[0]) == fused.launches.gate.data_ptr():  # type: ignore[union-attr]
             reads += int(values[0]) == 0
             if int(values[0]) == 1:
                 opened_after.append((reads + 1) // 2)  # each program reads it before and after
@@ -682,7 +682,7 @@ def test_the_gate_opens_when_the_last_program_has_arrived(
         patch.setattr(interpreter._interpreter, "atomic_rmw", without_waiting)
         for _ in range(2):
             optimizer.step()
-    kernels_of = optimizer._rule_groups[0]._fused.kernels  # type: ignore[index,union-attr]
+    kernels_of = optimizer._rule_groups[0].last.triton_step.launches  # type: ignore[index,union-attr]
     programs = kernels_of.launches[0].table.n_chunks
     assert launches == ["cooperative_kernel"] * 2
     assert programs > kernels_of.launches[0].table.n_measured > len(tracked)
@@ -702,7 +702,7 @@ def test_pointers_that_stay_upload_nothing_and_moved_parameters_are_followed(
     net, optimizer = net_and_optimizer(True, rule="uniform", flagged=True)
     backward(net, 0)
     optimizer.step()
-    fused = optimizer._rule_groups[0]._fused  # type: ignore[index]
+    fused = optimizer._rule_groups[0].last.triton_step  # type: ignore[index]
     assert fused is not None
     grads = [p.grad for p in net.parameters()]
     optimizer.step()
@@ -711,7 +711,7 @@ def test_pointers_that_stay_upload_nothing_and_moved_parameters_are_followed(
         p.grad = p.grad.clone()  # type: ignore[union-attr]
     optimizer.step()
     assert uploads == [1]
-    assert optimizer._rule_groups[0]._fused is fused  # type: ignore[index]
+    assert optimizer._rule_groups[0].last.triton_step is fused  # type: ignore[index]
     del grads
     for p in net.parameters():
         p.data = p.data.clone()
@@ -719,7 +719,7 @@ def test_pointers_that_stay_upload_nothing_and_moved_parameters_are_followed(
     before = net[0].weight.clone()
     optimizer.step()
     assert not torch.equal(before, net[0].weight)
-    assert optimizer._rule_groups[0]._fused is not fused  # type: ignore[index]
+    assert optimizer._rule_groups[0].last.triton_step is not fused  # type: ignore[index]
     # a replaced buffer
     weight = net[0].weight
     optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
@@ -734,7 +734,7 @@ def test_a_plan_changes_nothing() -> None:
     net, optimizer = net_and_optimizer(True, rule="uniform", flagged=True)
     backward(net, 0)
     optimizer.step()
-    step = optimizer._rule_groups[0]._fused.kernels  # type: ignore[index,union-attr]
+    step = optimizer._rule_groups[0].last.triton_step.launches  # type: ignore[index,union-attr]
     held, addresses = dict(vars(step)), [t.clone() for t in step.addresses]
     grads = [p.grad for p in step.params]
     moved = [g.clone() for g in grads]  # type: ignore[union-attr]

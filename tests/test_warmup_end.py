@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from elropt._rule_group import STEPS_PER_LOOK, WarmupEndPoll
+from elropt._warmup_end import STEPS_PER_LOOK, WarmupEndPoll
 
 
 class Event:

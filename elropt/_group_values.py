@@ -1,0 +1,90 @@
+"""What the values of one param group mean: whom it is decided with, its rows, its learning rates, its momentum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from .rules import growth_gain
+
+__all__ = [
+    "count_rows",
+    "has_lr_by_row",
+    "has_tensor_decay",
+    "lr_of",
+    "lr_ratio",
+    "momentum_coefficients",
+    "rule_key",
+    "set_reference_lr",
+]
+
+
+def rule_key(group: Mapping[str, Any]) -> tuple[str | None, str, bool]:
+    """What param groups that are decided together have in common."""
+    return group["rule"], group["granularity"], group["project"]
+
+
+def count_rows(p: Tensor, group: Mapping[str, Any]) -> int:
+    """Rows of a parameter in the rule's vectors; 0 if the rule never concerns it: nothing depends on a tensor without
+    entries, or on one of a lazy module that has not run yet."""
+    if is_lazy(p) or p.numel() == 0:
+        return 0
+    wanted = group.get("scale_invariant")
+    if wanted is False or (wanted is None and (p.dim() < 2 or not p.is_floating_point())):
+        return 0
+    return p.shape[0] if group["granularity"] == "filter" and p.dim() > 0 else 1
+
+
+def lr_ratio(group: Mapping[str, Any]) -> float:
+    """Of the learning rate of the tracked layers to `lr`."""
+    return 1.0 if group["tracked_lr"] is None else group["tracked_lr"] / group["reference_lr"]
+
+
+def lr_of(group: Mapping[str, Any]) -> float | Tensor:
+    """λ of a group: that of the tracked layers, if it says that it is made of them."""
+    if group["tracked_lr"] is None or not group.get("scale_invariant"):
+        return group["lr"]
+    return group["lr"] * lr_ratio(group)
+
+
+def has_lr_by_row(group: Mapping[str, Any]) -> bool:
+    """Whether only the device knows which of a group's layers have a learning rate of their own."""
+    return group["tracked_lr"] is not None and group.get("scale_invariant") is None
+
+
+def has_tensor_decay(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any weight decay is a tensor."""
+    return any(issubclass(kind, Tensor) for kind in {type(group["weight_decay"]) for group in groups})
+
+
+def set_reference_lr(group: dict[str, Any], lr: float | Tensor) -> None:
+    """Give a group the `lr` at which its `tracked_lr` holds, unless it has one. Reads a tensor.
+
+    Raises:
+        ValueError: there is no proportion to an lr of 0.
+    """
+    if group["tracked_lr"] is None or "reference_lr" in group:
+        return
+    if not 0 < float(lr) < math.inf:
+        raise ValueError(
+            f"tracked_lr={group['tracked_lr']} is kept in proportion to lr, so lr={lr} is not valid: it must be above "
+            "0 when the optimizer is made; a schedule may bring it to 0 later"
+        )
+    group["reference_lr"] = float(lr)
+
+
+def momentum_coefficients(
+    momentum: float, dampening: float, nesterov: bool, *, has_buffer: bool
+) -> tuple[float, float, float]:
+    """`elropt.rules.growth_gain`, ∂u/∂g̃ and ∂u/∂m for this step's update u."""
+    μ, d = momentum, dampening
+    if μ == 0:
+        return growth_gain(0.0), 1.0, 0.0
+    per_grad, per_momentum = (1 - d, μ) if has_buffer else (1.0, 0.0)
+    if nesterov:
+        per_grad, per_momentum = 1 + μ * per_grad, μ * per_momentum
+    return growth_gain(μ, d, nesterov), per_grad, per_momentum
