@@ -59,7 +59,7 @@ def test_fsdp_on_one_gpu(rule: str | None) -> None:
     for key, want in expected.items():
         torch.testing.assert_close(got[key], want, rtol=2e-4, atol=2e-5)
     for rule_group in optimizer._rule_groups or []:
-        for group in rule_group.prepare_groups(optimizer.state):
+        for group in rule_group.tensors(optimizer.state):
             assert group.backend.__name__ == "elropt.kernels"
 
 
