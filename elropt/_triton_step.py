@@ -33,7 +33,7 @@ class TritonStep:
     Args:
         groups: the param groups.
         tensors: the tensors that have a gradient, all of which the kernels take; new momentum buffers are made.
-        rows: for each of the rule group's parameters how many rows it has.
+        row_counts: for each of the rule group's parameters how many rows it has.
         decision: of the rule; None: there is none.
         rounding_step: the counter of stochastic rounding.
         number: of the rule group among those of the optimizer.

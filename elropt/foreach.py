@@ -1,7 +1,7 @@
 """One ELRSGD step with `torch._foreach_*`: few launches, any dtype, several devices at once.
 
 Same functions and signatures as `elropt.reference`, which is the specification. On the CPU, where `torch._foreach_*`
-are loops in C++, small tensors are updated together and large ones in pieces, so that what one operation has left is
+are loops in C++, small tensors are updated together and large ones in pieces: then the result of one operation is
 still in the cache when the next one reads it. In float32 and float64 the bits are those of one tensor after the other.
 """
 
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     bufs: list[Tensor | None]
     s: Tensors | None
     a: Tensors | None
-    p: Tensors | None
+    radial: Tensors | None
     f: Tensors | None
     lr: float | Tensor | list[float]
     weight_decay: float | Tensor | list[float]
@@ -171,7 +171,7 @@ def _slice(batch: Batch, begin: int, end: int) -> Batch:
 def _pieces(batch: Batch, limit: int, creates_buffers: bool) -> Iterator[Batch]:
     """A tensor of more than `limit` elements as several of `limit`, where they are neighbours in memory."""
     tensors = batch.ws[0], batch.gs[0], batch.bufs[0]
-    factors = [None if values is None else values[0] for values in (batch.s, batch.a, batch.p, batch.f)]
+    factors = [None if values is None else values[0] for values in (batch.s, batch.a, batch.radial, batch.f)]
     if (
         batch.ws[0].numel() <= limit
         or (creates_buffers and batch.bufs[0] is None)
@@ -188,8 +188,8 @@ def _pieces(batch: Batch, limit: int, creates_buffers: bool) -> Iterator[Batch]:
 
 def _update_alike(batch: Batch, *, momentum: float, dampening: float, nesterov: bool, maximize: bool) -> None:
     """The update of one batch. Fills in its `bufs`."""
-    _, ws, gs, bufs, s, a, p, f, lr, weight_decay = batch
-    plain = all(factor is None for factor in (s, a, p, f)) and (
+    _, ws, gs, bufs, s, a, radial, f, lr, weight_decay = batch
+    plain = all(factor is None for factor in (s, a, radial, f)) and (
         not isinstance(lr, Tensor) or not is_low_precision(ws[0])
     )
     ŵs, stored_gs = ws, gs
@@ -222,8 +222,8 @@ def _update_alike(batch: Batch, *, momentum: float, dampening: float, nesterov: 
             bufs[i] = ms[i].to(buffer_dtype(ws[i], stored_gs[i], ω))
         if nesterov:  # rounded as in place
             us = [u.to(g.dtype) for u, g in zip(torch._foreach_add(gs, ms, alpha=momentum), gs, strict=True)]
-    if p is not None:
-        us = torch._foreach_sub(us, torch._foreach_mul(ŵs, p))
+    if radial is not None:
+        us = torch._foreach_sub(us, torch._foreach_mul(ŵs, radial))
     if f is not None:
         us = torch._foreach_mul(us, f)
     if isinstance(lr, list):

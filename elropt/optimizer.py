@@ -183,14 +183,14 @@ class ELRSGD(Optimizer):
             "fused": fused,
         }
         validate(defaults)
-        # Written here and in `add_param_group` alone.
+        # Every attribute is made here, and anew by `__setstate__`. Written by `add_param_group` alone:
         self._inside_zero = is_inside_zero()
         self._given: dict[int, bool] = {}  # ids of the parameters; whether they had other than one dimension
-        # Written by `_update_rule_groups`, and `_held` also at the end of a step.
+        # Written by `_update_rule_groups`; `_held` also at the end of a step:
         self._rule_groups: list[RuleGroup] | None = None
         self._layout: tuple[list[object], list[object]] = [], []  # of the param groups: objects, options
         self._held: tuple[list[object], list[object]] = [], []  # what the state held
-        # Written by `step`.
+        # Written by `step`:
         self._captured: dict[int, TritonStep] = {}  # CUDA graphs that are replayed later use their memory
         self._checked: tuple[list[Any], list[Any]] = [], []  # learning rates and other values
         self._warned_of_angle = False
@@ -214,7 +214,7 @@ class ELRSGD(Optimizer):
         self._rule_groups = None
         group = self.param_groups[-1]
         self._given.update({id(p): is_lazy(p) or p.dim() != 1 for p in group["params"]})
-        self._warn_of_large_angle(group, stacklevel=4)
+        self._warn_of_large_angle(group, float(group["lr"]), stacklevel=4)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -464,19 +464,16 @@ class ELRSGD(Optimizer):
                     validate_numbers(group, read_tensors=False)
                     validate_choices(group)
                     set_reference_lr(group, group["lr"])
-                self._warn_of_large_angle(group, stacklevel=7)
+                if not isinstance(lr, Tensor):
+                    self._warn_of_large_angle(group, lr, stacklevel=7)
         self._checked = lrs, others
 
-    def _warn_of_large_angle(self, group: Mapping[str, Any], stacklevel: int) -> None:
+    def _warn_of_large_angle(self, group: Mapping[str, Any], lr: float, stacklevel: int) -> None:
         """Once, where lr is an angle; that of "sphere", lr·‖g‖·‖w‖, is only known on the device."""
         if self._warned_of_angle or RULES[group["rule"]].lr_unit != "rad per step":
             return
-        lr = group["lr"]
-        if (
-            not isinstance(lr, Tensor)
-            and (angle := lr * lr_ratio(group)) > LARGE_ANGLE
-            and any(count_rows(p, group) for p in group["params"])
-        ):
+        angle = lr * lr_ratio(group)
+        if angle > LARGE_ANGLE and any(count_rows(p, group) for p in group["params"]):
             self._warned_of_angle = True
             warnings.warn(
                 f"rule={group['rule']!r} is to turn every tracked layer by {angle:g} radians per plain SGD step "

@@ -2,7 +2,7 @@
 
 Every backend (`reference`, `foreach`, `kernels`) has these three functions with these signatures.
 The symbols are those of docs/theory.md: w weight, g gradient, m momentum buffer, λ learning rate,
-μ momentum, d dampening, ω weight decay, and per layer s, a, p.
+μ momentum, d dampening, ω weight decay, and per layer s, a, the radial coefficient p_l and f.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def update(
     r"""One step, in place:
 
         ŵ = a·w ;  g̃ = s·g + ω·ŵ ;  m ← μ·m + (1−d)·g̃ ;  u = nesterov ? g̃ + μ·m : m
-        u ← u − p·ŵ ;  w ← ŵ − lr·f·u
+        u ← u − p_l·ŵ ;  w ← ŵ − lr·f·u
 
     At its first step (buffer None) m = g̃. Without factors this is `torch.optim.SGD`'s for-loop, operation for
     operation. With factors it is computed in float32 (float64 for float64 tensors) and rounded once.
@@ -86,18 +86,18 @@ def update(
         params, grads: tensors of equal shapes, any strides.
         momentum_buffers: a list whose None entries are filled in when ``momentum != 0``.
         lr, weight_decay: one for all tensors, or one for each.
-        grad_factor, weight_factor, radial, lr_factor: s, a, p and f, [R] float32; None stands for 1, 1, 0 and 1.
+        grad_factor, weight_factor, radial, lr_factor: s, a, p_l and f, [R] float32; None stands for 1, 1, 0 and 1.
         rows: for each tensor the (first, count) of its entries in these vectors: count 1 for the tensor as a
             whole, or one for every index of its dimension 0. None: the vectors do not concern this tensor.
     """
     for i, (w, g) in enumerate(zip(params, grads, strict=True)):
         row = None if rows is None else rows[i]
-        s, a, p, f = (
+        s, a, p_l, f = (
             factor_for(w, row, vector) for vector in (grad_factor, weight_factor, radial, lr_factor)
         )
         λ = lr[i] if isinstance(lr, Sequence) else lr
         ω = weight_decay[i] if isinstance(weight_decay, Sequence) else weight_decay
-        plain = all(factor is None for factor in (s, a, p, f)) and (
+        plain = all(factor is None for factor in (s, a, p_l, f)) and (
             not isinstance(λ, Tensor) or not is_low_precision(w)
         )
         buf = momentum_buffers[i]
@@ -123,8 +123,8 @@ def update(
             u = g.add(m, alpha=momentum) if nesterov else m
         else:
             u = g
-        if p is not None:
-            u = u - p * ŵ
+        if p_l is not None:
+            u = u - p_l * ŵ
         if f is not None:
             u = f * u
         if isinstance(λ, Tensor):

@@ -43,7 +43,7 @@ class LayerControls(NamedTuple):
 
     grad_factor: Tensor | None = None  # s
     weight_factor: Tensor | None = None  # a
-    radial: Tensor | None = None  # p
+    radial: Tensor | None = None  # p_l
     lr_factor: Tensor | None = None  # of λ, where layers that are found to be tracked have one of their own
 
 
@@ -307,7 +307,7 @@ def uniform_factor(log_e: Tensor, ok: Tensor) -> Tensor:
 
 
 def radial_coefficient(stats: LayerStats, hyper: RowHyper, s: Tensor | None, a: Tensor | None) -> Tensor:
-    """p = ⟨ŵ,u⟩/‖ŵ‖², from the sums alone: u is linear in g, m and ŵ = a·w.  Derived, docs/theory.md §9."""
+    """p_l = ⟨ŵ,u⟩/‖ŵ‖², from the sums alone: u is linear in g, m and ŵ = a·w.  Derived, docs/theory.md §9."""
     s = torch.ones_like(stats.weight_sq) if s is None else s
     a = torch.ones_like(stats.weight_sq) if a is None else a
     radial_grad = s * stats.weight_dot_grad / (a * stats.weight_sq) + hyper.weight_decay

@@ -1,4 +1,4 @@
-"""Sharded parameters (`torch.distributed.tensor.DTensor`): what of them lies here, and sums over all their shards.
+"""Sharded parameters (`torch.distributed.tensor.DTensor`): the part that this rank holds, and sums over all shards.
 
 The backends only ever see plain local tensors. A norm is that of the whole tensor: the local sums of all layers are
 packed into one matrix and added up by one all-reduce per process group.
@@ -37,8 +37,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Shard:
-    """What lies here of a tensor: `count` indices of its dimension 0, from `first` on; the tensor is spread over
-    `groups`, so that its sums are those of all their ranks together."""
+    """The part of a tensor that this rank holds: `count` indices of its dimension 0, from `first` on. The other parts
+    are on the other ranks of `groups`: a sum over the tensor is the sum over these ranks."""
 
     first: int
     count: int
@@ -73,7 +73,7 @@ def _shards(placement: Placement) -> bool:
 
 
 def local(t: Tensor) -> Tensor:
-    """What lies here of a tensor, as a plain one that shares its memory; a plain tensor is that already."""
+    """The part of a tensor that this rank holds, as a plain tensor that shares its memory; a plain tensor itself."""
     if not is_dtensor(t):
         return t
     here = t._local_tensor
@@ -85,7 +85,7 @@ def local(t: Tensor) -> Tensor:
 
 
 def local_grad(p: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of what lies here of p.
+    """The gradient of the part of p that this rank holds.
 
     A gradient that is placed in another way than its parameter, as sequence parallelism leaves those of norms (partial
     sums), is brought to the placement of the parameter first, as every optimizer of torch does.
@@ -104,7 +104,7 @@ def local_grad(p: Tensor, grad: Tensor) -> Tensor:
 
 
 def like(p: Tensor, here: Tensor) -> Tensor:
-    """What `local` gave, as a tensor of the same kind and placement as p."""
+    """A local part as a tensor of the same kind and placement as p: what undoes `local`."""
     if not is_dtensor(p) or is_dtensor(here):
         return here
     return type(p).from_local(
@@ -113,10 +113,10 @@ def like(p: Tensor, here: Tensor) -> Tensor:
 
 
 def shard_of(p: Tensor, *, by_rows: bool) -> Shard | None:
-    """Where the part of p that lies here belongs; None if all of it does.
+    """Which part of p this rank holds; None if it holds all of p.
 
     Raises:
-        ValueError: `by_rows`, and the indices of dimension 0 that lie here are not neighbours.
+        ValueError: `by_rows`, and the indices of dimension 0 on this rank are not neighbours.
     """
     if not is_dtensor(p) or not any(map(_shards, p.placements)):
         return None
@@ -156,7 +156,7 @@ def _is_in_one_piece(p: DTensor) -> bool:
 def reductions(
     params: Sequence[Tensor], row_counts: Sequence[int], shards: Sequence[Shard | None], device: torch.device
 ) -> Reductions | None:
-    """The all-reduces for rows of which `params[i]` owns the next `row_counts[i]`; None if all of them are whole. The
+    """The all-reduces for rows of which `params[i]` owns the next `row_counts[i]`; None if all tensors are whole. The
     same on all ranks whose parameters have the same placements, in the same order."""
     columns: dict[ProcessGroup, list[int]] = {}
     comm_device: dict[ProcessGroup, torch.device] = {}
@@ -187,7 +187,7 @@ def sum_over_shards(
 
     They are added in float64: then the order in which the network adds them does not show in the rounded result, and
     ranks that hold copies of the same shard, and reduce over different groups, get the same bits. All rows are sent,
-    and a count: where a rank has no gradient of a row that others have one of, its sums are NaN on all of them. The
+    and a count: where only some ranks have a gradient of a row, its sums are NaN on all ranks. The
     last sum, ⟨w,m⟩, is sent `with_momentum` only.
     """
     if needed is None:

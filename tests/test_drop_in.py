@@ -233,10 +233,11 @@ def test_sgd_takes_what_sgd_takes_in_mid_run() -> None:
 ANGLE = r"rule='angle' is to turn every tracked layer by 0\.5 radians.*lr=0\.5, .*give tracked_lr=0\.01"
 
 
-def test_an_angle_that_was_the_lr_of_sgd_warns_once() -> None:
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)])
+def test_an_angle_that_was_the_lr_of_sgd_warns_once(lr: float | torch.Tensor) -> None:
     net = bn_mlp(depth=2)
     with pytest.warns(UserWarning, match=ANGLE):
-        optimizer = ELRSGD(net.parameters(), lr=0.5, momentum=0.9, rule="angle")
+        optimizer = ELRSGD(net.parameters(), lr=lr, momentum=0.9, rule="angle")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.param_groups[0]["lr"] = 0.7
