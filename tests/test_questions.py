@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elropt import ELRSGD, effective_lrs, kernels, layer_stats
+from elropt._rule_group import RuleGroupPlan
 from elropt.rules import RULES
 
 from .nets import backward, bn_mlp, train
@@ -162,3 +163,27 @@ def test_a_plan_can_be_made_anew_any_number_of_times(rule: str | None) -> None:
         state = [t for p in net.parameters() for t in optimizer.state[p].values()]
         results.append([t.detach() for t in (*net.parameters(), *state)])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_does_not_change_its_plan(backend: str) -> None:
+    """Not even the lists of momentum buffers, which are made in the first step."""
+    if backend == "triton" and not kernels.available():
+        pytest.skip("needs triton")
+
+    def content(plan: RuleGroupPlan) -> list[object]:
+        lists = [
+            [list(map(id, field)) for field in group if isinstance(field, list)] for group in plan.groups
+        ]
+        return [plan.present, plan.triton_plan, lists]
+
+    net = bn_mlp(depth=1, width=4)
+    optimizer = ELRSGD(net.parameters(), lr=0.05, momentum=0.9, **BACKENDS[backend])
+    backward(net, 0)
+    (rule_group,) = optimizer._update_rule_groups()
+    with torch.no_grad():
+        plan = rule_group.plan(optimizer.state)
+        before = content(plan)
+        assert rule_group.step(plan, optimizer.state, record=True)  # new buffers
+    assert content(plan) == before
+    assert all("momentum_buffer" in optimizer.state[p] for p in net.parameters())
