@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -37,12 +37,20 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def table_of(title: str, *columns: str, caption: str | None = None) -> Table:
-    """An empty table; the first column is text and those after it are numbers."""
+def table_of(
+    title: str,
+    *columns: str,
+    rows: Iterable[Sequence[str]] = (),
+    caption: str | None = None,
+    wrap: bool = False,
+) -> Table:
+    """A table; the first column is text and those after it are numbers. `wrap`: cells may take several lines."""
     table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD)
     table.pad_edge, table.padding = False, (0, 0, 0, 1)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        table.add_column(column, justify="right" if index else "left", no_wrap=not wrap)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
+from benchmarks.common.command_line import table_of
 from benchmarks.common.optimizers import Method, check_installed
 from benchmarks.common.statistics import (
     Curve,
@@ -225,17 +225,13 @@ def _conclusion(entry: Entry, of_task: Sequence[Entry]) -> dict[str, Any]:
 
 def accuracy_table(task: str, of_task: Sequence[Entry]) -> Table:
     """The comparison on one task."""
-    table = Table(
-        title=task,
+    table = table_of(
+        task,
+        *("method", "best lr", "validation %", "test %", "Δ", "usable"),
         caption="lr chosen by validation; test accuracy with fresh seeds, mean [95 % bootstrap interval]; "
         "Δ: minus the best-tuned SGD, paired by seed; usable: largest / smallest lr that reaches 90 % of "
         "SGD's gain over chance; * the best lr is at the end of its grid",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
     )
-    table.add_column("method", no_wrap=True)
-    for column in ("best lr", "validation %", "test %", "Δ", "usable"):
-        table.add_column(column, justify="right", no_wrap=True)
     sgd = best_sgd(of_task)
     for entry in of_task:
         difference = against_sgd(entry, of_task)

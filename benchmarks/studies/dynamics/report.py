@@ -13,10 +13,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter, NullFormatter
 from rich.console import RenderableType
 from rich.table import Table
 
+from benchmarks.common.command_line import table_of
+from benchmarks.common.figures import finish, panels
 from benchmarks.common.statistics import grouped
 from benchmarks.common.sweep import Row
 from benchmarks.studies.dynamics.summarize import BINS, SMOOTHING, TOLERANCE, model_of, of_kind, trajectories
@@ -36,15 +37,6 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> list[RenderableType]:
         _explosion_table(summary),
         _momentum_table(summary),
     ]
-
-
-def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for line in lines:
-        table.add_row(*line)
-    return table
 
 
 def _trajectory_table(summary: dict[str, Any]) -> Table:
@@ -71,7 +63,7 @@ def _trajectory_table(summary: dict[str, Any]) -> Table:
         "Does E follow the model, and do ratios of ELRs tend to 1 under a constant lr? "
         "(errors: root mean square over layers at the end, ×1.3 is 30 %; means of seeds, intervals 95 %)"
     )
-    return _table(title, columns, lines)
+    return table_of(title, *columns, rows=lines, wrap=True)
 
 
 def _steps(value: float | None) -> str:
@@ -99,7 +91,7 @@ def _one_step_table(summary: dict[str, Any]) -> Table:
         "Up to which angle does the ratio law hold over one step? Error of ln ratios on the same batch (what the next "
         "batch adds), medians; share of steps within 30 %; share of the change that the law explains"
     )
-    return _table(title, columns, lines)
+    return table_of(title, *columns, rows=lines, wrap=True)
 
 
 def _turn_table(summary: dict[str, Any]) -> Table:
@@ -122,7 +114,7 @@ def _turn_table(summary: dict[str, Any]) -> Table:
         "How constant is c? Change of ln c of a layer that turns alone / while all others turn, root mean square over "
         "layers; the angle from which c has changed by 30 %"
     )
-    return _table(title, columns, lines)
+    return table_of(title, *columns, rows=lines, wrap=True)
 
 
 def _c_table(summary: dict[str, Any]) -> Table:
@@ -139,7 +131,7 @@ def _c_table(summary: dict[str, Any]) -> Table:
         "Can an extension mend it? Share of the change of ln c that all layers have in common; error of c one step "
         "ahead if smoothed, over not smoothed"
     )
-    return _table(title, columns, lines)
+    return table_of(title, *columns, rows=lines, wrap=True)
 
 
 def _critical_table(summary: dict[str, Any]) -> Table:
@@ -175,7 +167,7 @@ def _critical_table(summary: dict[str, Any]) -> Table:
         "Which learning rate closes the spread best after 1 or 5 steps, and from which on does it grow? "
         "(same: one batch; fresh: new batches; alone: the same, only tracked weights trained)"
     )
-    return _table(title, columns, lines)
+    return table_of(title, *columns, rows=lines, wrap=True)
 
 
 def _explosion_table(summary: dict[str, Any]) -> Table:
@@ -186,7 +178,7 @@ def _explosion_table(summary: dict[str, Any]) -> Table:
     title = (
         f"By which factor per layer do gradients grow towards the input? Theory: √(π/(π−1)) = {EXPLOSION:.4f}"
     )
-    return _table(title, ["net", "‖∂L/∂z‖", "c", "seeds"], lines)
+    return table_of(title, "net", "‖∂L/∂z‖", "c", "seeds", rows=lines, wrap=True)
 
 
 def _momentum_table(summary: dict[str, Any]) -> Table:
@@ -202,7 +194,8 @@ def _momentum_table(summary: dict[str, Any]) -> Table:
     ]
     columns = ["net", "cos(g, m)", "ln ‖w‖² gained", "aligned / measured", "independent", "with the cosine"]
     columns += ["error of E, aligned", "independent"]
-    return _table("Momentum 0.9: which closure is closer to a real net?", columns, lines)
+    title = "Momentum 0.9: which closure is closer to a real net?"
+    return table_of(title, *columns, rows=lines, wrap=True)
 
 
 def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
@@ -251,7 +244,7 @@ def _layers_figure(runs: list[Row]) -> Figure:
                 ax.plot(steps, E[:, layer], color=color, linewidth=1.2)
                 ax.plot(steps, predicted[:, layer], color=color, linewidth=0.9, linestyle="--")
             ax.set(xscale="log", yscale="log", title=f"{model}, lr {nearest['lr']:.2g}", xlabel="step + 1")
-            _finish(ax)
+            finish(ax)
         line[0].set_ylabel("λE (rad)")
     handles = [Line2D([], [], color=DEPTH(0.0), label="measured, first layer")]
     handles += [Line2D([], [], color=DEPTH(1.0), label="measured, last layer")]
@@ -274,7 +267,7 @@ def _spread_figure(runs: list[Row]) -> Figure:
                 mean = np.mean([row[key] for row in alike], axis=0)
                 ax.plot(np.array(longest["at"][:-1]) + 1, mean[:-1], style, color=colors[lr], linewidth=1.2)
         ax.set(xscale="log", yscale="log")
-        _finish(ax)
+        finish(ax)
     handles = [Line2D([], [], color=colors[lr], label=f"lr {lr:g}") for lr in lrs]
     handles.append(Line2D([], [], color="0.4", label="measured"))
     handles.append(Line2D([], [], color="0.4", linestyle="--", label="model"))
@@ -317,7 +310,7 @@ def _one_step_figure(runs: list[Row], summary: dict[str, Any]) -> Figure:
     for ax in (law, turn):
         ax.axhline(TOLERANCE, color="0.3", linewidth=0.8, linestyle=":")
         ax.set(xscale="log", yscale="log")
-        _finish(ax)
+        finish(ax)
     return figure
 
 
@@ -338,7 +331,7 @@ def _critical_figure(rows: list[Row]) -> Figure:
         ax.axvline(1, color="0.2", linewidth=0.8)
         ax.axhline(1, color="0.3", linewidth=0.8, linestyle=":")
         ax.set(xscale="log", yscale="log")
-        _finish(ax)
+        finish(ax)
     handles = [*axes[0].get_legend_handles_labels()[0]] if found else []
     handles += [Line2D([], [], color="0.4", linestyle="--", label="model, seed 0")]
     handles += [Line2D([], [], color="0.2", label="balance"), Line2D([], [], color="0.6", label="monotone")]
@@ -382,33 +375,15 @@ def _explosion_momentum_figure(rows: list[Row], summary: dict[str, Any]) -> Figu
     right.set_title("momentum 0.9")
     right.legend(frameon=False, fontsize="small")
     for ax in (left, right):
-        _finish(ax)
+        finish(ax)
     return figure
 
 
 def _panels(titles: Collection[str], *, xlabel: str, ylabel: str) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with one panel for each title, at most four in a line."""
-    columns = min(max(len(titles), 1), 4)
-    lines = -(-max(len(titles), 1) // columns)
-    figure = Figure(figsize=(3.2 * columns + 0.8, 2.9 * lines + 0.7), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for ax, title in zip(axes, titles, strict=False):
+    """A panel for each title."""
+    figure, axes = panels(len(titles))
+    for ax, title in zip(axes, titles, strict=True):
         ax.set(title=title, xlabel=xlabel)
-    for ax in axes[: len(titles) : columns]:
+    for ax in axes[::4]:
         ax.set_ylabel(ylabel)
-    for ax in axes[len(titles) :]:
-        ax.set_visible(False)
-    return figure, list(axes[: len(titles)])
-
-
-def _finish(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="0.9", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.title.set_fontsize("medium")
-    if ax.get_xscale() == "log":
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    if ax.get_yscale() == "log":
-        low, high = ax.get_ylim()
-        few = high / low < 30
-        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)) if few else NullFormatter())
+    return figure, axes

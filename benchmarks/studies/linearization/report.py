@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from benchmarks.common.command_line import table_of
+from benchmarks.common.figures import finish
 from benchmarks.common.statistics import Interval, grouped
 from benchmarks.common.sweep import Row
 from benchmarks.studies import comparison
@@ -44,11 +45,12 @@ def _by_weight(task: str, found: dict[str, Any]) -> Table:
         f"{method} {chosen['lr']:g}{'*' if chosen['at_edge'] else ''}"
         for method, chosen in found["learning_rates"].items()
     )
-    table = _table(
+    table = table_of(
         task,
         "weight of the penalty",
-        [f"{method}, {when}" for method in found["points"] for when in WHEN],
-        f"average path length (of {found['full_path_length']:g}; normalized of "
+        *(f"{method}, {when}" for method in found["points"] for when in WHEN),
+        wrap=True,
+        caption=f"average path length (of {found['full_path_length']:g}; normalized of "
         f"{found['full_normalized_path_length']:g} in brackets), test accuracy in %, standard deviation of ln E; "
         f"means over seeds; lr by validation: {lrs} (* the end of the grid)",
     )
@@ -66,11 +68,12 @@ def _by_weight(task: str, found: dict[str, Any]) -> Table:
 
 
 def _at_share(task: str, found: dict[str, Any]) -> Table:
-    table = _table(
+    table = table_of(
         f"{task}: test accuracy in % at equal path length",
         "share of the full path length",
-        SHARES,
-        "mean [95 % bootstrap interval] over seeds, differences paired by seed; linear between the weights",
+        *map(str, SHARES),
+        wrap=True,
+        caption="mean [95 % bootstrap interval] over seeds, differences paired by seed; linear between the weights",
     )
     methods = found["points"]
     values = {f"{method}, {when}": found["at_share"][method][when] for method in methods for when in WHEN}
@@ -84,11 +87,12 @@ def _at_share(task: str, found: dict[str, Any]) -> Table:
 
 
 def _shallow(task: str, found: dict[str, Any]) -> Table:
-    table = _table(
+    table = table_of(
         f"{task}: ReLUs in some layers from the start, the others linear",
-        "ReLU layers",
-        ["path length", "normalized", "test %", "std of ln E, at the start", "std of ln E, at the end"],
-        "means over seeds, accuracy with its 95 % interval",
+        *("ReLU layers", "path length", "normalized", "test %"),
+        *("std of ln E, at the start", "std of ln E, at the end"),
+        wrap=True,
+        caption="means over seeds, accuracy with its 95 % interval",
     )
     for layers, point in found["shallow"].items():
         table.add_row(
@@ -99,14 +103,6 @@ def _shallow(task: str, found: dict[str, Any]) -> Table:
             f"{point['log_std_at_start']['mean']:.2f}",
             f"{point['log_std']['mean']:.2f}",
         )
-    return table
-
-
-def _table(title: str, first: str, columns: Iterable[Any], caption: str) -> Table:
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first)
-    for column in columns:
-        table.add_column(str(column), justify="right")
     return table
 
 
@@ -133,8 +129,7 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
         above.set(title=_wrapped(task))
         below.set(xlabel="average path length (nonlinear units)")
         for ax in (above, below):
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.grid(color="0.9", linewidth=0.6)
+            finish(ax)
     panels[0, 0].set_ylabel("test accuracy (%)")
     panels[1, 0].set_ylabel("std of ln E")
     handles, labels = panels[0, 0].get_legend_handles_labels()

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy import stats
 
+from benchmarks.common.command_line import table_of
 from benchmarks.common.optimizers import METHODS, Method
 from benchmarks.common.statistics import Curve, usable_range
 from benchmarks.common.sweep import Row
@@ -231,17 +231,13 @@ def one_for_all(curves: Sequence[dict[float, float]]) -> dict[str, float]:
 def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
     """Best learning rates along every axis, and one for all."""
     names = list(summary["range"])
-    table = Table(
-        title="best learning rate (top of a parabola), where it is good, and validation accuracy in %",
+    table = table_of(
+        "best learning rate (top of a parabola), where it is good, and validation accuracy in %",
+        *("axis", "value", *names),
         caption=f"* at the end of the grid; in brackets: where accuracy keeps {GOOD:.0%} of its gain over chance; "
         "“range”: largest / smallest best along the axis, and which learning rates are good at all its values",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
+        wrap=True,
     )
-    table.add_column("axis")
-    table.add_column("value")
-    for name in names:
-        table.add_column(name, justify="right")
     for axis, values in summary["axes"].items():
         for value, by_name in values.items():
             table.add_row(axis, value, *(_cell(by_name[name]) for name in names))
@@ -251,9 +247,9 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
             for name, good in zip(names, shared, strict=True)
         ]
         table.add_row(axis, "range", *cells, end_section=True)
-    one = Table(title="one learning rate for all these tasks", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("method", "lr", "points lost, mean", "points lost, worst"):
-        one.add_column(column, justify="right")
+    one = table_of(
+        "one learning rate for all these tasks", "method", "lr", "points lost, mean", "points lost, worst"
+    )
     for name, cost in summary["one_lr_for_all"].items():
         one.add_row(name, f"{cost['lr']:g}", f"{cost['mean_loss']:.1f}", f"{cost['worst_loss']:.1f}")
     return [table, one]

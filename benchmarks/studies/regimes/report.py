@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
-from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
+from benchmarks.common.command_line import table_of
+from benchmarks.common.figures import finish
 from benchmarks.common.statistics import grouped
 from benchmarks.common.sweep import Row
 from benchmarks.studies.regimes.summarize import (
@@ -51,19 +49,13 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> list[RenderableType]:
     return [*result, _borders_table(summary), _renamed_table(summary)]
 
 
-def _table(title: str, caption: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
-
-
 def _levels_table(model: str, constant: dict[str, Any]) -> Table:
-    table = _table(
+    table = table_of(
         f"{model}: constant learning rates",
-        "medians of the last quarter of the run, means of seeds (loss, c, turn: geometric); chance: the loss of the "
-        "same outputs against the labels of other images; turn: sphere_lr · c in rad, if small",
-        ["sphere_lr", "regime", "train loss", "/ chance", "train error %", "val %", "test %", "c", "turn"],
+        *("sphere_lr", "regime", "train loss", "/ chance", "train error %", "val %", "test %", "c", "turn"),
+        caption="medians of the last quarter of the run, means of seeds (loss, c, turn: geometric); chance: "
+        "the loss of the same outputs against the labels of other images; turn: sphere_lr · c in rad, if small",
+        wrap=True,
     )
     for lr, it in constant.items():
         counts = collections.Counter(it["regimes"])
@@ -83,12 +75,13 @@ def _levels_table(model: str, constant: dict[str, Any]) -> Table:
 
 def _step_down_table(model: str, of_net: dict[str, Any]) -> Table:
     final, gain = of_net["final"], of_net["gain"]
-    table = _table(
+    table = table_of(
         f"{model}: down to {of_net['step_down']['after']:g} half-way",
-        f"fresh seeds, test images: best constant ({final['constant']['sphere_lr']:g}) "
+        *("from sphere_lr", "train loss", "validation error %", "of it constant"),
+        caption=f"fresh seeds, test images: best constant ({final['constant']['sphere_lr']:g}) "
         f"{final['constant']['test_error']:.1f} %, best step-down (from {final['step_down']['sphere_lr']:g}) "
         f"{final['step_down']['test_error']:.1f} %, gain {gain:+.1f} points",
-        ["from sphere_lr", "train loss", "validation error %", "of it constant"],
+        wrap=True,
     )
     for lr, it in of_net["step_down"]["starts"].items():
         table.add_row(
@@ -101,11 +94,12 @@ def _step_down_table(model: str, of_net: dict[str, Any]) -> Table:
 
 
 def _borders_table(summary: dict[str, Any]) -> Table:
-    table = _table(
+    table = table_of(
         "where the regimes end",
-        "[95 % interval over seeds] (learning rates measured on both sides, smallest and largest of all seeds); "
-        "disordered: seeds in which the regimes do not follow each other",
-        ["net", "convergence up to", "divergence from", "disordered"],
+        *("net", "convergence up to", "divergence from", "disordered"),
+        caption="[95 % interval over seeds] (learning rates measured on both sides, smallest and largest of all "
+        "seeds); disordered: seeds in which the regimes do not follow each other",
+        wrap=True,
     )
     for model, of_net in summary.items():
         found = of_net["borders"]
@@ -118,11 +112,12 @@ def _borders_table(summary: dict[str, Any]) -> Table:
 
 
 def _renamed_table(summary: dict[str, Any]) -> Table:
-    table = _table(
+    table = table_of(
         "how far the names depend on where the lines are drawn",
-        "constant runs that get the name of another regime, and that become or are no longer undecided, if one bound "
-        "of classify is another, or the run had ended after three quarters",
-        ["changed", *summary],
+        *("changed", *summary),
+        caption="constant runs that get the name of another regime, and that become or are no longer undecided, "
+        "if one bound of classify is another, or the run had ended after three quarters",
+        wrap=True,
     )
     for change in next(iter(summary.values()))["renamed"]:
         found = [of_net["renamed"][change] for of_net in summary.values()]
@@ -169,7 +164,7 @@ def _levels_figure(rows: list[Row], summary: dict[str, Any]) -> Figure:
         line[0].plot(lrs, [it["chance"].mean for it in of_net["constant"].values()], **guessing)
         line[1].axhline(100 - 100 / runs[0]["classes"], **guessing)
         for ax in line:
-            _finish(ax)
+            finish(ax)
     handles = [
         Line2D([], [], color=color, marker=marker, linestyle="", label=regime)
         for regime, (color, marker, _) in LOOKS.items()
@@ -195,7 +190,7 @@ def _traces_figure(rows: list[Row], summary: dict[str, Any]) -> Figure:
                 ax.plot(epochs, _drawn(row[key]), **style, label=key_of(sphere_lr_of(row)))
         for ax, label in zip(line, columns.values(), strict=True):
             ax.set(yscale="log", title=model, ylabel=label, xlabel="epoch")
-            _finish(ax)
+            finish(ax)
         line[-1].legend(
             title="sphere_lr", frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)
         )
@@ -225,7 +220,7 @@ def _step_down_figure(summary: dict[str, Any]) -> Figure:
                 ax.axvline(at, color="0.4", linewidth=0.9, linestyle=style, label=f"border of {name}")
         ax.set(xscale="log", title=model, xlabel=XLABEL, ylabel="validation error (%)")
         ax.legend(frameon=False, fontsize="small")
-        _finish(ax)
+        finish(ax)
     return figure
 
 
@@ -238,13 +233,3 @@ def _drawn(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
 def _grid(lines: int, columns: int, width: float = 3.9) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width * columns, 2.9 * lines + 0.4), layout="constrained")
     return figure, figure.subplots(lines, columns, squeeze=False)
-
-
-def _finish(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="0.9", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.title.set_fontsize("medium")
-    for axis in (ax.xaxis, ax.yaxis):
-        if axis.get_scale() == "log":
-            axis.set_minor_formatter(NullFormatter())

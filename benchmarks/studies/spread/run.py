@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy import stats
 
+from benchmarks.common.command_line import table_of
 from benchmarks.common.optimizers import LRS, METHODS, Method
 from benchmarks.common.statistics import interval
 from benchmarks.common.sweep import Row
@@ -109,17 +109,13 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
     """Accuracies of each task, then the imposed spreads."""
     groups = by_task(entries(rows))
     accuracies = [comparison.accuracy_table(task, of_task) for task, of_task in groups.items()]
-    table = Table(
-        title="the same function, another spread of E at step 0: plain SGD at its best lr",
+    table = table_of(
+        "the same function, another spread of E at step 0: plain SGD at its best lr",
+        *("task", *(f"{spread:g}" for spread in AT_SPREAD), "ρ"),
         caption="test accuracy in %, mean [95 % interval]; below 1 the last layers are the fast ones; "
         "ρ: rank correlation of accuracy with the applied spread over all methods",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
+        wrap=True,
     )
-    table.add_column("task")
-    for spread in AT_SPREAD:
-        table.add_column(f"{spread:g}", justify="right")
-    table.add_column("ρ", justify="right")
     for task, of_task in groups.items():
         found = {entry.method: f"{entry.accuracy:.1f}" for entry in of_task}
         rho = summary["rank_correlation"][task]

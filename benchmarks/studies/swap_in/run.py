@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from benchmarks.common.command_line import table_of
 from benchmarks.common.optimizers import METHODS, OPTIMIZERS, Method
 from benchmarks.common.sweep import Row
 from benchmarks.studies import comparison
@@ -88,16 +88,12 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
     """Accuracy, and time to accuracy, on every task."""
     result = []
     for task, of_task in by_task(entries(rows)).items():
-        table = Table(
-            title=f"{task}: time to accuracy",
+        table = table_of(
+            f"{task}: time to accuracy",
+            *("method", "epochs", "seconds", "seconds in all"),
             caption=f"until the mean validation accuracy reaches {REACHED:.0%} of the best-tuned SGD's at the end; "
             "seconds compare only within one run of the study",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
         )
-        table.add_column("method")
-        for column in ("epochs", "seconds", "seconds in all"):
-            table.add_column(column, justify="right")
         for method, found in summary[task].items():
             reached = (found["epochs_to_accuracy"], found["seconds_to_accuracy"], found["seconds"])
             table.add_row(method, *("–" if value is None else f"{value:.3g}" for value in reached))

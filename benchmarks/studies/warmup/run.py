@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from benchmarks.common.command_line import table_of
 from benchmarks.common.optimizers import METHODS, Method
 from benchmarks.common.statistics import interval
 from benchmarks.common.sweep import Row
@@ -130,17 +130,13 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
 
 def closing_table(task: str, summary: dict[str, Any]) -> Table:
     """How fast the spread closes on one task."""
-    table = Table(
-        title=f"{task}: the spread of E",
+    table = table_of(
+        f"{task}: the spread of E",
+        *("method", "ln spread of E", "applied", "at every lr", "steps to closed"),
         caption=f"mean ln(max/min) over the first {HORIZON} steps, of E and of what is applied, at the best learning "
         f"rate, and of E at every learning rate of the grid; steps until max/min of E stays below {CLOSED:g}, by seed "
         f"(– : not within {HORIZON})",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
     )
-    table.add_column("method", no_wrap=True)
-    for column in ("ln spread of E", "applied", "at every lr", "steps to closed"):
-        table.add_column(column, justify="right", no_wrap=True)
     for method, of_method in summary.items():
         steps = ["–" if step is None else str(step) for step in of_method["steps_to_closed"]]
         means = (of_method[key]["mean"] for key in ("log_spread", "applied_log_spread"))

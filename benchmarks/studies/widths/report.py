@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
-from rich.box import SIMPLE_HEAD
+from matplotlib.ticker import ScalarFormatter
 from rich.table import Table
 
+from benchmarks.common.command_line import table_of
+from benchmarks.common.figures import finish, panels
 from benchmarks.common.statistics import curve, grouped
 from benchmarks.common.sweep import Row
 from benchmarks.studies.widths.summarize import (
@@ -43,13 +43,6 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> list[Table]:
     ]
 
 
-def _table(title: str, caption: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
-
-
 def _widths(settings: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(width for it in settings.values() for width in it["widths"]))
 
@@ -60,7 +53,7 @@ def _lr_table(settings: dict[str, Any], key: str, title: str) -> Table:
         "theory: of the largest stable one, docs/width-scaling.md"
     )
     columns = ["setting", *_widths(settings), "exponent", "theory"]
-    table = _table(f"{title}, by width", caption, columns)
+    table = table_of(f"{title}, by width", *columns, caption=caption, wrap=True)
     for name, it in settings.items():
         cells = [
             _lr_cell(it["widths"][width], key) if width in it["widths"] else "" for width in _widths(settings)
@@ -84,7 +77,7 @@ def _exponent(value: Any) -> str:
 def _transfer_table(settings: dict[str, Any]) -> Table:
     widths = _widths(settings)
     title = "test accuracy in % at a width's own best learning rate, and the base width's minus that (points)"
-    table = _table(title, "fresh seeds, mean [95 % interval]", ["setting", *widths])
+    table = table_of(title, "setting", *widths, caption="fresh seeds, mean [95 % interval]", wrap=True)
     for name, it in settings.items():
         if not it["transfer"]:
             continue
@@ -99,7 +92,8 @@ def _transfer_table(settings: dict[str, Any]) -> Table:
 def _class_table(settings: dict[str, Any]) -> Table:
     widths = _widths(settings)
     title = "runs of the grid that are stable / in controlled divergence / catastrophic"
-    table = _table(title, "each by its own norms, those at step 0 being 1", ["setting", *widths])
+    caption = "each by its own norms, those at step 0 being 1"
+    table = table_of(title, "setting", *widths, caption=caption, wrap=True)
     for name, it in settings.items():
         cells = [it["widths"].get(width) for width in widths]
         table.add_row(
@@ -118,7 +112,7 @@ def _check_table(checks: dict[str, Any]) -> Table:
     ]
     caption = "in brackets: theory for one step. Runs: how many are stable / controlled / catastrophic, each on its own"
     title = "exponents of the width after one step → after ten"
-    table = _table(title, caption, [*columns, "runs"])
+    table = table_of(title, *columns, "runs", caption=caption, wrap=True)
     for name, it in checks.items():
         first, last = it["first"], it["last"]
         cells = []
@@ -137,7 +131,7 @@ def _mean(of_step: dict[str, Any], key: str) -> str:
 def _layer_table(checks: dict[str, Any]) -> Table:
     columns = ["lr·(width/base)^−α", *(f"{kind}, {layer}" for kind in ("E", "λE") for layer in LAYERS)]
     caption = "before the first step → after the last"
-    table = _table("exponents of E = ‖g‖/‖w‖ and of λE, by layer", caption, columns)
+    table = table_of("exponents of E = ‖g‖/‖w‖ and of λE, by layer", *columns, caption=caption, wrap=True)
     for name, it in checks.items():
         layers = [*it["E"], *it["lr_E"]]
         table.add_row(name, *(f"{layer['first'].mean:.2f} → {layer['last'].mean:.2f}" for layer in layers))
@@ -158,29 +152,17 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
     return paths
 
 
-def _panels(count: int, columns: int = 4) -> tuple[Figure, list[Axes]]:
-    lines = math.ceil(count / columns)
-    columns = min(count, columns)
-    figure = Figure(figsize=(3.4 * columns, 3 * lines + 0.3), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for ax in axes[count:]:
-        ax.set_visible(False)
-    return figure, list(axes[:count])
-
-
 def _finish(ax: Axes, ticks: Sequence[float]) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="0.9", linewidth=0.6)
     ax.set(xscale="log", xlabel="width")
+    finish(ax)
     ax.set_xticks(ticks)
     ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_lrs(settings: dict[str, Any]) -> Figure:
     """A panel for each optimizer and loss: a global learning rate filled, one scaled by layer hollow."""
     pairs = grouped(settings, lambda name: name.replace(", scaled", ""))
-    figure, axes = _panels(len(pairs))
+    figure, axes = panels(len(pairs))
     for ax, (title, names) in zip(axes, pairs.items(), strict=True):
         for name in names:
             scaled = ", scaled" if "scaled" in name else ""
@@ -215,7 +197,7 @@ def _points(widths: dict[str, Any], key: str) -> tuple[np.ndarray, np.ndarray]:
 def _draw_transfer(rows: list[Row]) -> Figure:
     """A panel for each setting, a line for each width."""
     groups = grouped(of_part(rows, "val"), lambda row: label(row["spec"]["setting"]))
-    figure, axes = _panels(len(groups))
+    figure, axes = panels(len(groups))
     for ax, (name, of_one) in zip(axes, groups.items(), strict=True):
         lines = {}
         for width, of_width in by_width(of_one).items():
@@ -243,7 +225,7 @@ def _draw_elrs(rows: list[Row]) -> Figure:
         for name, of_one in grouped(rows, check_label).items()
         if of_one[0]["spec"]["setting"]["optimizer"] == "sgd"
     }
-    figure, axes = _panels(len(groups))
+    figure, axes = panels(len(groups))
     figure.suptitle("dots: at the first step; lines: after the last", fontsize="medium")
     for ax, (name, of_one) in zip(axes, groups.items(), strict=True):
         widths = list(by_width(of_one))
