@@ -163,17 +163,11 @@ def sanitizer_program() -> str | None:
     )
 
 
-def steps(
-    context: Context,
-    workloads: tuple[str, ...],
-    optimizers: tuple[str, ...],
-    *more: str,
-    file: str = "step_time",
-) -> list[str]:
+def steps(context: Context, workloads: tuple[str, ...], optimizers: tuple[str, ...], *more: str) -> list[str]:
     """The command that times steps; with `tiny` they are those of a few small tensors."""
     if context.tiny:
         workloads, more = ("tiny",), ("--seconds", "0.05", *more)
-    out = ["--device", context.device, "--out", str(context.out / f"{file}.json")]
+    out = ["--device", context.device, "--out", str(context.out / "step_time.json")]
     chosen = repeated("--workload", workloads) + repeated("--optimizer", optimizers)
     return module("step_time", *out, *chosen, *more)
 
@@ -193,11 +187,6 @@ def more_steps(context: Context) -> list[list[str]]:
         steps(context, MORE_WORKLOADS, MORE_STEPS, "--add", "--budget", others),
         steps(context, ("resnet-50",), PEERS, "--add", "--budget", peers),
     ]
-
-
-def compiled(context: Context) -> list[list[str]]:
-    """Times of torch's compiled SGD beside its fused one: slow to compile, so in no call."""
-    return [steps(context, ("resnet-50",), ("torch-fused", "torch-compiled"), file="compiled")]
 
 
 def host(context: Context) -> list[list[str]]:
@@ -232,7 +221,6 @@ PARTS = {
     "sweep": Part(
         lambda c: [module("kernels", "sweep", "--out", str(c.out / "sweep.json"))], 45, gpu_only=True
     ),
-    "compiled": Part(compiled, 120, gpu_only=True),
 }
 CALLS = {
     "first": (

@@ -129,11 +129,11 @@ def without_launches(count: int) -> dict[str, Optimizer]:
 
 def bn_mlp() -> Workload:
     """The tensors of a 30-layer BN-MLP of width 128 on digits; a BatchNorm follows each matrix but the head."""
-    named = list(models.build("bn-mlp-30", in_shape=(1, 8, 8), classes=10).named_parameters())
-    shapes = tuple(tuple(p.shape) for _, p in named)
+    net = models.build("bn-mlp-30", in_shape=(1, 8, 8), classes=10)
+    shapes = tuple(tuple(p.shape) for p in net.parameters())
     matrices = [i for i, shape in enumerate(shapes) if len(shape) == 2]
     is_tracked = tuple(i in matrices[:-1] for i in range(len(shapes)))
-    return Workload("bn-mlp-30", tuple(name for name, _ in named), shapes, is_tracked)
+    return Workload("bn-mlp-30", shapes, is_tracked)
 
 
 def cut_down(workload: Workload) -> Workload:

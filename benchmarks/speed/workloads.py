@@ -30,7 +30,7 @@ WEIGHT_STD = 0.02
 RELATIVE_GRADS = (1e-6, 1e-4)  # range of ‖g‖/‖w‖: thousands of steps hardly turn a weight
 
 
-Shapes = dict[str, tuple[int, ...]]
+Shapes = dict[str, tuple[int, ...]]  # of tensors by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Workload:
     """Tensors of a network in the order of its parameters."""
 
     name: str
-    tensor_names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     tracked: tuple[bool, ...]
     dtype: torch.dtype = torch.float32
@@ -104,7 +103,7 @@ def of_model(name: str, model: str, side: int, classes: int) -> Workload:
     """A net of `benchmarks.common.models` whose convolutions are all followed by a BatchNorm."""
     with torch.device("meta"):
         net = models.build(model, in_shape=(3, side, side), classes=classes)
-    shapes = {key: tuple(p.shape) for key, p in net.named_parameters()}
+    shapes = [tuple(p.shape) for p in net.parameters()]
     return workload_of(name, shapes, tracked=lambda shape: len(shape) == 4)
 
 
@@ -155,25 +154,24 @@ def in_blocks(
     name: str, first: Shapes, block: Shapes, blocks: int, last: Shapes, dtype: torch.dtype = torch.float32
 ) -> Workload:
     """A net of alike blocks, with every tensor of two or more dimensions tracked."""
-    repeated = {f"blocks.{i}.{key}": shape for i in range(blocks) for key, shape in block.items()}
-    return workload_of(name, first | repeated | last, tracked=lambda shape: len(shape) > 1, dtype=dtype)
+    shapes = [*first.values(), *(blocks * [*block.values()]), *last.values()]
+    return workload_of(name, shapes, tracked=lambda shape: len(shape) > 1, dtype=dtype)
 
 
 def many(name: str, sizes: Iterable[int]) -> Workload:
     """Matrices of one row, all tracked."""
-    shapes = {f"{i}": (1, size) for i, size in enumerate(sizes)}
-    return workload_of(name, shapes, tracked=lambda shape: True)
+    return workload_of(name, [(1, size) for size in sizes], tracked=lambda shape: True)
 
 
 def workload_of(
     name: str,
-    shapes: Shapes,
+    shapes: Sequence[tuple[int, ...]],
     *,
     tracked: Callable[[tuple[int, ...]], bool],
     dtype: torch.dtype = torch.float32,
 ) -> Workload:
-    """A workload from shapes by name, and whether tensors of a shape are tracked."""
-    return Workload(name, tuple(shapes), tuple(shapes.values()), tuple(map(tracked, shapes.values())), dtype)
+    """A workload of shapes, and whether tensors of a shape are tracked."""
+    return Workload(name, tuple(shapes), tuple(map(tracked, shapes)), dtype)
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
@@ -187,7 +185,6 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "2000x4": lambda: many("2000x4", [4] * 2000),
     "tiny": lambda: Workload(
         "tiny",
-        ("conv1", "gain", "bias", "conv2", "head.weight", "head.bias"),
         ((8, 3, 3, 3), (8,), (8,), (5, 8, 3, 3), (10, 5), (10,)),
         (True, False, False, True, False, False),
     ),
