@@ -107,6 +107,8 @@ class FusedStep:
             and self.n_deciding > 0
             and self.launches[0].table.n_chunks <= max_programs(self.device)
         )
+        if self.cooperates:
+            self.scratch_with_gate = self.launches[0].scratch._replace(gate=self.gate)
         self.addresses = [launch.table.addresses for launch in self.launches]
         self.hypers = HyperArguments(len(kinds), self.device)
         self.graph_tables = GraphTables(len(kinds), self.device)
@@ -305,7 +307,7 @@ class FusedStep:
         table, has_momentum = launch.table, launch.kind.has_momentum
         cooperative_kernel[(table.n_chunks,)](
             tables_of_launch,
-            launch.scratch._replace(gate=self.gate),
+            self.scratch_with_gate,
             self.n_rows,
             self.n_deciding + table.n_chunks - table.n_measured,  # and the programs without a row
             self.rows,
