@@ -21,6 +21,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from elropt import kernels as elr_kernels
+from elropt.rules import RULES
 
 README = Path(__file__).parents[2] / "kernels" / "README.md"
 BEGIN, END = "<!-- compile report: begin -->", "<!-- compile report: end -->"
@@ -174,7 +175,7 @@ def argument_types(args: Any, case: Case) -> dict[str, Any]:
         is_absent |= {"gains", "per_grads", "per_momenta"}
     factors = {name: None if name in is_absent else "*fp32" for name in args.Factors._fields}
     scaling = "*fp32" if changes.get("AMP") else None
-    rows = args.Rows("*fp32", "*fp32" if rule == "warmup" else None, "*fp32", "*fp32", "*i32")
+    rows = args.Rows("*fp32", "*fp32" if RULES[rule].ends else None, "*fp32", "*fp32", "*i32")
     if changes.get("memory", 0) is None:
         rows = args.Rows()
     return {
