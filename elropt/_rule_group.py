@@ -350,10 +350,8 @@ class RuleGroup:
             self.warmup_end.collect()
             if plan.present is not None:
                 self._forget_frozen(plan.present)
-        if plan.triton_step is not None and plan.triton_plan is not None:
-            new = self._step_fused(
-                plan, plan.triton_step, plan.triton_plan, state, record, grad_scale, found_inf
-            )
+        if plan.triton_step is not None:
+            new = self._step_fused(plan, plan.triton_step, state, record, grad_scale, found_inf)
         else:
             new = self._step_groups(plan.groups, record=record)
         for p, buffer in new.items():
@@ -374,13 +372,13 @@ class RuleGroup:
         self,
         plan: RuleGroupPlan,
         triton_step: TritonStep,
-        triton_plan: kernels.StepPlan,
         state: State,
         record: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> dict[Tensor, Tensor]:
         """Returns new momentum buffers."""
+        assert plan.triton_plan is not None
         is_new = self._triton_steps.get(plan.present) is not triton_step
         active = self.has_rule and not self._is_over()
         measured = None
@@ -389,7 +387,7 @@ class RuleGroup:
         if is_new:
             triton_step.take_over_buffers()
         triton_step.step(
-            triton_plan, active=active, read_all=record, grad_scale=grad_scale, found_inf=found_inf
+            plan.triton_plan, active=active, read_all=record, grad_scale=grad_scale, found_inf=found_inf
         )
         if is_new:
             self._keep_triton_step(plan.present, triton_step)
