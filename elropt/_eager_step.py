@@ -47,7 +47,7 @@ class Group(NamedTuple):
 
     Attributes:
         owners: the optimizer's parameters.
-        params, grads: the parts of them and of their gradients on this rank: plain tensors of equal shapes.
+        params, grads: the parts of the owners and of their gradients on this rank: plain tensors of equal shapes.
         shards: which parts these are; None: all of the tensor.
         momentum_buffers: one per parameter, None before its first step.
         row_counts: for each parameter the number of rows it has in the rule's vectors: 0 if the rule leaves it

@@ -96,7 +96,7 @@ class TritonStep:
             rule=decision,
             number=number,
         )
-        # the last values of the groups, and the arguments made of them; None: tensors are among them, which may change
+        # the last values of the groups, and the arguments made of these; None if tensors, which may change, are among them
         self._values: list[tuple[Any, ...]] | None = None
         self._hypers: tuple[kernels.GroupHyper, ...] = ()
 
