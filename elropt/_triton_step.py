@@ -96,7 +96,7 @@ class TritonStep:
             rule=decision,
             number=number,
         )
-        # the last values of the groups, and the arguments made of these; None if tensors are among them: they may change
+        # the last values of the groups, and the arguments made of these; None if there are tensors: they may change
         self._values: list[tuple[Any, ...]] | None = None
         self._hypers: tuple[kernels.GroupHyper, ...] = ()
 
