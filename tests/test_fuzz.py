@@ -138,7 +138,7 @@ class Fuzz(RuleBasedStateMachine):
 
     def settled(self) -> tuple[list[Tensor], dict[str, Any]]:
         """The same, after a first look has brought into the state what has changed in the groups."""
-        self.optimizer.layer_records()
+        self.optimizer._update_rule_groups()
         return self.visible()
 
     def new_optimizer(self, params: Sequence[Tensor], **backend: bool) -> ELRSGD:
