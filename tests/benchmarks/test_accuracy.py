@@ -29,6 +29,9 @@ ARGUMENTS = [
 ]
 
 
+pytestmark = pytest.mark.xdist_group("accuracy")  # the job runs once
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     out = tmp_path_factory.mktemp("run")

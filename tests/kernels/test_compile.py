@@ -19,6 +19,9 @@ import pytest
 from benchmarks.speed.compile_report import CAPABILITIES, CASES
 
 
+pytestmark = pytest.mark.xdist_group("compile")  # the kernels are compiled once
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pytest.importorskip("triton")
