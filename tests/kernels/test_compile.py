@@ -18,7 +18,6 @@ import pytest
 
 from benchmarks.speed.compile_report import CAPABILITIES, CASES
 
-
 pytestmark = pytest.mark.xdist_group("compile")  # the kernels are compiled once
 
 
