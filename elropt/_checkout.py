@@ -1,4 +1,4 @@
-"""Lets a checkout find its kernels: there they are beside this folder, and installed they are in it."""
+"""Finds the kernels: a checkout has them beside this folder, an installed elropt inside it."""
 
 import sys
 from importlib.machinery import ModuleSpec

@@ -263,7 +263,7 @@ def measure(
 def _with_rows_elsewhere(
     part: Tensor, rows: Sequence[tuple[int, int]], row_counts: Sequence[int]
 ) -> list[Tensor]:
-    """The sums [4, n] of the rows that are here, with zeros for the others in between, to be concatenated."""
+    """The sums [4, n] of the rows on this rank, with zeros for those on other ranks, in pieces to concatenate."""
     if all(here == (0, count) for here, count in zip(rows, row_counts, strict=True)):
         return [part]
     pieces, taken = [], 0
@@ -303,7 +303,7 @@ def update_groups(
 
 
 def values_of_rows(groups: Sequence[Group]) -> list[tuple[Any, ...]]:
-    """What `hyper_of_rows` depends on, of each group; in the place of a tensor 0."""
+    """The values of each group that `hyper_of_rows` depends on, with 0 in place of a tensor."""
     return [
         (
             0.0 if isinstance(group.options.lr, Tensor) else group.options.lr,
@@ -359,8 +359,9 @@ def _common(values: list[Any], device: torch.device) -> float | Tensor | list[fl
 
 
 def _options_in_common(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What neighbouring groups must agree on to be updated together: in tensors, on the object; not in lr and decay.
-    Only on the CPU, and not with `foreach=True`: elsewhere the bits of a tensor may depend on its neighbours."""
+    """What neighbouring groups must have in common to be updated together. Numbers lr and decay may differ, tensors
+    must be the same object. Only on the CPU, and not with `foreach=True`: elsewhere the bits of a tensor may depend on
+    its neighbours."""
     lr, decay = group["lr"], group["weight_decay"]
     values: tuple[object, ...] = ()
     if isinstance(lr, Tensor) or isinstance(decay, Tensor):

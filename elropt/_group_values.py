@@ -1,4 +1,4 @@
-"""What the values of one param group mean: whom it is decided with, its rows, its learning rates, its momentum."""
+"""What the values of one param group mean: which groups share its rule, its rows, learning rates and momentum."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def count_rows(p: Tensor, group: Mapping[str, Any]) -> int:
 
 
 def lr_ratio(group: Mapping[str, Any]) -> float:
-    """Of the learning rate of the tracked layers to `lr`."""
+    """The learning rate of the tracked layers over `lr`."""
     return 1.0 if group["tracked_lr"] is None else group["tracked_lr"] / group["reference_lr"]
 
 
 def lr_of(group: Mapping[str, Any]) -> float | Tensor:
-    """λ of a group: that of the tracked layers, if it says that it is made of them."""
+    """λ of a group: that of the tracked layers, if the group says that its parameters are scale-invariant."""
     if group["tracked_lr"] is None or not group.get("scale_invariant"):
         return group["lr"]
     return group["lr"] * lr_ratio(group)

@@ -131,7 +131,7 @@ class RuleGroup:
         self._untested = self.memory.tests_left()
         self._cache: dict[str, tuple[object, Any]] = {}
 
-    # What follows asks.
+    # Questions: these methods change nothing.
 
     def plan(self, state: State) -> RuleGroupPlan:
         """What to do with the gradients as they are: one fused step, if all tensors qualify for it.
@@ -324,7 +324,7 @@ class RuleGroup:
             self._cache[name] = key, build()
         return self._cache[name][1]
 
-    # What follows acts.
+    # Actions: these methods change the state.
 
     def step(
         self,
@@ -363,7 +363,7 @@ class RuleGroup:
         self.last = LastStep(grad_scale=grad_scale)
 
     def forget_triton_steps(self, state: State) -> None:
-        """After something in `state` has been replaced: of the fused steps, those with other momentum buffers."""
+        """Drop the fused steps with other momentum buffers than `state` has, after something in it was replaced."""
         self._triton_steps = {
             present: step for present, step in self._triton_steps.items() if step.has_buffers_of(state)
         }
@@ -399,7 +399,7 @@ class RuleGroup:
         return triton_step.buffers_not_in(state) if is_new else {}
 
     def _keep_triton_step(self, present: tuple[bool, ...] | None, triton_step: TritonStep) -> None:
-        """For the next step of these gradients; only what has been stepped has its buffers in the state."""
+        """Keep a fused step for later. Call it after `step`: before, the optimizer does not have its buffers."""
         if present not in self._triton_steps and len(self._triton_steps) >= KEPT_TRITON_STEPS:
             del self._triton_steps[next(iter(self._triton_steps))]
         self._triton_steps[present] = triton_step

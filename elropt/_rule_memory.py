@@ -72,7 +72,7 @@ class RuleMemory:
             if is_kept:
                 self._leave(state, p, views)
             first += count
-        if is_kept:  # of all parameters: torch.distributed.checkpoint wants a state of all or of none
+        if is_kept:  # torch.distributed.checkpoint wants a state of all parameters or of none
             for p in row_counts:
                 self._leave(state, p, {"handed_over": handed_over})
         self.rounding_step = self._take_rounding_step(groups, state)
@@ -99,8 +99,7 @@ class RuleMemory:
         return any(state.get(p, {}).get(key) is not view for p, key, view in self._views)
 
     def tests_left(self) -> dict[Tensor, int]:
-        """How many more steps test the rows of a parameter, of those that any tests are left of. Reads the memory if it
-        was found."""
+        """How many more steps test the rows of each parameter that has tests left. Reads the memory if it was found."""
         if not self.was_found or not is_readable(self.rows.tracked):
             return {p: RADIAL_TESTS for p in self.counts if p not in self.flagged}
         passed = self.rows.tracked.cpu().numpy()

@@ -1,4 +1,4 @@
-"""What ELRSGD makes of a state dict: whether it fits is asked before anything of it is taken over."""
+"""Loading a state dict: it is checked as a whole before anything in it is used."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ REMEDY = "load what SGD or ELRSGD has saved, or start ELRSGD without loading"
 def complete_state_dict(
     state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> None:
-    """Check a state dict and complete it in place: what `torch.optim.SGD` does not know stays as it is here, `foreach`
-    and `fused` always do, and parameters with names on both sides are brought into the order of here.
+    """Check a state dict and complete it in place. Options that it lacks, and `foreach` and `fused` always, are those
+    of the optimizer. Parameters that have names on both sides are brought into the optimizer's order.
 
     Args:
         state_dict: with entries of its own, which are replaced.
@@ -63,7 +63,7 @@ def complete_state_dict(
         defaults: of the optimizer.
 
     Warns:
-        UserWarning: another rule than here.
+        UserWarning: the rule is not the optimizer's, see `warn_of_other_rules`.
 
     Raises:
         ValueError: it does not fit; nothing has been changed then.
@@ -181,8 +181,8 @@ def _bare(name: str) -> str:
 
 
 def warn_of_other_rules(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
-    """As every option of a state dict, its rule takes the place of the one that the optimizer was made with. So does
-    its tracked_lr, which as a number is no surprise where lr is none."""
+    """Warn if a state dict replaces the rule that the optimizer was made with. It replaces every option, as in torch.
+    Another tracked_lr is no reason to warn, as another lr is none; only one in place of None, or None of one."""
     changes = {
         f"{key}={theirs[key]!r} in place of {key}={mine[key]!r}": None
         for theirs, mine in zip(saved, groups, strict=True)

@@ -96,7 +96,7 @@ class TritonStep:
             rule=decision,
             number=number,
         )
-        # the last values of the groups, and the arguments made of these; None if there are tensors: they may change
+        # the last values of the groups (None if one is a tensor, which may change in place), and their arguments
         self._values: list[tuple[Any, ...]] | None = None
         self._hypers: tuple[kernels.GroupHyper, ...] = ()
 
@@ -154,7 +154,7 @@ class TritonStep:
             self.rounding_step.add_(1 if found_inf is None else (found_inf == 0).squeeze())
 
     def take_over_buffers(self) -> None:
-        """Before the first step: in buffers that other code has written, −0.0 is a value and no mark of a new one."""
+        """Before the first step: −0.0 in buffers from other code marks no new buffer, so write +0.0 over it."""
         for buffer in self._damped:
             kernels.without_marks(buffer)
 

@@ -10,16 +10,16 @@ from torch import Tensor
 
 __all__ = ["STEPS_PER_LOOK", "WarmupEndPoll", "is_readable"]
 
-STEPS_PER_LOOK = 16  # on a GPU
+STEPS_PER_LOOK = 16  # between two copies of the flag from a GPU
 
 
 class WarmupEndPoll:
     """Tells the host that the warm-up is over, without waiting for the device in the middle of training.
 
-    On the CPU the flag is read in memory. On a GPU each look enqueues a copy into pinned memory. The host knows the
-    answer from the first step after the copy has arrived; until then it measures without effect. With `in_step` all
-    ranks must stop measuring at the same step, since they measure together: then the answer to one look counts from the
-    next look on, `STEPS_PER_LOOK` steps later, and is waited for if it has not arrived by then. Where there is no data
+    On the CPU the flag is read in memory. On a GPU, every `STEPS_PER_LOOK` steps, `look` enqueues a copy of it into
+    pinned memory. The first step after the copy has arrived knows the answer; steps before it measure without effect.
+    With `in_step` all ranks must stop measuring at the same step, since they measure together: then the next `look`
+    waits for the copy of the one before, and steps from there on know the answer. Where the flag has no data
     (`is_readable`), the warm-up never ends.
 
     `warmup_is_over` only asks. A step calls `collect` at its beginning, and `look` once it has measured.
@@ -32,7 +32,7 @@ class WarmupEndPoll:
         self.over_in_step = False
         self.copy = torch.zeros((), dtype=torch.float32, pin_memory=True) if flag.is_cuda else flag
         self.value = self.copy.numpy() if self.is_readable else np.zeros(())
-        self.arrival: torch.cuda.Event | None = None  # of a copy that is under way
+        self.arrival: torch.cuda.Event | None = None  # of the copy, while it is under way
         self.steps = itertools.count(1)
 
     def warmup_is_over(self) -> bool:
@@ -64,7 +64,7 @@ class WarmupEndPoll:
             self.arrival.record(torch.cuda.current_stream(self.flag.device))
 
     def read(self) -> None:
-        """Wait for the flag, where a state is taken over and read anyway: it may be long set."""
+        """Read the flag and wait for it. For a state that was loaded, whose warm-up may be over."""
         if self.is_readable:
             self.copy.copy_(self.flag)
             self.over_in_step = bool(self.value > 0)

@@ -292,7 +292,7 @@ class ELRSGD(Optimizer):
         return loss
 
     def _step_alone(self) -> None:
-        """One thread at a time, and what it makes of state is made of normal tensors."""
+        """`step` for one thread at a time. New state is made of normal tensors, also in inference mode."""
         with self._stepping:
             self._check_values()
             if torch.is_inference_mode_enabled():
@@ -334,7 +334,7 @@ class ELRSGD(Optimizer):
         self._step_alone()
 
     def _prepare_tracing(self) -> None:
-        """What the first step would make, where torch.compile could not trace the making of it."""
+        """Make what the first step would make, where torch.compile could not trace that."""
         if self._is_traceable():
             self._update_rule_groups()
 
@@ -383,7 +383,7 @@ class ELRSGD(Optimizer):
         return [record for record in records if record is not None]
 
     def _update_rule_groups(self) -> list[RuleGroup]:
-        """What groups of the same rule, granularity and project form; anew if anybody changed them or their state."""
+        """The rule groups. Made anew if anybody has changed the param groups or their state."""
         held = self._state_objects()
         rule_groups = self._rule_groups
         is_as_left = all(map(_same_objects, held, self._held))
@@ -405,7 +405,7 @@ class ELRSGD(Optimizer):
         return rule_groups
 
     def _make_rule_groups(self, param_groups: list[dict[str, Any]], state: State) -> list[RuleGroup]:
-        """Leaves their memory in `state`."""
+        """Make the rule groups, and put their memory into `state`."""
         together: dict[Any, list[dict[str, Any]]] = {}
         for group in param_groups:
             set_reference_lr(group, group["lr"])
@@ -448,7 +448,7 @@ class ELRSGD(Optimizer):
         return dicts, list(itertools.chain.from_iterable(map(dict.values, dicts)))
 
     def _check_values(self) -> None:
-        """Of groups with a rule, what a scheduler or the user has changed since the last step. Reads no tensor."""
+        """Check what a scheduler or the user has changed in groups with a rule since the last step. Reads no tensor."""
         lrs = [group["lr"] for group in self.param_groups]
         others = list(map(_STEP_VALUES, self.param_groups))
         if has_tensor_decay(self.param_groups):  # comparing it would wait for the device
@@ -469,7 +469,7 @@ class ELRSGD(Optimizer):
         self._checked = lrs, others
 
     def _warn_of_large_angle(self, group: Mapping[str, Any], lr: float, stacklevel: int) -> None:
-        """Once, where lr is an angle; that of "sphere", lr·‖g‖·‖w‖, is only known on the device."""
+        """Warn once, where lr is an angle. The angle of "sphere", lr·‖g‖·‖w‖, is only known on the device."""
         if self._warned_of_angle or RULES[group["rule"]].lr_unit != "rad per step":
             return
         angle = lr * lr_ratio(group)
@@ -485,7 +485,7 @@ class ELRSGD(Optimizer):
 
 
 def _of_params(state: Mapping[Any, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-    """Without what hooks keep under other keys."""
+    """The state of parameters, without what hooks keep under other keys."""
     return {key: held for key, held in state.items() if isinstance(key, Tensor)}
 
 

@@ -1,6 +1,6 @@
 """A second ELRSGD, in NumPy float64, written from docs/theory.md alone.
 
-After a step of "angle" or "sphere" its weights have their norm; the package restores the norm in the next step. So both
+After a step of a rule in `KEEPS_NORM` its weights have their norm; the package restores the norm in the next step. So both
 are brought to the same norm before they are compared (`Oracle.same_norm`).
 """
 
@@ -54,6 +54,7 @@ FACTORS: dict[str | None, Callable[[Norms, Norms], Factors]] = {
     "angle": angle,
     "sphere": sphere,
 }
+KEEPS_NORM = {"angle", "sphere"}  # rules that bring each weight back to the norm that it had at first
 
 
 class Oracle:
@@ -106,12 +107,12 @@ class Oracle:
                 axes = tuple(range(1, w.ndim)) if self.granularity == "filter" else None
                 u = u - (w * u).sum(axes, keepdims=True) / (w * w).sum(axes, keepdims=True) * w
             updated.append(w - lr * u)
-        if self.rule in ("angle", "sphere"):
+        if self.rule in KEEPS_NORM:
             updated = [w * r / n for w, r, n in zip(updated, self.radii, self.norms(updated), strict=True)]
         self.weights = updated
 
     def same_norm(self, weights: Sequence[Array]) -> list[Array]:
         """`weights` of the package, with the norm that its next step would restore."""
-        if self.rule not in ("angle", "sphere"):
+        if self.rule not in KEEPS_NORM:
             return list(weights)
         return [w * r / n for w, r, n in zip(weights, self.radii, self.norms(weights), strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import pytest
 import torch
@@ -14,13 +13,9 @@ from elropt._rule_group import RuleGroupPlan
 from elropt.rules import RULES
 
 from .nets import backward, bn_mlp, train
+from .test_contract import BACKENDS
 
 PURE_CACHES = {"_cache"}  # each entry with the values that it was made of
-BACKENDS: dict[str, dict[str, Any]] = {
-    "reference": {"foreach": False},
-    "foreach": {"foreach": True},
-    "triton": {"fused": True},
-}
 
 
 def snapshot(root: object) -> dict[str, object]:

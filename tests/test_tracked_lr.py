@@ -18,12 +18,8 @@ from elropt import ELRSGD, effective_lrs, kernels, layer_stats, param_groups
 from elropt.rules import RULES
 
 from .nets import backward, bn_mlp, invariant_weights, train
+from .test_contract import BACKENDS
 
-BACKENDS: dict[str, dict[str, Any]] = {
-    "reference": {"foreach": False},
-    "foreach": {"foreach": True},
-    "triton": {"fused": True},
-}
 SCHEDULES: dict[str, Callable[[ELRSGD], LRScheduler]] = {
     "OneCycleLR": lambda o: OneCycleLR(o, 0.1, total_steps=9),
     "SWALR": lambda o: SWALR(o, 0.05, anneal_epochs=3),

@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from elropt import ELRSGD
+from elropt.rules import RULES
 from tests.distributed.conftest import Ranks
 from tests.distributed.test_training import agree, groups_of, ln_mlp, loss_of, optimizer_for, whole
 
 BEFORE, AFTER = 5, 6
-RULES = (None, "warmup", "uniform", "angle", "sphere")
 
 
 def make(rule: str | None, seed: int = 0, momentum: float = 0.9) -> tuple[nn.Module, ELRSGD]:

@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 from elropt import ELRSGD, kernels
 from elropt._validate import validate_choices
 from elropt.kernels import cooperative, fused_step, tables
+from elropt.rules import RULES
 
 Options = dict[str, Any]
 
@@ -44,7 +45,7 @@ W_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # Of an optimizer: those that change the code of a kernel …
 CODE: dict[str, list[Any]] = {
-    "rule": [None, "warmup", "uniform", "angle", "sphere"],
+    "rule": list(RULES),
     "granularity": ["layer", "filter", "network"],
     "project": [False, True],
     "momentum": [0.9, 0.0],
