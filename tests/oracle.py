@@ -1,7 +1,7 @@
 """A second ELRSGD, in NumPy float64, written from docs/theory.md alone.
 
-After a step of a rule in `KEEPS_NORM` its weights have their norm; the package restores the norm in the next step. So both
-are brought to the same norm before they are compared (`Oracle.same_norm`).
+After a step of a rule in `KEEPS_NORM` its weights have their norm; the package restores the norm in the next step. So
+both are brought to the same norm before they are compared (`Oracle.same_norm`).
 """
 
 from __future__ import annotations

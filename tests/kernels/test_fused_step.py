@@ -41,13 +41,10 @@ if not INTERPRETED and not torch.cuda.is_available():
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
 
 RULES = [
-    (None, "layer"),
-    ("warmup", "layer"),
-    ("uniform", "layer"),
-    ("angle", "layer"),
-    ("angle", "network"),
-    ("sphere", "layer"),
-    ("sphere", "network"),
+    (rule, granularity)
+    for rule, spec in rules.RULES.items()
+    for granularity in spec.granularities
+    if granularity != "filter"
 ]
 
 
@@ -213,7 +210,7 @@ def test_twelve_steps_agree_with_the_reference(
     """Long enough for the radial tests to end; one gradient is missing now and then, all move in memory."""
     nets = []
     for fused in (True, False):
-        lr = 0.01 if rule in ("angle", "sphere") else 0.05
+        lr = 0.05 if rules.RULES[rule].lr_unit == "lr" else 0.01
         net, optimizer = net_and_optimizer(fused, rule=rule, granularity=granularity, lr=lr, **options)
         kept = []
         for step in range(12):
