@@ -1,4 +1,4 @@
-"""Who computes a step: one interface, and the choice between those that have it."""
+"""Backends: their common interface, and which of them computes a step."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def sum_over_shards(
 
 
 def is_inside_zero() -> bool:
-    """Whether a `ZeroRedundancyOptimizer` is what calls, to make the optimizer of the layers that it has for a rank."""
+    """Whether a `ZeroRedundancyOptimizer` is making this optimizer, for the layers of one rank."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame = None if module is None else sys._getframe(1)
     while module is not None and frame is not None:

@@ -339,7 +339,7 @@ def finish_rows(inputs, row, s, a, turn, over, PROJECT: tl.constexpr):
 
 @triton.jit
 def count_test(inputs, row, turn):
-    """Keep the tests passed, with the one of this step counted by its angle."""
+    """Store the radial tests passed, with that of this step counted by its angle."""
     remembered = only_if(inputs.skipped == 0, row.exist)
     before = tl.load(inputs.tracked + row.at, mask=remembered, other=-1.0)
     share = turn / TEST_TURN

@@ -28,7 +28,7 @@ from .args import Tables
 CHUNK = 4096  # elements per program: a power of two, at least 8, so that full chunks keep 16-byte alignment
 NUM_WARPS = 8
 
-# Kernels are decorated when they are imported, and for good: interpreted ones cannot follow device pointers.
+# Set at import, when `triton.jit` decides whether kernels are interpreted; interpreted ones need CPU tensors.
 DEVICE_TYPE = "cpu" if knobs.runtime.interpret else "cuda"
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
