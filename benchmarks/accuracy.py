@@ -58,19 +58,15 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
     ]
 
 
-def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
+def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
     """Three figures of each net: accuracy against lr, spread over steps, ELR per layer over steps."""
-    paths = []
+    figures = {}
     for of_task in by_task(entries(rows)).values():
         model = of_task[0].val_rows[0]["spec"]["task"]["model"]
-        for kind, figure in (
-            ("accuracy", accuracy_figure(of_task)),
-            ("spread", spread_figure(of_task)),
-            ("layers", layers_figure(of_task)),
-        ):
-            paths.append(out / f"{model}-{kind}.png")
-            plots.save(figure, paths[-1])
-    return paths
+        figures[f"{model}-accuracy"] = accuracy_figure(of_task)
+        figures[f"{model}-spread"] = spread_figure(of_task)
+        figures[f"{model}-layers"] = layers_figure(of_task)
+    return figures
 
 
 def accuracy_figure(of_task: Sequence[Entry]) -> Figure:

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from benchmarks.accuracy import ACCURACY
 from benchmarks.common.command_line import one_of, progress_bar
+from benchmarks.common.figures import save_all
 from benchmarks.common.statistics import grouped
 from benchmarks.distributed import all_reduce
 from benchmarks.studies import STUDIES
@@ -51,7 +52,7 @@ def of_study(study: Study, result: str, drawn: str, width: int = 1800) -> Source
 
     def draw(reports: list[Any], folder: Path) -> object:
         (report,) = reports
-        return study.draw(report["rows"], study.summarize(report["rows"]), folder)
+        return save_all(study.draw(report["rows"], study.summarize(report["rows"])), folder)
 
     return Source((result,), draw, drawn, width)
 

@@ -7,14 +7,16 @@ second trains each method at its best learning rate with fresh seeds and reads t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from rich.console import RenderableType
 from rich.table import Table
+from scipy import stats
 
 from benchmarks.common.command_line import table_of
 from benchmarks.common.optimizers import Method, check_installed
@@ -34,6 +36,7 @@ from benchmarks.studies.study import Stage, Study
 from elropt import plots
 
 FRESH_SEEDS = 100  # the seeds of the second stage start here
+GOOD = 0.95  # share of the best gain over chance at which a learning rate counts as good
 USABLE = 0.9  # share of the best-tuned SGD's gain over chance that a usable learning rate reaches
 
 
@@ -82,9 +85,19 @@ def two_stages(plan: Plan) -> Sequence[Stage]:
     return lambda rows: grid(plan), lambda rows: finals(rows, plan.fresh_seeds)
 
 
-def stages(plans: dict[str, Callable[[str], Plan]]) -> Callable[[str, str], Sequence[Stage]]:
-    """The stages of a study whose plans are functions of the device, by size."""
-    return lambda size, device: two_stages(plans[size](device))
+def without_val_traces(row: Row) -> Row:
+    """A row without its trace if it was for choosing only: nothing is concluded from that trace."""
+    return row if row["spec"]["part"] == "test" else {k: v for k, v in row.items() if k not in TRACE_COLUMNS}
+
+
+def without_layers(row: Row) -> Row:
+    """A row without E and ELR of every layer."""
+    return {key: value for key, value in row.items() if key not in ("E", "elr")}
+
+
+def without_val_traces_and_layers(row: Row) -> Row:
+    """What most studies keep of a row."""
+    return without_layers(without_val_traces(row))
 
 
 def training_study(
@@ -93,11 +106,15 @@ def training_study(
     plans: dict[str, Callable[[str], Plan]],
     summarize: Callable[[list[Row]], dict[str, Any]],
     tables: Callable[[list[Row], dict[str, Any]], Sequence[RenderableType]],
-    draw: Callable[[list[Row], dict[str, Any], Path], Sequence[Path]],
-    kept: Callable[[Row], Row],
+    draw: Callable[[list[Row], dict[str, Any]], Mapping[str, Figure]],
+    kept: Callable[[Row], Row] = without_val_traces_and_layers,
 ) -> Study:
-    """A study that trains, in two stages."""
-    return Study(name, question, train, stages(plans), summarize, tables, draw, describe, kept)
+    """A study that trains, in two stages. plans: by size, functions of the device."""
+
+    def stages(size: str, device: str) -> Sequence[Stage]:
+        return two_stages(plans[size](device))
+
+    return Study(name, question, train, stages, summarize, tables, draw, describe, kept)
 
 
 def with_lrs(methods: Sequence[Method], lrs: tuple[float, ...]) -> list[Method]:
@@ -147,6 +164,60 @@ def label(task: dict[str, Any]) -> str:
 def validation_curve(rows: Iterable[Row]) -> Curve:
     """Validation accuracy in percent against the learning rate."""
     return curve([(row["spec"]["lr"], 100 * row["accuracy"]) for row in rows if row["spec"]["part"] == "val"])
+
+
+def accuracy_matrix(rows: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Learning rates [N], ascending, and validation accuracies [seeds, N] in percent."""
+    at = {(row["spec"]["seed"], row["spec"]["lr"]): 100 * row["accuracy"] for row in rows}
+    seeds, lrs = (sorted({key[i] for key in at}) for i in (0, 1))
+    return np.array(lrs), np.array([[at[seed, lr] for lr in lrs] for seed in seeds])
+
+
+class Best(NamedTuple):
+    """A method's best learning rate on a task: the top of a parabola, and its percentile bootstrap interval.
+
+    good_low, good_high: the stretch around it on which accuracy keeps `GOOD` of its gain over chance; where the
+    top is flat this says more than the top.
+    """
+
+    lr: float
+    low: float
+    high: float
+    good_low: float
+    good_high: float
+    accuracy: float  # mean validation accuracy at the best point of the grid, in percent
+    at_edge: bool  # the best point is the first or the last of the grid
+
+
+def best_lr(lrs: NDArray[np.float64], accuracies: NDArray[np.float64], chance: float) -> Best:
+    """From accuracies [seeds, N] in percent at lrs [N], ascending; chance: that of guessing."""
+    mean = accuracies.mean(axis=0)
+    low = high = np.nan
+    if len(accuracies) > 1:
+        result = stats.bootstrap(
+            (np.arange(len(accuracies)),),
+            lambda chosen: np.log(top(lrs, accuracies[chosen].mean(axis=0))),
+            vectorized=False,
+            n_resamples=999,
+            method="percentile",
+            rng=0,
+        )
+        low, high = np.exp(result.confidence_interval)
+    best = int(mean.argmax())
+    good = usable_range(Curve(lrs, mean, mean, mean), chance + GOOD * (mean[best] - chance))
+    good_low, good_high = (np.nan, np.nan) if good is None else (good.low, good.high)
+    at_edge = best in (0, len(lrs) - 1)
+    return Best(top(lrs, mean), float(low), float(high), good_low, good_high, float(mean[best]), at_edge)
+
+
+def top(lrs: NDArray[np.float64], accuracy: NDArray[np.float64]) -> float:
+    """The maximum of the parabola in log lr through the best point and its neighbours; at an end, that point."""
+    best = int(accuracy.argmax())
+    if best in (0, len(lrs) - 1):
+        return float(lrs[best])
+    x, y = np.log(lrs[best - 1 : best + 2]), accuracy[best - 1 : best + 2]
+    a, b, _ = np.polyfit(x - x[1], y, 2)
+    return float(lrs[best] if a >= 0 else np.exp(x[1] - b / (2 * a)))
 
 
 def entries(rows: Sequence[Row]) -> list[Entry]:
@@ -253,21 +324,6 @@ def draw_curves(ax: Axes, of_task: Sequence[Entry], *, title: str, unit: str = "
     }
     plots.accuracy_against_lr(ax, lines, xlabel=f"learning rate ({unit})")
     ax.set(title=title, ylabel="validation accuracy (%)")
-
-
-def without_val_traces(row: Row) -> Row:
-    """A row without the trace if it was for choosing only: nothing is concluded from it."""
-    return row if row["spec"]["part"] == "test" else {k: v for k, v in row.items() if k not in TRACE_COLUMNS}
-
-
-def without_layers(row: Row) -> Row:
-    """A row without E and ELR of every layer."""
-    return {key: value for key, value in row.items() if key not in ("E", "elr")}
-
-
-def without_val_traces_and_layers(row: Row) -> Row:
-    """Both."""
-    return without_layers(without_val_traces(row))
 
 
 def mean_over_runs(rows: Sequence[Row], column: str) -> dict[int, float]:

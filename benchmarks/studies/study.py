@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 
+from benchmarks.common.figures import save_all
 from benchmarks.common.sweep import Row, sweep, without_nan
 from elropt import env_report
 
@@ -27,7 +29,7 @@ class Study(NamedTuple):
     stages: (size, device) → the stages; a later one can depend on what an earlier one has chosen.
     summarize: rows → what is concluded, as plain values for JSON.
     tables: (rows, summary) → what to print.
-    draw: (rows, summary, folder) → the plots written.
+    draw: (rows, summary) → the figures, by the names of their files without .png.
     kept: what of a row the result file keeps; enough for the other functions.
     """
 
@@ -37,7 +39,7 @@ class Study(NamedTuple):
     stages: Callable[[str, str], Sequence[Stage]]
     summarize: Callable[[list[Row]], dict[str, Any]]
     tables: Callable[[list[Row], dict[str, Any]], Sequence[RenderableType]]
-    draw: Callable[[list[Row], dict[str, Any], Path], Sequence[Path]]
+    draw: Callable[[list[Row], dict[str, Any]], Mapping[str, Figure]]
     describe: Callable[[Any], str] = str
     kept: Callable[[Row], Row] = dict
 
@@ -82,8 +84,7 @@ def report(study: Study, result: dict[str, Any], out: Path, console: Console) ->
     summary = study.summarize(result["rows"])
     for table in study.tables(result["rows"], summary):
         console.print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    written = list(study.draw(result["rows"], summary, out))
+    written = save_all(study.draw(result["rows"], summary), out)
     console.print(f"drew {', '.join(map(str, written))}")
     return written
 

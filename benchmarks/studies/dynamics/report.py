@@ -1,4 +1,4 @@
-"""What the study of weight dynamics shows: tables and figures of what `dynamics_summary` concludes."""
+"""What the study of weight dynamics shows: tables and figures of what `summarize` concludes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich.console import RenderableType
 from rich.table import Table
 
 from benchmarks.common.command_line import table_of
-from benchmarks.common.figures import finish, panels
+from benchmarks.common.figures import finish, grid, legend_below, legend_key, panels
 from benchmarks.common.statistics import grouped
 from benchmarks.common.sweep import Row
 from benchmarks.studies.dynamics.summarize import BINS, SMOOTHING, TOLERANCE, model_of, of_kind, trajectories
-from elropt.plots import COLORS, DEPTH, MARKERS, save
+from elropt.plots import COLORS, DEPTH, MARKERS
 
 EXPLOSION = math.sqrt(math.pi / (math.pi - 1))  # of gradient norms, per BN-ReLU layer
 
@@ -198,21 +196,16 @@ def _momentum_table(summary: dict[str, Any]) -> Table:
     return table_of(title, *columns, rows=lines, wrap=True)
 
 
-def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
+def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
     """The figures for which there are rows."""
     plain = trajectories(rows, momentum=False)
-    figures = {
-        "layers": _layers_figure(plain),
-        "spread": _spread_figure(plain),
-        "one-step": _one_step_figure(plain, summary),
-        "critical": _critical_figure(rows),
-        "explosion-momentum": _explosion_momentum_figure(rows, summary),
+    return {
+        "dynamics-layers": _layers_figure(plain),
+        "dynamics-spread": _spread_figure(plain),
+        "dynamics-one-step": _one_step_figure(plain, summary),
+        "dynamics-critical": _critical_figure(rows),
+        "dynamics-explosion-momentum": _explosion_momentum_figure(rows, summary),
     }
-    paths = []
-    for name, figure in figures.items():
-        paths.append(out / f"dynamics-{name}.png")
-        save(figure, paths[-1])
-    return paths
 
 
 def _layers_figure(runs: list[Row]) -> Figure:
@@ -226,8 +219,7 @@ def _layers_figure(runs: list[Row]) -> Figure:
         ((family, depth),) = re.findall(r"^(.+?)-(\d+)", model)
         if int(depth) <= 30:
             chosen[family] = max(chosen.get(family, (0, "")), (int(depth), model))
-    figure = Figure(figsize=(11, 2.7 * len(chosen) + 0.6), layout="constrained")
-    axes = figure.subplots(max(len(chosen), 1), 3, squeeze=False)
+    figure, axes = grid(max(len(chosen), 1), 3, (11 / 3, 2.7), (0, 0.6))
     for line, (_, model) in zip(axes, chosen.values(), strict=False):
         left = sorted(drawn[model], key=lambda row: row["lr"])
         for ax, target in zip(line, (0.05, 0.5, 5.0), strict=True):
@@ -246,10 +238,10 @@ def _layers_figure(runs: list[Row]) -> Figure:
             ax.set(xscale="log", yscale="log", title=f"{model}, lr {nearest['lr']:.2g}", xlabel="step + 1")
             finish(ax)
         line[0].set_ylabel("λE (rad)")
-    handles = [Line2D([], [], color=DEPTH(0.0), label="measured, first layer")]
-    handles += [Line2D([], [], color=DEPTH(1.0), label="measured, last layer")]
-    handles += [Line2D([], [], color="0.4", linestyle="--", label="model, from step 0 alone")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    handles = [legend_key("measured, first layer", color=DEPTH(0.0))]
+    handles += [legend_key("measured, last layer", color=DEPTH(1.0))]
+    handles += [legend_key("model, from step 0 alone", color="0.4", linestyle="--")]
+    legend_below(figure, handles)
     return figure
 
 
@@ -268,10 +260,9 @@ def _spread_figure(runs: list[Row]) -> Figure:
                 ax.plot(np.array(longest["at"][:-1]) + 1, mean[:-1], style, color=colors[lr], linewidth=1.2)
         ax.set(xscale="log", yscale="log")
         finish(ax)
-    handles = [Line2D([], [], color=colors[lr], label=f"lr {lr:g}") for lr in lrs]
-    handles.append(Line2D([], [], color="0.4", label="measured"))
-    handles.append(Line2D([], [], color="0.4", linestyle="--", label="model"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    handles = [legend_key(f"lr {lr:g}", color=colors[lr]) for lr in lrs]
+    handles += [legend_key("measured", color="0.4"), legend_key("model", color="0.4", linestyle="--")]
+    legend_below(figure, handles)
     return figure
 
 
@@ -333,9 +324,9 @@ def _critical_figure(rows: list[Row]) -> Figure:
         ax.set(xscale="log", yscale="log")
         finish(ax)
     handles = [*axes[0].get_legend_handles_labels()[0]] if found else []
-    handles += [Line2D([], [], color="0.4", linestyle="--", label="model, seed 0")]
-    handles += [Line2D([], [], color="0.2", label="balance"), Line2D([], [], color="0.6", label="monotone")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    handles += [legend_key("model, seed 0", color="0.4", linestyle="--")]
+    handles += [legend_key("balance", color="0.2"), legend_key("monotone", color="0.6")]
+    legend_below(figure, handles)
     return figure
 
 

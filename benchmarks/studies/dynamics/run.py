@@ -6,8 +6,7 @@ against the learning rate (`Critical`); how gradients grow towards the input at 
 are natural. "Common" is a mean over layers, "individual" the standard deviation over layers around it; only the
 individual part changes ratios of ELRs.
 
-Here: what is measured, and how. What is concluded from the rows is in `dynamics_summary`, tables and figures are in
-`dynamics_report`.
+This module measures. `summarize` draws the conclusions from the rows, `report` makes tables and figures of them.
 """
 
 from __future__ import annotations

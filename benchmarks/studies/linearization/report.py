@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks.common.command_line import table_of
-from benchmarks.common.figures import finish
+from benchmarks.common.figures import finish, grid, legend_below
 from benchmarks.common.statistics import Interval, grouped
 from benchmarks.common.sweep import Row
 from benchmarks.studies import comparison
@@ -107,18 +106,14 @@ def _shallow(task: str, found: dict[str, Any]) -> Table:
 
 
 def _interval(value: dict[str, Any]) -> str:
-    """Of a dict of `Interval`, with None for NaN if it comes from a file."""
-    if not value["n"]:
-        return "–"
-    mean, low, high = (np.nan if value[key] is None else value[key] for key in ("mean", "low", "high"))
-    return f"{Interval(mean, low, high, value['n']):.1f}"
+    return f"{Interval(**value):.1f}" if value["n"] else "–"
 
 
-def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
+def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
     """Accuracy and spread of E against path length; which layers stay nonlinear."""
     groups = grouped(rows, lambda row: comparison.label(row["spec"]["task"]))
-    figure = Figure(figsize=(3.6 * len(groups), 4.9), layout="constrained")
-    panels = figure.subplots(2, len(groups), squeeze=False, sharex="col", sharey="row", height_ratios=(3, 2))
+    options: dict[str, Any] = {"sharex": "col", "sharey": "row", "height_ratios": (3, 2)}
+    figure, panels = grid(2, len(groups), (3.6, 2.45), **options)
     for (above, below), (task, of_task) in zip(panels.T, groups.items(), strict=True):
         linearized, shallow = runs(of_task)
         by_run = grouped(linearized, _name)
@@ -132,11 +127,8 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
             finish(ax)
     panels[0, 0].set_ylabel("test accuracy (%)")
     panels[1, 0].set_ylabel("std of ln E")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    path = out / "linearization.png"
-    plots.save(figure, path)
-    return [path, draw_layers(groups, out / "linearization-layers.png")]
+    legend_below(figure, panels[0, 0].get_legend_handles_labels()[0], columns=3)
+    return {"linearization": figure, "linearization-layers": layers_figure(groups)}
 
 
 def _against_path_length(ax: Axes, points: list[Point], column: str, name: str) -> None:
@@ -162,7 +154,7 @@ def _against_path_length(ax: Axes, points: list[Point], column: str, name: str) 
     )
 
 
-def draw_layers(groups: dict[str, list[Row]], path: Path) -> Path:
+def layers_figure(groups: dict[str, list[Row]]) -> Figure:
     """Heat maps of the share of nonlinear channels by layer and weight: a row for each net, means over seeds."""
     maps = {}
     for task, rows in groups.items():
@@ -173,8 +165,7 @@ def draw_layers(groups: dict[str, list[Row]], path: Path) -> Path:
                 for weight in sorted(by_weight)
             }
     columns = [name for name in STYLES if (next(iter(groups)), name) in maps]
-    figure = Figure(figsize=(2.3 * len(columns) + 0.8, 2.2 * len(groups) + 0.4), layout="constrained")
-    panels = figure.subplots(len(groups), len(columns), squeeze=False, sharex=True)
+    figure, panels = grid(len(groups), len(columns), (2.3, 2.2), (0.8, 0.4), sharex=True)
     for axes, task in zip(panels, groups, strict=True):
         for ax, name in zip(axes, columns, strict=True):
             of_one = maps[task, name]
@@ -188,8 +179,7 @@ def draw_layers(groups: dict[str, list[Row]], path: Path) -> Path:
         ax.set_xlabel("weight of the penalty")
     bar = ScalarMappable(Normalize(0, 1), "viridis")
     figure.colorbar(bar, ax=panels, label="share of nonlinear channels", aspect=30)
-    plots.save(figure, path)
-    return path
+    return figure
 
 
 def _name(point: Point) -> str:

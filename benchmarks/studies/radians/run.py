@@ -5,25 +5,21 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from rich.table import Table
-from scipy import stats
 
 from benchmarks.common.command_line import table_of
+from benchmarks.common.figures import grid
 from benchmarks.common.optimizers import METHODS, Method
-from benchmarks.common.statistics import Curve, usable_range
 from benchmarks.common.sweep import Row
 from benchmarks.common.training import Task
 from benchmarks.studies import comparison
-from benchmarks.studies.comparison import Plan
+from benchmarks.studies.comparison import GOOD, Plan, accuracy_matrix, best_lr
 from elropt import plots
 
-GOOD = 0.95  # share of the best gain over chance at which a learning rate counts as good
 AXES = ("depth", "width", "normalization", "data", "batch size", "epochs")
 
 
@@ -90,53 +86,6 @@ def full(device: str) -> Plan:
 PLANS = {"tiny": tiny, "small": small, "full": full}
 
 
-class Best(NamedTuple):
-    """A method's best learning rate on a task: the top of a parabola, and its percentile bootstrap interval.
-
-    good_low, good_high: the stretch around it on which accuracy keeps `GOOD` of its gain over chance; where the
-    top is flat this says more than the top.
-    """
-
-    lr: float
-    low: float
-    high: float
-    good_low: float
-    good_high: float
-    accuracy: float  # mean validation accuracy at the best point of the grid, in percent
-    at_edge: bool  # the best point is the first or the last of the grid
-
-
-def best_lr(lrs: NDArray[np.float64], accuracies: NDArray[np.float64], chance: float) -> Best:
-    """From accuracies [seeds, N] in percent at lrs [N], ascending; chance: that of guessing."""
-    mean = accuracies.mean(axis=0)
-    low = high = np.nan
-    if len(accuracies) > 1:
-        result = stats.bootstrap(
-            (np.arange(len(accuracies)),),
-            lambda chosen: np.log(top(lrs, accuracies[chosen].mean(axis=0))),
-            vectorized=False,
-            n_resamples=999,
-            method="percentile",
-            rng=0,
-        )
-        low, high = np.exp(result.confidence_interval)
-    best = int(mean.argmax())
-    good = usable_range(Curve(lrs, mean, mean, mean), chance + GOOD * (mean[best] - chance))
-    good_low, good_high = (np.nan, np.nan) if good is None else (good.low, good.high)
-    at_edge = best in (0, len(lrs) - 1)
-    return Best(top(lrs, mean), float(low), float(high), good_low, good_high, float(mean[best]), at_edge)
-
-
-def top(lrs: NDArray[np.float64], accuracy: NDArray[np.float64]) -> float:
-    """The maximum of the parabola in log lr through the best point and its neighbours; at an end, that point."""
-    best = int(accuracy.argmax())
-    if best in (0, len(lrs) - 1):
-        return float(lrs[best])
-    x, y = np.log(lrs[best - 1 : best + 2]), accuracy[best - 1 : best + 2]
-    a, b, _ = np.polyfit(x - x[1], y, 2)
-    return float(lrs[best] if a >= 0 else np.exp(x[1] - b / (2 * a)))
-
-
 def differs(task: dict[str, Any], base: dict[str, Any]) -> tuple[str, Any]:
     """In which respect a task differs from the base, and its value there."""
     for axis in AXES:
@@ -166,10 +115,7 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
     found: dict[str, dict[str, dict[str, Any]]] = {axis: {} for axis in AXES}
     curves: dict[str, list[dict[float, float]]] = {}
     for (_, method), of_one in comparison.by_method(rows).items():
-        lrs = np.array(sorted({row["spec"]["lr"] for row in of_one}))
-        seeds = sorted({row["spec"]["seed"] for row in of_one})
-        at = {(row["spec"]["seed"], row["spec"]["lr"]): 100 * row["accuracy"] for row in of_one}
-        accuracies = np.array([[at[seed, lr] for lr in lrs] for seed in seeds])
+        lrs, accuracies = accuracy_matrix(of_one)
         best = best_lr(lrs, accuracies, 100 / of_one[0]["classes"])._asdict()
         curves.setdefault(method, []).append(
             dict(zip(lrs.tolist(), accuracies.mean(axis=0).tolist(), strict=True))
@@ -260,16 +206,14 @@ def _cell(best: dict[str, Any]) -> str:
     return f"{best['lr']:.2g}{star} [{best['good_low']:.2g}–{best['good_high']:.2g}] {best['accuracy']:.1f}"
 
 
-def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
-    """Accuracy against lr along every axis: SGD above, "angle" below, a colour for each value."""
+def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
+    """Accuracy against lr: a line of panels for each method, a panel for each axis, a colour for each value."""
     base = rows[0]["spec"]["task"]
-    shown = [name for name in ("sgd", "warmup", "angle") if name in summary["range"]]
-    axes_names = list(summary["axes"])
-    figure = Figure(figsize=(3.6 * len(axes_names), 3 * len(shown) + 0.5), layout="constrained")
-    panels = figure.subplots(len(shown), len(axes_names), squeeze=False, sharey="col")
+    names, axes_names = list(summary["range"]), list(summary["axes"])
+    figure, panels = grid(len(names), len(axes_names), (3.6, 3), (0, 0.5), sharey="col")
     groups = comparison.by_method(rows)
-    for row_index, name in enumerate(shown):
-        for ax, axis in zip(panels[row_index], axes_names, strict=True):
+    for line, name in zip(panels, names, strict=True):
+        for ax, axis in zip(line, axes_names, strict=True):
             values = list(summary["axes"][axis])
             lines: dict[str, Any] = {}
             for (_, method), of_one in groups.items():
@@ -282,9 +226,7 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
             unit = METHODS[name].unit
             plots.accuracy_against_lr(ax, lines, xlabel=f"learning rate ({unit})")
             ax.set(title=f"{name}: {axis}", ylabel="validation accuracy (%)" if axis == axes_names[0] else "")
-    path = out / "radians.png"
-    plots.save(figure, path)
-    return [path]
+    return {"radians": figure}
 
 
 RADIANS = comparison.training_study(
@@ -294,5 +236,4 @@ RADIANS = comparison.training_study(
     summarize,
     tables,
     draw,
-    kept=comparison.without_val_traces_and_layers,
 )

@@ -1,20 +1,18 @@
-"""What the study of the three regimes shows: tables and figures of what `regimes` concludes."""
+"""What the study of the three regimes shows: tables and figures of what `summarize` concludes."""
 
 from __future__ import annotations
 
 import collections
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich.console import RenderableType
 from rich.table import Table
 
 from benchmarks.common.command_line import table_of
-from benchmarks.common.figures import finish
+from benchmarks.common.figures import finish, grid, legend_below, legend_key
 from benchmarks.common.statistics import grouped
 from benchmarks.common.sweep import Row
 from benchmarks.studies.regimes.summarize import (
@@ -26,7 +24,7 @@ from benchmarks.studies.regimes.summarize import (
     regime_of,
     sphere_lr_of,
 )
-from elropt.plots import COLORS, DEPTH, save
+from elropt.plots import COLORS, DEPTH
 
 # colour, marker and line of a regime
 LOOKS: dict[str, tuple[str, str, Any]] = {
@@ -126,17 +124,13 @@ def _renamed_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
+def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
     """Levels against the learning rate, traces, and stepping down."""
-    figures = {
+    return {
         "regimes": _levels_figure(rows, summary),
         "regimes-traces": _traces_figure(rows, summary),
         "regimes-step-down": _step_down_figure(summary),
     }
-    paths = [out / f"{name}.png" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        save(figure, path)
-    return paths
 
 
 def _levels_figure(rows: list[Row], summary: dict[str, Any]) -> Figure:
@@ -146,7 +140,7 @@ def _levels_figure(rows: list[Row], summary: dict[str, Any]) -> Figure:
         "test_error": "test error (%)",
         "sphere_grad_norm": "gradient norm c",
     }
-    figure, axes = _grid(len(summary), len(columns))
+    figure, axes = grid(len(summary), len(columns), (3.9, 2.9), (0, 0.4))
     for line, (model, of_net) in zip(axes, summary.items(), strict=True):
         runs = [row for row in constant(rows) if model_of(row) == model and not is_final(row)]
         lrs = [float(lr) for lr in of_net["constant"]]
@@ -166,18 +160,18 @@ def _levels_figure(rows: list[Row], summary: dict[str, Any]) -> Figure:
         for ax in line:
             finish(ax)
     handles = [
-        Line2D([], [], color=color, marker=marker, linestyle="", label=regime)
+        legend_key(regime, color=color, marker=marker, linestyle="")
         for regime, (color, marker, _) in LOOKS.items()
     ]
-    handles.append(Line2D([], [], color="0.4", linewidth=0.8, linestyle=":", label="guessing"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    handles.append(legend_key("guessing", color="0.4", linewidth=0.8, linestyle=":"))
+    legend_below(figure, handles)
     return figure
 
 
 def _traces_figure(rows: list[Row], summary: dict[str, Any]) -> Figure:
     """Training loss and c over the epochs, first seed: of each regime the smallest and the largest learning rate."""
     columns = {"loss": "training loss", "sphere_grad_norm": "gradient norm c"}
-    figure, axes = _grid(len(summary), len(columns), width=4.6)
+    figure, axes = grid(len(summary), len(columns), (4.6, 2.9), (0, 0.4))
     for line, model in zip(axes, summary, strict=True):
         runs = [row for row in constant(rows) if model_of(row) == model and row["spec"]["seed"] == 0]
         runs.sort(key=sphere_lr_of)
@@ -194,16 +188,14 @@ def _traces_figure(rows: list[Row], summary: dict[str, Any]) -> Figure:
         line[-1].legend(
             title="sphere_lr", frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)
         )
-    handles = [
-        Line2D([], [], color="0.3", linestyle=style, label=name) for name, (*_, style) in LOOKS.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    handles = [legend_key(name, color="0.3", linestyle=style) for name, (*_, style) in LOOKS.items()]
+    legend_below(figure, handles)
     return figure
 
 
 def _step_down_figure(summary: dict[str, Any]) -> Figure:
     """Validation error against the learning rate: constant, and as the one that is stepped down from."""
-    figure, axes = _grid(1, len(summary), width=4.6)
+    figure, axes = grid(1, len(summary), (4.6, 2.9), (0, 0.4))
     for ax, (model, of_net) in zip(axes[0], summary.items(), strict=True):
         after = of_net["step_down"]["after"]
         curves = {"constant": of_net["constant"]}
@@ -228,8 +220,3 @@ def _drawn(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     """What fits on an axis; the rest leaves a gap."""
     values = np.array(values, dtype=np.float64)
     return np.where(values < DRAWN_UP_TO, values, np.nan)
-
-
-def _grid(lines: int, columns: int, width: float = 3.9) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width * columns, 2.9 * lines + 0.4), layout="constrained")
-    return figure, figure.subplots(lines, columns, squeeze=False)

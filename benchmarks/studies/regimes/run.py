@@ -6,9 +6,10 @@ effective learning rate (ELR) and the effective gradient norm are our `sphere_lr
 the whole vector). A step turns the whole vector by atan(sphere_lr·c); `turn` is sphere_lr·c, in radians if small.
 
 First constant learning rates, then one more at each border between regimes; then runs that step down, half-way, to a
-learning rate that converges; last, the best constant one and the best step-down with fresh seeds. Here: what is
-measured, and what is run after what. How a run's regime is named and what is concluded from the rows is in
-`regimes_summary`, tables and figures are in `regimes_report`.
+learning rate that converges; last, the best constant one and the best step-down with fresh seeds.
+
+This module measures, and plans what is run after what. `summarize` names the regimes and draws the conclusions from the
+rows, `report` makes tables and figures of them.
 """
 
 from __future__ import annotations

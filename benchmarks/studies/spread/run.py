@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from rich.table import Table
 from scipy import stats
 
 from benchmarks.common.command_line import table_of
+from benchmarks.common.figures import grid, legend_beside
 from benchmarks.common.optimizers import LRS, METHODS, Method
 from benchmarks.common.statistics import interval
 from benchmarks.common.sweep import Row
@@ -127,24 +127,20 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
     return [*accuracies, table]
 
 
-def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
+def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
     """Robustness curves by unit of lr, and accuracy against spread; a row for each task."""
     groups = by_task(entries(rows))
     units = ("SGD's", "radians", "on the sphere")
-    robustness = Figure(figsize=(17, 3.6 * len(groups)), layout="constrained")
-    panels = robustness.subplots(len(groups), len(units), squeeze=False, sharey="row")
+    robustness, panels = grid(len(groups), len(units), (17 / len(units), 3.6), sharey="row")
     for axes, (task, of_task) in zip(panels, groups.items(), strict=True):
         shown = [entry for entry in of_task if not entry.method.startswith("spread")]
         for ax, unit in zip(axes, units, strict=True):
             comparison.draw_curves(ax, shown, title=task, unit=unit)
-    for row_index, ax in enumerate(panels[:, 0]):
-        handles, labels = ax.get_legend_handles_labels()
+    for ax in panels[:, 0]:
         ax.get_legend().remove()
-        if row_index == 0:
-            robustness.legend(handles, labels, loc="outside right upper", frameon=False)
-    scatter = Figure(figsize=(5 * len(groups), 4), layout="constrained")
-    axes = scatter.subplots(1, len(groups), squeeze=False)[0]
-    for ax, (task, of_task) in zip(axes, groups.items(), strict=True):
+    legend_beside(robustness, panels[0, 0])
+    scatter, axes = grid(1, len(groups), (5, 4))
+    for ax, (task, of_task) in zip(axes[0], groups.items(), strict=True):
         for index, entry in enumerate(entry for entry in of_task if entry.test_rows):
             x = np.exp(np.log([applied_spread(row) for row in entry.test_rows]).mean())
             y = interval([100 * row["accuracy"] for row in entry.test_rows])
@@ -156,12 +152,8 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
         ax.set(
             xscale="log", title=task, xlabel="applied ELR spread, mean over steps", ylabel="test accuracy (%)"
         )
-    handles, labels = axes[0].get_legend_handles_labels()
-    scatter.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
-    paths = [out / "spread-robustness.png", out / "spread-accuracy.png"]
-    for figure, path in zip((robustness, scatter), paths, strict=True):
-        plots.save(figure, path)
-    return paths
+    legend_beside(scatter, axes[0, 0], fontsize="small")
+    return {"spread-robustness": robustness, "spread-accuracy": scatter}
 
 
 SPREAD = comparison.training_study(
@@ -171,5 +163,4 @@ SPREAD = comparison.training_study(
     summarize,
     tables,
     draw,
-    kept=comparison.without_val_traces_and_layers,
 )

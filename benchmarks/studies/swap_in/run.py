@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks.common.command_line import table_of
+from benchmarks.common.figures import grid, legend_beside
 from benchmarks.common.optimizers import METHODS, OPTIMIZERS, Method
 from benchmarks.common.sweep import Row
 from benchmarks.studies import comparison
@@ -101,23 +101,19 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
     return result
 
 
-def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
+def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
     """Validation accuracy over epochs at the best lr, a panel for each task."""
     groups = by_task(entries(rows))
-    figure = Figure(figsize=(5 * len(groups) + 1.5, 4), layout="constrained")
-    axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    for ax, (task, of_task) in zip(axes, groups.items(), strict=True):
+    figure, axes = grid(1, len(groups), (5, 4), (1.5, 0))
+    for ax, (task, of_task) in zip(axes[0], groups.items(), strict=True):
         for index, entry in enumerate(of_task):
             points = validation_over_epochs(entry)
             style: dict[str, Any] = {"color": plots.COLORS[index % 7], "marker": plots.MARKERS[index % 7]}
             line = "-" if index < 7 else "--"
             ax.plot([p[0] for p in points], [100 * p[2] for p in points], line, label=entry.method, **style)
         ax.set(title=task, xlabel="epoch", ylabel="validation accuracy (%)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
-    path = out / "swap-in.png"
-    plots.save(figure, path)
-    return [path]
+    legend_beside(figure, axes[0, 0])
+    return {"swap-in": figure}
 
 
 SWAP_IN = comparison.training_study(
@@ -127,5 +123,4 @@ SWAP_IN = comparison.training_study(
     summarize,
     tables,
     draw,
-    kept=comparison.without_val_traces_and_layers,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks.common.command_line import table_of
+from benchmarks.common.figures import grid, legend_beside
 from benchmarks.common.optimizers import METHODS, Method
 from benchmarks.common.statistics import interval
 from benchmarks.common.sweep import Row
@@ -145,11 +145,10 @@ def closing_table(task: str, summary: dict[str, Any]) -> Table:
     return table
 
 
-def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
+def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
     """Accuracy against lr, and spread over steps, a column for each task."""
     groups = by_task(entries(rows))
-    figure = Figure(figsize=(4.5 * len(groups) + 1.5, 7.5), layout="constrained")
-    axes = figure.subplots(2, len(groups), squeeze=False)
+    figure, axes = grid(2, len(groups), (4.5, 3.75), (1.5, 0))
     for (task, of_task), (top, bottom) in zip(groups.items(), axes.T, strict=True):
         comparison.draw_curves(top, of_task, title=task)
         spreads = {e.method: mean_over_runs(e.test_rows, "spread") for e in of_task}
@@ -158,11 +157,8 @@ def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
         bottom.set(xscale="symlog", ylabel="spread of E (max / min)")
         for ax in (top, bottom):
             ax.get_legend().remove()
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
-    path = out / "warmup.png"
-    plots.save(figure, path)
-    return [path]
+    legend_beside(figure, axes[0, 0], "outside right center")
+    return {"warmup": figure}
 
 
 WARMUP = comparison.training_study(

@@ -1,10 +1,9 @@
-"""What the study of width scaling shows: tables and figures of what `widths_summary` concludes."""
+"""What the study of width scaling shows: tables and figures of what `summarize` concludes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,18 +137,13 @@ def _layer_table(checks: dict[str, Any]) -> Table:
     return table
 
 
-def draw(rows: list[Row], summary: dict[str, Any], out: Path) -> list[Path]:
+def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
     """Learning rates against width; accuracy against learning rate by width; λE by layer against width."""
-    figures = {
-        "lrs": _draw_lrs(summary["settings"]),
-        "transfer": _draw_transfer(rows),
-        "elr": _draw_elrs(of_part(rows, "check")),
+    return {
+        "widths-lrs": _draw_lrs(summary["settings"]),
+        "widths-transfer": _draw_transfer(rows),
+        "widths-elr": _draw_elrs(of_part(rows, "check")),
     }
-    paths = []
-    for name, figure in figures.items():
-        paths.append(out / f"widths-{name}.png")
-        plots.save(figure, paths[-1])
-    return paths
 
 
 def _finish(ax: Axes, ticks: Sequence[float]) -> None:

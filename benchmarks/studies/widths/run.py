@@ -7,8 +7,7 @@ where the best learning rate or an edge lies at the grid's end, it is extended; 
 rates read the test images. Checks go a few steps at lr·(width/base width)^−α, for the exponents of logits, activations
 and gradients.
 
-Here: what is measured, and how. What is concluded from the rows is in `widths_summary`, tables and figures are in
-`widths_report`.
+This module measures. `summarize` draws the conclusions from the rows, `report` makes tables and figures of them.
 """
 
 from __future__ import annotations

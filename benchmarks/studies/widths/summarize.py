@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.common.statistics import Interval, geometric_interval, grouped, interval, paired
 from benchmarks.common.sweep import Row
-from benchmarks.studies.radians.run import best_lr, top
+from benchmarks.studies.comparison import accuracy_matrix, best_lr, top
 
 STABLE, CONTROLLED, CATASTROPHIC = CLASSES = ("stable", "controlled divergence", "catastrophic")
 GROWTH = (
@@ -97,13 +97,6 @@ def open_ends(rows: Sequence[Row], *, has_edge: bool) -> tuple[bool, bool]:
     below = best == 0 or any(edge is None for edge in edges)
     above = best == len(lrs) - 1 or (has_edge and any(edge is not None and edge.open for edge in edges))
     return below, above
-
-
-def accuracy_matrix(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-    """Learning rates [N], ascending, and validation accuracies [seeds, N] in percent."""
-    at = {(row["spec"]["seed"], row["spec"]["lr"]): 100 * row["accuracy"] for row in rows}
-    seeds, lrs = (sorted({key[i] for key in at}) for i in (0, 1))
-    return np.array(lrs), np.array([[at[seed, lr] for lr in lrs] for seed in seeds])
 
 
 def by_seed(rows: Sequence[Row]) -> dict[int, list[Row]]:
