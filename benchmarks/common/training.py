@@ -226,15 +226,14 @@ class Trace:
         E = [self._relative_grads[step].double().cpu().numpy() for step in steps]
         elr = [self._elrs[step].double().cpu().numpy() for step in steps if step in self._elrs]
         columns: dict[str, Any] = {"trace_steps": steps}
-        columns["spread"] = [significant(spread(row)) for row in E]
-        columns["log_std"] = [significant(log_std(row)) for row in E]
-        columns["mean_E"] = [significant(geometric_mean(row)) for row in E]
-        columns["applied_spread"] = [significant(spread(row)) for row in elr]
-        columns["mean_elr"] = [significant(geometric_mean(row)) for row in elr]
+        columns["spread"] = [spread(row) for row in E]
+        columns["log_std"] = [log_std(row) for row in E]
+        columns["mean_E"] = [geometric_mean(row) for row in E]
+        columns["applied_spread"] = [spread(row) for row in elr]
+        columns["mean_elr"] = [geometric_mean(row) for row in elr]
         if layers:
-            columns["E"] = [[significant(value) for value in row] for row in E]
-            columns["elr"] = [[significant(value) for value in row] for row in elr]
-        return columns
+            columns |= {"E": E, "elr": elr}
+        return rounded(columns)
 
     def _measure(self) -> Tensor:
         """[L]; NaN where there is no gradient."""
@@ -282,6 +281,17 @@ def _usable(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def significant(value: float) -> float:
     """Rounded to 4 significant digits."""
     return float(f"{value:.4g}")
+
+
+def rounded(value: Any) -> Any:
+    """The same as plain values for JSON, every float with 4 significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return rounded(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return significant(value) if isinstance(value, float) else value
 
 
 @torch.no_grad()

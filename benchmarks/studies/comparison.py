@@ -81,7 +81,7 @@ def two_stages(plan: Plan) -> Sequence[Stage]:
     """
     check_installed(plan.methods)
     for task in plan.tasks:
-        load(task)  # what is missing is missed now, not in the middle
+        load(task)  # data that are missing raise here, not in the middle of the study
     return lambda rows: grid(plan), lambda rows: finals(rows, plan.fresh_seeds)
 
 
@@ -151,7 +151,7 @@ def finals(rows: Sequence[Row], seeds: int) -> list[Run]:
 
 
 def by_method(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by (task, method), in the order in which these come."""
+    """Rows by (task, method), in the order of the first rows."""
     return grouped(rows, lambda row: (label(row["spec"]["task"]), row["spec"]["method"]["name"]))
 
 

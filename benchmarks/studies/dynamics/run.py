@@ -26,6 +26,7 @@ from torch.nn import functional as F
 import elropt
 from benchmarks.common import data, models, training
 from benchmarks.common.sweep import Row
+from benchmarks.common.training import rounded, significant
 from benchmarks.common.warmups import gradient
 from benchmarks.studies.dynamics.report import draw, tables
 from benchmarks.studies.dynamics.summarize import SMOOTHING, summarize
@@ -176,10 +177,10 @@ def measure_trajectory(spec: Trajectory) -> Row:
     broken = np.flatnonzero(~(np.isfinite(measured).all((1, 2)) & (measured[:, :, :-1] > 0).all((1, 2))))
     end = int(broken[0]) if broken.size else len(measured)
     row: Row = {
-        "lr": training.significant(lr),
+        "lr": significant(lr),
         "layers": len(E0),
-        "monotone": training.significant(float(dynamics.monotone_lr(E0))),
-        "balance": training.significant(float(dynamics.balance_lr(E0))),
+        "monotone": significant(float(dynamics.monotone_lr(E0))),
+        "balance": significant(float(dynamics.balance_lr(E0))),
         "finite": end == len(measured),
         "steps_measured": end - 1,
     }
@@ -188,9 +189,7 @@ def measure_trajectory(spec: Trajectory) -> Row:
     on_same = {step: _numpy(value)[:, :-1] for step, value in same.items() if step < end - 1}
     cosine = float(torch.stack(cosines).nanmean()) if cosines else math.nan
     w, g = measured[:end, 0, :-1], measured[:end, 1, :-1]
-    row |= {
-        "loss": [training.significant(measured[0, 0, -1]), training.significant(measured[end - 1, 0, -1])]
-    }
+    row |= {"loss": [significant(measured[0, 0, -1]), significant(measured[end - 1, 0, -1])]}
     return row | rounded(compare(w, g, on_same, lr, spec.momentum, cosine, keep_layers=spec.seed == 0))
 
 
@@ -324,7 +323,7 @@ def _forecast_error(log_c: Array, share: float) -> float:
 
 
 def measure_turn(spec: Turn) -> Row:
-    """|ln c'/c| of a layer if it turns alone, if all others turn, if all turn: mean squares over layers, roots."""
+    """Root mean square over layers of ln c'/c of a layer: if it turns alone, if all others turn, if all turn."""
     bench = Bench(spec.net, spec.seed)
     batch = next(bench.batches())
     w, g = bench.norms(batch)[:, :-1]
@@ -457,17 +456,6 @@ def _rms(values: ArrayLike) -> float:
 
 def _numpy(tensor: Tensor) -> Array:
     return tensor.detach().double().cpu().numpy()
-
-
-def rounded(value: Any) -> Any:
-    """The same as plain values, floats with 4 significant digits."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return rounded(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    return training.significant(value) if isinstance(value, float) else value
 
 
 # What to measure

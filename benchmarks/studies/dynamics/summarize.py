@@ -269,6 +269,6 @@ def _lr_label(row: Row) -> str:
 
 
 def _median_or_none(values: Sequence[float]) -> float | None:
-    """The median with those that were not reached as the largest; None if it is one of them."""
+    """The median, NaN (never reached) counting as infinite; None if the median is infinite."""
     median = float(np.median([math.inf if math.isnan(value) else value for value in values]))
     return median if math.isfinite(median) else None

@@ -140,8 +140,9 @@ def fit(
     layers: dict[str, ChannelPReLU],
     weight: float = 0.0,
 ) -> bool:
-    """Train over some epochs with a new optimizer, `weight` times the penalty on the slopes of `layers`; whether all
-    losses were finite. It ends with the epoch in which one is not."""
+    """Train over some epochs with a new optimizer, under `weight` times the penalty on the slopes of `layers`.
+
+    Returns whether all losses were finite; training ends with the epoch in which one is not."""
     task = spec.task
     # Slopes have one dimension: they see neither weight decay nor the rule.
     optimizer, _ = training.make_optimizer(model, Run(task, spec.method, spec.lr, spec.seed), dataset)
@@ -172,7 +173,7 @@ def fit(
 
 
 class Probe:
-    """Says what a net is that began as `model`; nets keep their gradients and statistics."""
+    """Measures nets that began as `model`. It changes neither their gradients nor their statistics."""
 
     def __init__(self, task: Task, model: nn.Module, dataset: data.Dataset) -> None:
         self.task, self.dataset = task, dataset
@@ -183,14 +184,15 @@ class Probe:
     def state(self, model: nn.Module, layers: dict[str, ChannelPReLU]) -> Row:
         """Test accuracy, path lengths, the share of nonlinear channels of each of the layers, the spread of E."""
         E = self.relative_grads(model)
-        return {
-            "accuracy": training.accuracy(model, self.dataset, "test", self.task),
-            "path_length": significant(average_path_length(model, self.images, normalized=False)),
-            "normalized_path_length": significant(average_path_length(model, self.images, normalized=True)),
-            "nonlinear": [significant(1 - layer.linear.float().mean().item()) for layer in layers.values()],
-            "spread": significant(training.spread(E)),
-            "log_std": significant(training.log_std(E)),
+        columns = {
+            "path_length": average_path_length(model, self.images, normalized=False),
+            "normalized_path_length": average_path_length(model, self.images, normalized=True),
+            "nonlinear": [1 - layer.linear.float().mean().item() for layer in layers.values()],
+            "spread": training.spread(E),
+            "log_std": training.log_std(E),
         }
+        accuracy = training.accuracy(model, self.dataset, "test", self.task)
+        return {"accuracy": accuracy, **training.rounded(columns)}
 
     def relative_grads(self, model: nn.Module) -> NDArray[np.float64]:
         """E = ‖g‖/‖w‖ of the tracked weights, of the loss without a penalty on the first training images, [L]."""

@@ -80,8 +80,8 @@ class Run:
 def work(run: Run) -> Row:
     """Train once; the row has means over every epoch of what `train_epoch` records, and errors at the end.
 
-    Before these, the statistics of the batch norms are taken anew at the last weights: those that were gathered on the
-    way belong to weights that large steps have long left.
+    For these errors, the batch norms measure their statistics again at the last weights. Large steps have moved the
+    weights far away from those that the old statistics belong to.
     """
     dataset, net = load(run.net), run.net
     torch.manual_seed(run.seed)
@@ -98,10 +98,7 @@ def work(run: Run) -> Row:
     row: Row = {
         "steps": net.epochs * (net.train_images // net.batch_size),
         "classes": dataset.classes,
-        **{
-            key: [training.significant(value) for value in column]
-            for key, column in zip(TRACE, columns, strict=True)
-        },
+        **training.rounded(dict(zip(TRACE, columns, strict=True))),
     }
     update_bn((images for images, _ in dataset.batches("train", net.batch_size, seed=run.seed)), model)
     task = training.Task(net.model, device=net.device, channels_last=True)
@@ -124,7 +121,7 @@ def train_epoch(
     """One epoch; means over its steps, in the order of `TRACE`, [4].
 
     loss, error: of each batch before its step, with its own statistics. chance: the loss of the same outputs against
-    the labels of other images, which is what they are worth if they say nothing about their own. sphere_grad_norm: of
+    the labels of other images: the loss of outputs that say nothing about their own images. sphere_grad_norm: of
     the gradient of one batch.
     """
     weights, steps = optimizer.param_groups[0]["params"], []
@@ -166,7 +163,7 @@ def load(net: Net) -> data.Dataset:
 
 
 class Plan(NamedTuple):
-    """Nets, the learning rates on the sphere of each, and how many seeds choose and how many fresh ones are read."""
+    """Nets, their learning rates on the sphere, how many seeds choose, and how many fresh ones read the test part."""
 
     nets: Sequence[Net]
     sphere_lrs: Sequence[float]
@@ -182,7 +179,7 @@ def tiny(device: str) -> Plan:
 
 
 def small(device: str) -> Plan:
-    """Thin nets on some hundred images of 8×8 pixels, which they can learn by heart in 1,500 and 960 steps."""
+    """Thin nets on some hundred images of 8×8 pixels, which they learn without an error in 1,500 and 960 steps."""
     options: dict[str, Any] = {"val_images": 2000, "image_size": 8, "device": device}
     conv = Net("conv-5-w8", 960, epochs=100, batch_size=64, **options)
     resnet = Net("resnet-18-w8", 384, epochs=80, batch_size=32, **options)
@@ -210,7 +207,7 @@ def stages(size: str, device: str) -> Sequence[Stage]:
     """Constant learning rates; the borders; step-downs; the best of each with fresh seeds."""
     plan = PLANS[size](device)
     for net in plan.nets:
-        load(net)  # what is missing is missed now, not in the middle
+        load(net)  # data that are missing raise here, not in the middle of the study
     return (
         lambda rows: constant_runs(plan),
         lambda rows: border_runs(rows, plan),

@@ -178,7 +178,7 @@ def _draw_lrs(settings: dict[str, Any]) -> Figure:
 
 
 def _points(widths: dict[str, Any], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Those that are not at the end of their grid."""
+    """Widths, and the learning rates that are not at the end of their grid."""
     points = [
         (int(width), it["best"]["lr"] if key == "best" else it["edge"].mean)
         for width, it in widths.items()

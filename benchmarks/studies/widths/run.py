@@ -183,7 +183,7 @@ class Probe:
         self._first: list[Tensor] = []
 
     def record(self, step: int) -> bool:
-        """Add a line; whether all of it is finite."""
+        """Measure, and add a line to the columns. Returns whether all of it is finite."""
         outputs: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -237,7 +237,7 @@ def make_optimizer(model: nn.Module, run: Run, images: Tensor) -> Optimizer:
 
 def _layer_lrs(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[float]:
     by_param = {param: group["lr"] for group in optimizer.param_groups for param in group["params"]}
-    return [training.significant(by_param[weight]) for weight in weights]
+    return training.rounded([by_param[weight] for weight in weights])
 
 
 def _endless(epoch: Callable[[int], Iterator[tuple[Tensor, Tensor]]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -249,9 +249,7 @@ def _rms(values: Tensor) -> Tensor:
 
 
 def _rounded(value: Tensor) -> Any:
-    values = value.detach().double().cpu()
-    numbers = [training.significant(x) for x in values.flatten().tolist()]
-    return numbers if values.ndim else numbers[0]
+    return training.rounded(value.detach().double().cpu().tolist())
 
 
 # What to measure
