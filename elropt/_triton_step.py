@@ -26,7 +26,7 @@ _HYPERS = operator.itemgetter("momentum", "dampening", "weight_decay", "nesterov
 
 
 class TritonStep:
-    """How the kernels see the tensors of a rule group. Made once for tensors that stay the same from step to step.
+    """How the kernels see the tensors of a rule group. Made once, and used as long as each step has the same tensors.
 
     Only `step` and `take_over_buffers` change anything.
 

@@ -20,7 +20,7 @@ SAME_BITS = {torch.float32, torch.float64}
 class Backend(Protocol):
     """A module with these functions: `elropt.reference`, the specification, `elropt.foreach` or `elropt.kernels`.
 
-    The kernels also have `FusedStep`, a whole step over tensors that stay the same from step to step.
+    The kernels also have `FusedStep`, a whole step over the same tensors as the step before.
     """
 
     @property

@@ -146,7 +146,7 @@ def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
     }
 
 
-def _finish(ax: Axes, ticks: Sequence[float]) -> None:
+def _finish_width(ax: Axes, ticks: Sequence[float]) -> None:
     ax.set(xscale="log", xlabel="width")
     finish(ax)
     ax.set_xticks(ticks)
@@ -172,7 +172,7 @@ def _draw_lrs(settings: dict[str, Any]) -> Figure:
                     ax.plot(x, fitted, "--" if scaled else "-", color=color, linewidth=1)
         ax.set_yscale("log", base=2)
         ax.set(title=title, ylabel="learning rate")
-        _finish(ax, [int(width) for width in settings[names[0]]["widths"]])
+        _finish_width(ax, [int(width) for width in settings[names[0]]["widths"]])
         ax.legend(frameon=False, fontsize="x-small")
     return figure
 
@@ -239,6 +239,6 @@ def _draw_elrs(rows: list[Row]) -> Figure:
                     markersize=4,
                 )
         ax.set(title=name, yscale="log", ylabel="λE (rad)")
-        _finish(ax, widths)
+        _finish_width(ax, widths)
         ax.legend(frameon=False, fontsize="x-small")
     return figure
