@@ -268,8 +268,8 @@ class ELRSGD(Optimizer):
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Never waits for the device, unless torch.amp.GradScaler is used where only some tensors qualify for
-        the kernels, or parameters are sharded (docs/distributed.md); the first step after a state has been loaded or a group
-        added reads what the rule remembers once. Threads wait for one another.
+        the kernels, or parameters are sharded (docs/distributed.md); the first step after a state has been loaded or a
+        group added reads what the rule remembers once. Threads wait for one another.
 
         Args:
             closure: reevaluates the model and returns the loss.
