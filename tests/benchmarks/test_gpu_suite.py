@@ -102,7 +102,9 @@ def test_a_part_that_takes_too_long_ends_with_its_children(
         return True
 
     monkeypatch.setattr(gpu_suite, "ends_within", ends_within)
-    code = f"print('started', flush=True); {witness.child()}child.wait()"
+    # started in the background of a shell, the tests would ignore SIGINT, and their children too
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heeds}; print('started', flush=True); {witness.child()}child.wait()"
     commands = [python(code), python("print('never')")]
     part = run_part(commands, FAR, tmp_path / "log", HERE)
     assert (part["rc"], part["timed_out"], part["tail"][2]) == (None, True, "started")
