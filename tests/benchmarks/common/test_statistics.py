@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.common import statistics
+from benchmarks.studies import comparison
 from benchmarks.studies.radians import run as radians
 
 
@@ -87,9 +88,9 @@ def test_the_top_of_a_parabola_is_found(center: float, curvature: float, points:
     lrs = np.exp(np.linspace(-4, 4, points))
     accuracy = 90 - curvature * (np.log(lrs) - center) ** 2
     if accuracy.argmax() in (0, points - 1):
-        assert radians.top(lrs, accuracy) in (lrs[0], lrs[-1])
+        assert comparison.top(lrs, accuracy) in (lrs[0], lrs[-1])
     else:
-        assert radians.top(lrs, accuracy) == pytest.approx(math.exp(center), rel=1e-6)
+        assert comparison.top(lrs, accuracy) == pytest.approx(math.exp(center), rel=1e-6)
 
 
 def test_one_learning_rate_for_all() -> None:
