@@ -135,8 +135,9 @@ def make_settings(
         raise ValueError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
     if optimizer == "adamw" and recipe.adamw_lr is None:
         raise ValueError(f"there is no recipe for adamw with {model}: choose another optimizer, or a ViT")
-    if optimizer == "sphere" and lr is None:
-        raise ValueError("the recipes have no learning rate for sphere: give --lr, in its own unit")
+    rule = RULES.get(optimizer, RULES[None])  # torch's optimizers have none
+    if rule.lr_unit == "sphere_lr" and lr is None:
+        raise ValueError(f"the recipes have no learning rate for {optimizer}: give --lr, in its own unit")
     if lr is not None and not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive, got {lr}")
     epochs = recipe.epochs if epochs is None else epochs
@@ -148,7 +149,7 @@ def make_settings(
             f"batch_size {batch_size} is more than the {len(tree.train)} training images: take a smaller one"
         )
     if warmup_epochs is None:
-        warmup_epochs = 0.0 if optimizer == "warmup" else recipe.warmup_epochs / recipe.epochs * epochs
+        warmup_epochs = 0.0 if rule.ends else recipe.warmup_epochs / recipe.epochs * epochs
     if not 0 <= warmup_epochs < epochs:
         raise ValueError(
             f"warmup_epochs {warmup_epochs} must be at least 0 and less than the {epochs} epochs"
@@ -158,7 +159,7 @@ def make_settings(
     default = sgd_lr
     if optimizer == "adamw" and recipe.adamw_lr is not None:
         default = recipe.adamw_lr * scale
-    elif optimizer == "angle":
+    elif rule.lr_unit == "rad per step":
         E = dynamics.equilibrium_relative_grad(sgd_lr, recipe.weight_decay, MOMENTUM, gradients="independent")
         default = float(sgd_lr * E)
     lr = default if lr is None else lr

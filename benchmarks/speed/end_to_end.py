@@ -187,8 +187,11 @@ def main(
     console = Console()
     config = {"device": torch.device(device).type, "rounds": rounds, "steps": steps, "tiny": tiny}
     report: dict[str, Any] = {"kind": "end-to-end", "env": env_report.collect(), "config": config}
+
+    def keep(rows: list[Row]) -> None:
+        write_json(out, report | {"rows": rows})
+
     with progress_bar(console) as progress:
-        keep = lambda rows: write_json(out, report | {"rows": rows})  # noqa: E731
         rows = measure(COMPARED, torch.device(device), rounds, steps, tiny, progress, keep)
     keep(rows)
     console.print(results_table(rows))

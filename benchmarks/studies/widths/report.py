@@ -27,6 +27,7 @@ from benchmarks.studies.widths.summarize import (
     of_part,
 )
 from elropt import plots
+from elropt.rules import RULES
 
 
 def tables(rows: list[Row], summary: dict[str, Any]) -> list[Table]:
@@ -207,7 +208,8 @@ def _draw_transfer(rows: list[Row]) -> Figure:
 
 
 def _unit(setting: dict[str, Any]) -> str:
-    if setting["optimizer"] == "angle":
+    rule = RULES.get(setting["optimizer"], RULES[None])  # torch's optimizers have none
+    if rule.lr_unit == "rad per step":
         return "angle (rad)"
     return "learning rate at the base width" if setting["scaled"] else "learning rate"
 
