@@ -66,3 +66,22 @@ def test_readme() -> None:
                 if known
                 else cell == "–"
             )
+
+
+def host_cell(optimizer: str, mode: str) -> str:
+    """A ratio with its interval, as the docs show it."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "host-h200.json").read_text(encoding="utf-8"))[
+        "rows"
+    ]
+    (row,) = (row for row in rows if (row["workload"], row["optimizer"]) == ("160x4", optimizer))
+    low, high = row[f"{mode}_ratio"]["interval"]
+    return f"{row[f'{mode}_ratio']['median']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+@pytest.mark.parametrize(
+    ("shown", "mode"), [("until `step()` returns", "cpu"), ("issued without waiting", "eager")]
+)
+def test_host_times(shown: str, mode: str) -> None:
+    _, *cells = cells_of("docs/kernels.md", "12. ", shown)
+    optimizers = ("elr-none", "elr-warmup", "elr-uniform", "torch-foreach")
+    assert cells == [host_cell(optimizer, mode) for optimizer in optimizers]
