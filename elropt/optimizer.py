@@ -118,7 +118,8 @@ class ELRSGD(Optimizer):
         maximize: maximize the objective.
         foreach, fused: as in torch: `torch._foreach_*` or the Triton kernels (CUDA only); None for both picks fused on
             CUDA where every tensor of the group qualifies, else foreach on CUDA and, in float32 and float64, on the CPU
-            (there to the bits of torch's for-loop), else one tensor after the other.
+            (there without a rule to the bits of torch's for-loop; the sums of a rule round otherwise), else one tensor
+            after the other.
         differentiable: let autograd run through the step; needs ``rule=None`` and ``project=False``.
 
     Raises:
