@@ -66,7 +66,8 @@ def choose_backend(
     lr_by_row: bool = False,
 ) -> Backend:
     """The module that updates these tensors: what is asked for; else on CUDA fused where every tensor qualifies and
-    foreach otherwise; on the CPU foreach, where the bits of its update are those of one tensor after the other; else these.
+    foreach otherwise; on the CPU foreach, where the bits of its update are those of one tensor after the other; else
+    these.
 
     Raises:
         RuntimeError: ``fused=True`` but a tensor does not qualify.
