@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._group_values import has_lr_by_row, lr_of, lr_ratio, momentum_coefficients
+from ._group_values import decay_of, has_lr_by_row, lr_of, lr_ratio, momentum_coefficients, settling_of
 from ._validate import check_step_tensors
 from .backend import Backend, UpdateOptions, choose_backend
 from .rules import LayerControls, LayerStats, RowHyper, RuleState, decide
@@ -55,6 +55,7 @@ class Group(NamedTuple):
         options: of the update.
         backend: who computes it, see `choose_backend`.
         lr_ratio: of the learning rate of the rows that are found to be tracked to `lr`.
+        settling: as `options.weight_decay`, of rule "equilibrium"; 0 for others.
     """
 
     owners: list[Tensor]
@@ -66,6 +67,7 @@ class Group(NamedTuple):
     options: UpdateOptions
     backend: Backend
     lr_ratio: float = 1.0
+    settling: float | Tensor | list[float] = 0.0
 
     def rows_here(self, *, per_filter: bool) -> list[tuple[int, int]]:
         """For each tensor the (first, count) of its rows that this rank has a part of."""
@@ -107,7 +109,8 @@ def tensors_with_gradients(
     runs: list[list[tuple[Any, ...]]] = []
     key_before: object = None
     for group, counts in zip(groups, row_counts, strict=True):
-        options, lr, decay = _options_in_common(group), lr_of(group), group["weight_decay"]
+        options = _options_in_common(group)
+        lr, decay, settling = lr_of(group), decay_of(group), settling_of(group)
         for p, count in zip(group["params"], counts, strict=True):
             grad = p.grad
             if grad is None:
@@ -116,7 +119,7 @@ def tensors_with_gradients(
             if key != key_before:
                 runs.append([])
                 key_before = key
-            runs[-1].append((p, grad, count, lr, decay, group))
+            runs[-1].append((p, grad, count, lr, decay, settling, group))
     return [_group_of(shards, state, per_filter, *map(list, zip(*run, strict=True))) for run in runs]
 
 
@@ -129,6 +132,7 @@ def _group_of(
     row_counts: list[int],
     lrs: list[float | Tensor],
     decays: list[float | Tensor],
+    settlings: list[float | Tensor],
     groups: list[Mapping[str, Any]],
 ) -> Group:
     """Of tensors on one device: `groups` are the param groups of each."""
@@ -172,6 +176,7 @@ def _group_of(
             lr_by_row=has_lr_by_row(group),
         ),
         lr_ratio(group) if has_lr_by_row(group) else 1.0,
+        _common(settlings, device),
     )
 
 
@@ -183,6 +188,7 @@ def measure_decide_update(
     rule: str | None,
     granularity: str = "layer",
     project: bool = False,
+    of_update: bool = False,
     absent: Tensor | None = None,
     rows: slice | Tensor = slice(None),
     reductions: Reductions | None = None,
@@ -194,7 +200,7 @@ def measure_decide_update(
     Args:
         groups: what to update.
         state, hyper: the rule's memory and the groups' hyper-parameters, by row.
-        rule, granularity, project: as in `ELRSGD`.
+        rule, granularity, project: as in `ELRSGD`. of_update: ``elr_of="update"``.
         absent: whether rows that took part earlier have no gradient now (0-dim bool; None: no).
         rows: which of all rows these are, where this rank has only parts of tensors.
         reductions: what makes the sums of all rows those of whole tensors.
@@ -210,6 +216,7 @@ def measure_decide_update(
         state.radius.device,
         per_filter=per_filter,
         with_momentum=project,
+        with_update=of_update,
         with_dot=with_dot,
         rows=rows,
         reductions=reductions,
@@ -221,6 +228,7 @@ def measure_decide_update(
         hyper,
         granularity=granularity,
         project=project,
+        of_update=of_update,
         absent=absent,
         with_tests=with_tests,
     )
@@ -234,16 +242,18 @@ def measure(
     *,
     per_filter: bool,
     with_momentum: bool,
+    with_update: bool = False,
     with_dot: bool = True,
     rows: slice | Tensor = slice(None),
     reductions: Reductions | None = None,
 ) -> LayerStats:
     """The sums over every row of all groups, gathered on one device, of whole tensors (`reductions`)."""
-    sums = [torch.empty(4, 0, dtype=torch.float32, device=device)]
+    with_momentum = with_momentum or with_update
+    sums = [torch.empty(6 if with_update else 4, 0, dtype=torch.float32, device=device)]
     for group in groups:
         here = group.rows_here(per_filter=per_filter)
         measured = [i for i, (_, count) in enumerate(here) if count]
-        part = torch.zeros(4, 0, dtype=torch.float32, device=device)
+        part = torch.zeros(len(sums[0]), 0, dtype=torch.float32, device=device)
         if measured:
             part = group.backend.measure(
                 [group.params[i] for i in measured],
@@ -251,9 +261,10 @@ def measure(
                 [group.momentum_buffers[i] for i in measured] if with_momentum else None,
                 per_filter=per_filter,
                 with_dot=with_dot,
+                with_update=with_update,
             )
             if group.options.maximize:
-                part[2].neg_()
+                part[2::3].neg_()  # ⟨w,g⟩, ⟨g,m⟩
             part = part.to(device, non_blocking=True)
         sums += _with_rows_elsewhere(part, here, group.row_counts)
     total = sum_over_shards(torch.cat(sums, dim=1), reductions, rows, with_momentum=with_momentum)
@@ -263,13 +274,13 @@ def measure(
 def _with_rows_elsewhere(
     part: Tensor, rows: Sequence[tuple[int, int]], row_counts: Sequence[int]
 ) -> list[Tensor]:
-    """The sums [4, n] of the rows on this rank, with zeros for those on other ranks, in pieces to concatenate."""
+    """The sums [k, n] of the rows on this rank, with zeros for those on other ranks, in pieces to concatenate."""
     if all(here == (0, count) for here, count in zip(rows, row_counts, strict=True)):
         return [part]
     pieces, taken = [], 0
     for (first, here), count in zip(rows, row_counts, strict=True):
-        pieces += [part.new_zeros(4, first), part[:, taken : taken + here]]
-        pieces += [part.new_zeros(4, count - first - here)]
+        pieces += [part.new_zeros(len(part), first), part[:, taken : taken + here]]
+        pieces += [part.new_zeros(len(part), count - first - here)]
         taken += here
     return pieces
 
@@ -306,8 +317,8 @@ def values_of_rows(groups: Sequence[Group]) -> list[tuple[Any, ...]]:
     """The values of each group that `hyper_of_rows` depends on, with 0 in place of a tensor."""
     return [
         (
-            0.0 if isinstance(group.options.lr, Tensor) else group.options.lr,
-            0.0 if isinstance(group.options.weight_decay, Tensor) else group.options.weight_decay,
+            *(0.0 if isinstance(v, Tensor) else v for v in (group.options.lr, group.options.weight_decay)),
+            0.0 if isinstance(group.settling, Tensor) else group.settling,
             group.options.momentum,
             group.options.dampening,
             group.options.nesterov,
@@ -323,10 +334,14 @@ def values_of_rows(groups: Sequence[Group]) -> list[tuple[Any, ...]]:
 def hyper_of_rows(values: Sequence[tuple[Any, ...]], device: torch.device) -> RowHyper:
     """The hyper-parameters of groups with these `values_of_rows`, by row."""
     columns = [
-        (lr, decay, *momentum_coefficients(*of_momentum, has_buffer=has_buffer), numel / count, ratio, count)
-        for lrs, decays, *of_momentum, ratio, counts, have_buffers, numels in values
-        for lr, decay, count, has_buffer, numel in zip(
-            *(v if isinstance(v, list) else [v] * len(counts) for v in (lrs, decays)),
+        (
+            *(lr, decay),
+            *momentum_coefficients(*of_momentum, has_buffer=has_buffer),
+            *(numel / count, ratio, settling, count),
+        )
+        for lrs, decays, settlings, *of_momentum, ratio, counts, have_buffers, numels in values
+        for lr, decay, settling, count, has_buffer, numel in zip(
+            *(v if isinstance(v, list) else [v] * len(counts) for v in (lrs, decays, settlings)),
             counts,
             have_buffers,
             numels,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .rules import growth_gain
+from .rules import RULES, growth_gain, settling
 
 __all__ = [
+    "RuleKey",
+    "angle_of",
     "count_rows",
+    "decay_of",
     "has_lr_by_row",
     "has_tensor_decay",
     "lr_of",
@@ -20,12 +23,23 @@ __all__ = [
     "momentum_coefficients",
     "rule_key",
     "set_reference_lr",
+    "settling_of",
 ]
 
 
-def rule_key(group: Mapping[str, Any]) -> tuple[str | None, str, bool]:
-    """What param groups that are decided together have in common."""
-    return group["rule"], group["granularity"], group["project"]
+class RuleKey(NamedTuple):
+    """What param groups that are decided together have in common. of_update: ``elr_of="update"``."""
+
+    rule: str | None
+    granularity: str
+    project: bool
+    of_update: bool
+
+
+def rule_key(group: Mapping[str, Any]) -> RuleKey:
+    """The `RuleKey` of a param group."""
+    of_update = (group["elr_of"] or RULES[group["rule"]].elr_of) == "update"
+    return RuleKey(group["rule"], group["granularity"], group["project"], of_update)
 
 
 def count_rows(p: Tensor, group: Mapping[str, Any]) -> int:
@@ -49,6 +63,34 @@ def lr_of(group: Mapping[str, Any]) -> float | Tensor:
     if group["tracked_lr"] is None or not group.get("scale_invariant"):
         return group["lr"]
     return group["lr"] * lr_ratio(group)
+
+
+def decay_of(group: Mapping[str, Any]) -> float | Tensor:
+    """ω as the update takes it. A layer whose norm is kept while its update is made tangential needs none."""
+    key = rule_key(group)
+    if key.of_update and RULES[key.rule].keeps_radius and group.get("scale_invariant"):
+        return 0.0
+    return group["weight_decay"]
+
+
+def settling_of(group: Mapping[str, Any]) -> float | Tensor:
+    """φ²/λ of rule "equilibrium", see `elropt.rules.settling`; 0 for other rules."""
+    key = rule_key(group)
+    if not RULES[key.rule].settles:
+        return 0.0
+    factor = settling(group["momentum"], group["dampening"], group["nesterov"], of_update=key.of_update)
+    return factor * group["weight_decay"]
+
+
+def angle_of(group: Mapping[str, Any], lr: float) -> float | None:
+    """What a rule turns tracked layers by at this learning rate of the group, in radians; None: known on the device
+    alone, or not by this rule. With ``elr_of="gradient"`` it is that of a plain SGD step."""
+    spec = RULES[group["rule"]]
+    if spec.lr_unit == "rad per step":
+        return lr * lr_ratio(group)
+    if not spec.settles or isinstance(group["weight_decay"], Tensor):
+        return None
+    return math.sqrt(settling_of(group) * lr * lr_ratio(group))
 
 
 def has_lr_by_row(group: Mapping[str, Any]) -> bool:

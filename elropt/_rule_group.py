@@ -101,11 +101,12 @@ class RuleGroup:
     def __init__(self, groups: Sequence[dict[str, Any]], state: State, number: int = 0) -> None:
         self.groups = list(groups)
         self.number = number
-        self.rule, self.granularity, self.project = rule_key(self.groups[0])
+        key = rule_key(self.groups[0])
+        self.rule, self.granularity, self.project, self.of_update = key
         self.spec = RULES[self.rule]
         self.per_filter = self.granularity == "filter"
         self.has_lr_by_row = any(map(has_lr_by_row, self.groups))
-        self._decision = {"rule": self.rule, "granularity": self.granularity, "project": self.project}
+        self._decision = key._asdict()
         self.row_counts = {p: count_rows(p, group) for group in self.groups for p in group["params"]}
         self.params = list(self.row_counts)
         self._row_counts = [[self.row_counts[p] for p in group["params"]] for group in self.groups]
@@ -203,6 +204,7 @@ class RuleGroup:
             self.device,
             per_filter=self.per_filter,
             with_momentum=self.project,
+            with_update=self.of_update,
             rows=rows,
             reductions=self._reductions,
         )
@@ -211,6 +213,8 @@ class RuleGroup:
             stats = stats._replace(
                 grad_sq=stats.grad_sq / scale**2, weight_dot_grad=stats.weight_dot_grad / scale
             )
+            if stats.grad_dot_momentum is not None:
+                stats = stats._replace(grad_dot_momentum=stats.grad_dot_momentum / scale)
         hyper = self._hyper(groups)
         if self.has_rule and self._is_over():
             passed = radial_test(stats, state.tracked, hyper.numel)
@@ -307,16 +311,18 @@ class RuleGroup:
         hyper = self._cached("hyper", values, lambda: hyper_of_rows(values, self.device))
         if not self.has_lr_by_row:
             hyper = hyper._replace(lr_ratio=None)
-        tensors = [(group.options.lr, group.options.weight_decay) for group in groups]
+        tensors = [(group.options.lr, group.options.weight_decay, group.settling) for group in groups]
         if any(isinstance(value, Tensor) for of_group in tensors for value in of_group):
-            hyper = hyper._replace(lr=hyper.lr.clone(), weight_decay=hyper.weight_decay.clone())
-        first = 0
-        for group, (lr, decay) in zip(groups, tensors, strict=True):
-            count = sum(group.row_counts)
-            for row_values, value in ((hyper.lr, lr), (hyper.weight_decay, decay)):
-                if isinstance(value, Tensor):
-                    row_values[first : first + count] = value
-            first += count
+            names = "lr", "weight_decay", "settling"
+            vectors = {name: getattr(hyper, name).clone() for name in names}
+            hyper = hyper._replace(**vectors)
+            first = 0
+            for group, of_group in zip(groups, tensors, strict=True):
+                count = sum(group.row_counts)
+                for name, value in zip(names, of_group, strict=True):
+                    if isinstance(value, Tensor):
+                        vectors[name][first : first + count] = value
+                first += count
         return hyper
 
     def _cached(self, name: str, key: object, build: Callable[[], Any]) -> Any:

@@ -16,6 +16,7 @@ from .rules import RULES
 from .sharding import check_placement
 
 __all__ = [
+    "check_decay",
     "check_params",
     "check_step_tensors",
     "refuse_capture",
@@ -76,6 +77,25 @@ def validate_choices(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of {allowed}"
         )
+    elr_of = group["elr_of"]
+    if elr_of not in (None, "gradient", "update"):
+        raise ValueError(
+            f"elr_of={elr_of!r} is not valid: choose 'gradient', 'update' or None (the rule's own)"
+        )
+    if elr_of is not None and RULES[rule].decide_update is None:
+        raise ValueError(
+            f"elr_of={elr_of!r} has no meaning for rule={rule!r}; choose one of "
+            f"{', '.join(repr(name) for name, spec in RULES.items() if spec.decide_update)}, or leave it out"
+        )
+    if group["project"] and rule_key(group).of_update:
+        raise ValueError(
+            "project=True goes without saying when a rule controls the update (elr_of='update'), which leaves its "
+            "radial part out: leave project out, or use elr_of='gradient'"
+        )
+    if RULES[rule].settles and dampening >= 1:
+        raise ValueError(
+            f"dampening={dampening} is not valid with rule={rule!r}: it must be below 1, where SGD has an equilibrium"
+        )
     if rule is not None and momentum >= 1:
         raise ValueError(
             f"momentum={momentum} is not valid with rule={rule!r}: it must be below 1, or use rule=None"
@@ -125,7 +145,7 @@ def refuse_duplicates(group: Mapping[str, Any]) -> None:
     params = group["params"]
     if not isinstance(params, list | tuple) or (group["rule"] is None and not group["project"]):
         return
-    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    tensors = list(map(_bare, params))
     if len({id(p) for p in tensors}) != len(tensors):
         raise ValueError(
             f"a param group with rule={group['rule']!r}, project={group['project']} holds the same parameter twice; "
@@ -154,14 +174,37 @@ def check_params(group: Mapping[str, Any], *, inside_zero: bool) -> None:
             "elropt.param_groups); bare parameters take foreach=True or fused=None"
         )
         raise ValueError(f"tracked_lr={group['tracked_lr']} with {reason}")
-    for p in params if isinstance(params, list | tuple) else [params]:
-        p = p[1] if isinstance(p, tuple) else p
+    params = params if isinstance(params, list | tuple) else [params]
+    check_decay({**group, "params": params})
+    for p in map(_bare, params):
         check_placement(p, rule, inside_zero=inside_zero)
         if isinstance(p, Tensor) and not is_lazy(p) and p.is_inference():
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} is an inference tensor, which only torch.inference_mode "
                 "can change: make the model outside of it"
             )
+
+
+def check_decay(group: Mapping[str, Any]) -> None:
+    """Of a rule that takes the angle from the weight decay. Reads no tensor.
+
+    Raises:
+        ValueError: layers that it may concern have none.
+    """
+    decay = group["weight_decay"]
+    if not RULES[group["rule"]].settles or isinstance(decay, Tensor) or decay != 0:
+        return
+    if any(isinstance(p, Tensor) and count_rows(p, group) for p in map(_bare, group["params"])):
+        raise ValueError(
+            f"rule={group['rule']!r} turns layers by the angle at which weight decay balances their growth, but "
+            "weight_decay=0 has no such angle: give weight_decay=5e-4, say (also in elropt.param_groups), or use "
+            "rule='angle', whose lr is the angle"
+        )
+
+
+def _bare(p: Any) -> Any:
+    """A parameter without its name."""
+    return p[1] if isinstance(p, tuple) else p
 
 
 def refuse_flattened(groups: Sequence[Mapping[str, Any]], given: Mapping[int, bool]) -> None:
@@ -223,7 +266,7 @@ def refuse_one_of_many(groups: Sequence[Mapping[str, Any]]) -> None:
     """
     if torch._C._current_graph_task_id() == -1:
         return
-    rule, granularity, _ = rule_key(groups[0])
+    rule, granularity = groups[0]["rule"], groups[0]["granularity"]
     compares = RULES[rule].compares_layers or granularity == "network"
     if compares and sum(count_rows(p, group) > 0 for group in groups for p in group["params"]) == 1:
         others = " or ".join(repr(name) for name, spec in RULES.items() if name and not spec.compares_layers)

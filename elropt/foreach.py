@@ -63,17 +63,22 @@ def measure(
     *,
     per_filter: bool = False,
     with_dot: bool = True,
+    with_update: bool = False,
 ) -> Tensor:
     """As `elropt.reference.measure`."""
     if not params:
-        return torch.zeros(4, 0)
+        return torch.zeros(6 if with_update else 4, 0)
     bufs = [None] * len(params) if momentum_buffers is None else momentum_buffers
     ws, gs = ([upcast(t.detach()) for t in ts] for ts in (params, grads))
     ms = [None if m is None else upcast(m) for m in bufs]
     if params[0].is_cpu and not per_filter:
-        return _dot_products(ws, gs, ms, with_dot=with_dot)
+        return _dot_products(ws, gs, ms, with_dot=with_dot, with_update=with_update)
     sums = [_row_sums(torch._foreach_mul(a, b), per_filter) for a, b in ((ws, ws), (gs, gs), (ws, gs))]
-    return torch.stack([*sums, _row_sums(_products_with_present(ws, ms), per_filter)])
+    of_momentum = [_products_with_present(ws, ms)]
+    if with_update:
+        squares = [torch.zeros_like(w) if m is None else m.square() for w, m in zip(ws, ms, strict=True)]
+        of_momentum += [squares, _products_with_present(gs, ms)]
+    return torch.stack(sums + [_row_sums(products, per_filter) for products in of_momentum])
 
 
 def update(
@@ -267,7 +272,9 @@ def _advance_momentum(
     return ms
 
 
-def _dot_products(ws: Tensors, gs: Tensors, ms: list[Tensor | None], *, with_dot: bool) -> Tensor:
+def _dot_products(
+    ws: Tensors, gs: Tensors, ms: list[Tensor | None], *, with_dot: bool, with_update: bool
+) -> Tensor:
     """`measure` on the CPU, a row per tensor."""
     limit = DOT * torch.get_num_threads()
     ws, gs = ([t.view(-1) if t.is_contiguous() else t for t in ts] for ts in (ws, gs))
@@ -275,7 +282,10 @@ def _dot_products(ws: Tensors, gs: Tensors, ms: list[Tensor | None], *, with_dot
     unknown, zero = torch.full((), torch.nan), torch.zeros(())
     sums += [_dot(w, g, limit) for w, g in zip(ws, gs, strict=True)] if with_dot else [unknown] * len(ws)
     sums += [zero if m is None else _dot(w, m, limit) for w, m in zip(ws, ms, strict=True)]
-    return torch.stack(sums).view(4, -1).float()
+    if with_update:
+        sums += [zero if m is None else _dot(m, m, limit) for m in ms]
+        sums += [zero if m is None else _dot(g, m, limit) for g, m in zip(gs, ms, strict=True)]
+    return torch.stack(sums).view(-1, len(ws)).float()
 
 
 def _dot(a: Tensor, b: Tensor, limit: int) -> Tensor:

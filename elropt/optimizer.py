@@ -19,10 +19,10 @@ from torch.optim.optimizer import Optimizer, ParamsT, _use_grad_for_differentiab
 from . import kernels
 from ._eager_step import LayerMeasurements
 from ._group_values import (
+    angle_of,
     count_rows,
     has_lr_by_row,
     has_tensor_decay,
-    lr_ratio,
     rule_key,
     set_reference_lr,
 )
@@ -31,6 +31,7 @@ from ._rule_memory import State
 from ._state_dict import complete_state_dict, restore_memory
 from ._triton_step import TritonStep
 from ._validate import (
+    check_decay,
     check_params,
     refuse_capture,
     refuse_duplicates,
@@ -56,10 +57,11 @@ _SGD_DEFAULTS = {
     "tracked_lr": None,
     "project": False,
     "granularity": "layer",
+    "elr_of": None,
     "stochastic_rounding": None,
 }
 _STEP_VALUES = operator.itemgetter(
-    "momentum", "dampening", "weight_decay", "nesterov", "rule", "project", "tracked_lr"
+    "momentum", "dampening", "weight_decay", "nesterov", "rule", "project", "tracked_lr", "elr_of"
 )
 
 
@@ -161,6 +163,7 @@ class ELRSGD(Optimizer):
         tracked_lr: float | None = None,
         project: bool = False,
         granularity: str = "layer",
+        elr_of: str | None = None,
         stochastic_rounding: int | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -177,6 +180,7 @@ class ELRSGD(Optimizer):
             "tracked_lr": tracked_lr,
             "project": project,
             "granularity": granularity,
+            "elr_of": elr_of,
             "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
             "foreach": foreach,
@@ -435,6 +439,7 @@ class ELRSGD(Optimizer):
                 g["rule"],
                 g["granularity"],
                 g["project"],
+                g["elr_of"],
                 g["stochastic_rounding"],
                 g["tracked_lr"] is None,
                 g.get("scale_invariant"),
@@ -465,6 +470,7 @@ class ELRSGD(Optimizer):
                 ):  # at most a scheduler's new lr
                     validate_numbers(group, read_tensors=False)
                     validate_choices(group)
+                    check_decay(group)
                     set_reference_lr(group, group["lr"])
                 if not isinstance(lr, Tensor):
                     self._warn_of_large_angle(group, lr, stacklevel=7)
@@ -472,18 +478,20 @@ class ELRSGD(Optimizer):
 
     def _warn_of_large_angle(self, group: Mapping[str, Any], lr: float, stacklevel: int) -> None:
         """Warn once, where lr is an angle. The angle of "sphere", lr·‖g‖·‖w‖, is only known on the device."""
-        if self._warned_of_angle or RULES[group["rule"]].lr_unit != "rad per step":
+        angle = None if self._warned_of_angle else angle_of(group, lr)
+        if angle is None or angle <= LARGE_ANGLE or not any(count_rows(p, group) for p in group["params"]):
             return
-        angle = lr * lr_ratio(group)
-        if angle > LARGE_ANGLE and any(count_rows(p, group) for p in group["params"]):
-            self._warned_of_angle = True
-            warnings.warn(
-                f"rule={group['rule']!r} is to turn every tracked layer by {angle:g} radians per plain SGD step "
-                f"(lr={lr:g}, tracked_lr={group['tracked_lr']}). More than {LARGE_ANGLE} is hardly ever wanted, and "
-                "SGD's lr has another unit: keep it for all other parameters and give tracked_lr=0.01 to begin with",
-                UserWarning,
-                stacklevel=stacklevel,
-            )
+        self._warned_of_angle = True
+        remedy = "SGD's lr has another unit: keep it for all other parameters and give tracked_lr=0.01 to begin with"
+        if RULES[group["rule"]].settles:
+            remedy = "it is √(2·lr·weight_decay/(1 + momentum)): take a smaller lr or weight_decay"
+        warnings.warn(
+            f"rule={group['rule']!r} is to turn every tracked layer by {angle:g} radians per "
+            f"{'step' if rule_key(group).of_update else 'plain SGD step'} (lr={lr:g}, "
+            f"tracked_lr={group['tracked_lr']}). More than {LARGE_ANGLE} is hardly ever wanted, and {remedy}",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _of_params(state: Mapping[Any, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:

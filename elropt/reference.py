@@ -35,6 +35,7 @@ def measure(
     *,
     per_filter: bool = False,
     with_dot: bool = True,
+    with_update: bool = False,
 ) -> Tensor:
     """Sums over each layer: ‖w‖², ‖g‖², ⟨w,g⟩ and ⟨w,m⟩.
 
@@ -43,17 +44,20 @@ def measure(
         momentum_buffers: where given, ⟨w,m⟩ is measured too (0 for a buffer that is None); else it is 0.
         per_filter: one row per index of dimension 0 of every tensor instead of one row per tensor.
         with_dot: whether ⟨w,g⟩ is needed; if not, it may be NaN.
+        with_update: measure ‖m‖² and ⟨g,m⟩ too, which the length of the update is made of.
 
     Returns:
-        [4, R] float32 on the device of the tensors. Sums are taken in float32 (float64 for float64 tensors).
+        [4, R] float32, `with_update` [6, R], on the device of the tensors. Sums are taken in float32, those of float64
+        tensors in float64.
     """
     columns = []
     for i, (w, g) in enumerate(zip(params, grads, strict=True)):
         m = None if momentum_buffers is None else momentum_buffers[i]
         w_rows, g_rows = _as_rows(w, per_filter), _as_rows(g, per_filter)
-        w_dot_m = w_rows.new_zeros(len(w_rows)) if m is None else (w_rows * _as_rows(m, per_filter)).sum(1)
-        sums = w_rows.square().sum(1), g_rows.square().sum(1), (w_rows * g_rows).sum(1), w_dot_m
-        columns.append(torch.stack(sums).float())
+        m_rows = torch.zeros_like(w_rows) if m is None else _as_rows(m, per_filter)
+        pairs = [(w_rows, w_rows), (g_rows, g_rows), (w_rows, g_rows), (w_rows, m_rows)]
+        pairs += [(m_rows, m_rows), (g_rows, m_rows)] if with_update else []
+        columns.append(torch.stack([(a * b).sum(1) for a, b in pairs]).float())
     return torch.cat(columns, dim=1)
 
 

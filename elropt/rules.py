@@ -24,18 +24,22 @@ NEAR_ZERO = (0.02, 1e-4, 0.1)  # of |cos(w,g)|: below min(first/√n + second, t
 SMOOTHING = 0.9  # of c over the steps of the warm-up
 EQUALIZATION_RATE = 0.1  # share of log(E/E★) that the warm-up rescales away per step
 SHARE_CHANGE = 0.01  # of a layer's share of the radius of the whole network, below which it is left as it is
+LEAST_TANGENT = 1e-5  # of ‖u‖² in its parts, below which ‖u⊥‖² may be rounding
+LEAST_SHRINK = 0.1  # to which the radial part of one update may shrink a weight, with elr_of="update"
 TINY = torch.finfo(torch.float32).tiny  # a squared norm below this, 1.2e-38, counts as zero
 HUGE = torch.finfo(torch.float32).max
 EQUALIZED_STD = 0.1  # root mean square of log(E/E★), from the smoothed c, below which the warm-up hands over
 
 
 class LayerStats(NamedTuple):
-    """Sums over each row, [R] float32: ‖w‖², ‖g‖², ⟨w,g⟩, ⟨w,m⟩."""
+    """Sums over each row, [R] float32: ‖w‖², ‖g‖², ⟨w,g⟩, ⟨w,m⟩; for the length of the update also ‖m‖², ⟨g,m⟩."""
 
     weight_sq: Tensor
     grad_sq: Tensor
     weight_dot_grad: Tensor
     weight_dot_momentum: Tensor
+    momentum_sq: Tensor | None = None
+    grad_dot_momentum: Tensor | None = None
 
 
 class LayerControls(NamedTuple):
@@ -44,7 +48,7 @@ class LayerControls(NamedTuple):
     grad_factor: Tensor | None = None  # s
     weight_factor: Tensor | None = None  # a
     radial: Tensor | None = None  # p_l
-    lr_factor: Tensor | None = None  # of λ, where layers that are found to be tracked have one of their own
+    lr_factor: Tensor | None = None  # f, of λ
 
 
 class RuleState(NamedTuple):
@@ -72,6 +76,7 @@ class RowHyper(NamedTuple):
     update_per_momentum: Tensor  # ∂u/∂m, m the buffer before the step
     numel: Tensor
     lr_ratio: Tensor | None = None  # of the λ of rows that are tracked to `lr`; None: 1
+    settling: Tensor | None = None  # φ²/λ at the equilibrium of SGD, for "equilibrium" alone; see `settling`
 
 
 class RuleInputs(NamedTuple):
@@ -81,7 +86,7 @@ class RuleInputs(NamedTuple):
     state: RuleState
     hyper: RowHyper
     directed: Tensor  # [R] bool: the rows that are tracked and whose ‖w‖ is usable
-    moving: Tensor  # [R] bool: of these, the ones whose ‖g‖ is usable
+    moving: Tensor  # [R] bool: of these, the ones whose ‖g‖ is usable; for `decide_update`, whose ‖u⊥‖ is
     whole: bool = False  # granularity "network": one norm over all rows
     absent: Tensor | None = None  # 0-dim bool: rows of earlier steps are missing; None: no
 
@@ -94,43 +99,62 @@ def decide(
     *,
     granularity: str = "layer",
     project: bool = False,
+    of_update: bool = False,
     absent: Tensor | None = None,
     with_tests: bool = True,
 ) -> tuple[LayerControls, RuleState]:
     """The factors of this step and the state after it.
 
-    `absent` (0-dim bool) says whether rows that took part in earlier steps are missing from these vectors, `with_tests`
-    whether a row may have radial tests before it.
+    `of_update` is ``elr_of="update"``: it needs all of `stats`, and an unknown ⟨w,g⟩ (NaN) counts as 0. `absent`
+    (0-dim bool) says whether rows that took part in earlier steps are missing from these vectors, `with_tests` whether
+    a row may have radial tests before it.
 
     Rows that cannot be judged (not tracked, ‖w‖ or ‖g‖ zero or not finite) have no influence on the others. They get
     the factors of plain SGD, except that a gradient too large for its norm (‖g‖² overflows) is left out, s = 0: that is
-    the limit of s as E grows, and a step of such a length could never be made good.
+    the limit of s as E grows, and a step of such a length could never be made good. With `of_update` a tracked row
+    whose update has no tangential part does not move.
     """
     spec = RULES[rule]
     before = tracked = state.tracked
     if with_tests:
         tracked = radial_test(stats, before, hyper.numel)
     directed = (tracked > 0) & usable(stats.weight_sq)
-    moving = directed & usable(stats.grad_sq)
+    too_large = directed & torch.isinf(stats.grad_sq)
     state = state._replace(tracked=tracked)
     own_lr = lr_factor(tracked, hyper)
     if own_lr is not None:
         hyper = hyper._replace(lr=hyper.lr * own_lr)
-    inputs = RuleInputs(stats, state, hyper, directed, moving, granularity == "network", absent)
-    controls, after = spec.decide(inputs)
-    if controls.grad_factor is not None:
-        too_large = directed & torch.isinf(stats.grad_sq)
-        if spec.ends:
-            too_large = too_large & (after.handed_over == 0)
-        controls = controls._replace(grad_factor=torch.where(too_large, 0.0, controls.grad_factor))
-        stats = stats._replace(weight_dot_grad=torch.where(too_large, 0.0, stats.weight_dot_grad))
+    if of_update:
+        assert spec.decide_update is not None
+        stats = without_gradient(stats, too_large)
+        moving = directed & has_tangent(stats, hyper)
+        inputs = RuleInputs(stats, state, hyper, directed, moving, granularity == "network", absent)
+        controls, after = spec.decide_update(inputs)
+        controls = controls._replace(grad_factor=torch.where(too_large, 0.0, 1.0))
+    else:
+        moving = directed & usable(stats.grad_sq)
+        inputs = RuleInputs(stats, state, hyper, directed, moving, granularity == "network", absent)
+        controls, after = spec.decide(inputs)
+        if controls.grad_factor is not None:
+            if spec.ends:
+                too_large = too_large & (after.handed_over == 0)
+            controls = controls._replace(grad_factor=torch.where(too_large, 0.0, controls.grad_factor))
+            stats = stats._replace(weight_dot_grad=torch.where(too_large, 0.0, stats.weight_dot_grad))
     if with_tests:
-        turn = common_turn(stats, hyper, moving) if spec.turns_alike else step_turn(stats, hyper, controls)
+        if of_update:
+            turn = update_turn(stats, hyper, controls)
+        elif spec.turns_alike:
+            turn = common_turn(stats, hyper, moving)
+        else:
+            turn = step_turn(stats, hyper, controls)
         after = after._replace(tracked=count_test(before, tracked, turn))
     if project:
         radial = radial_coefficient(stats, hyper, controls.grad_factor, controls.weight_factor)
         controls = controls._replace(radial=torch.where(directed & torch.isfinite(radial), radial, 0.0))
-    return controls._replace(lr_factor=own_lr), after
+    if own_lr is not None:
+        own_lr = own_lr if controls.lr_factor is None else own_lr * controls.lr_factor
+        controls = controls._replace(lr_factor=own_lr)
+    return controls, after
 
 
 def lr_factor(tracked: Tensor, hyper: RowHyper) -> Tensor | None:
@@ -201,6 +225,133 @@ def sphere(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
     return on_sphere(inputs, lambda radius, weight_norm, grad_norm: radius * weight_norm)
 
 
+def equilibrium(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
+    """Every layer has the ELR that it would have at the equilibrium of SGD, √(2λω/S), and keeps its norm.
+
+    S is what the coefficients of momentum add up to, 1/(1−μ): with independent gradients the update then turns a layer
+    by the angle φ of that equilibrium. Derived, docs/theory.md §7."""
+    per_lr = settling_angle(inputs.hyper) / inputs.hyper.lr
+    per_lr = torch.where(inputs.hyper.lr > 0, per_lr, 0.0)
+    return on_sphere(inputs, lambda radius, weight_norm, grad_norm: radius / grad_norm * per_lr)
+
+
+def uniform_update(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
+    """Every layer turns by the same angle: the geometric mean of those that it would turn by.
+
+    The radial part of the update, the decay in it too, moves the norm as in SGD: a = 1 − λ·⟨w,u⟩/‖w‖².
+    """
+    stats, hyper, moving = inputs.stats, inputs.hyper, inputs.moving
+    radial, tangent_sq, _ = update_parts(stats, hyper)
+    a = 1 - hyper.lr * (radial + hyper.update_per_grad * hyper.weight_decay)
+    a = torch.where(moving, a.clamp(min=LEAST_SHRINK), 1.0)
+    log_u = torch.where(moving, (tangent_sq.log() - stats.weight_sq.log()) / 2 - a.log(), 0.0)
+    return controls_of_update(hyper, moving, radial, a, uniform_factor(log_u, moving)), inputs.state
+
+
+def angle_update(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
+    """Every layer turns by the angle λ and keeps its norm."""
+    return turn_on_sphere(inputs, inputs.hyper.lr)
+
+
+def equilibrium_update(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
+    """Every layer turns by the angle of SGD's equilibrium, √(2λω/(1+μ)), and keeps its norm."""
+    return turn_on_sphere(inputs, settling_angle(inputs.hyper))
+
+
+def turn_on_sphere(inputs: RuleInputs, angle: Tensor) -> tuple[LayerControls, RuleState]:
+    """w' = R·(cos φ·w/‖w‖ − sin φ·u⊥/‖u⊥‖) with φ = `angle` [R]: exactly this angle, and the norm R.
+
+    With `inputs.whole` w and u are those of all rows together, and φ is the largest. Rows without a tangential update
+    are brought back to their norm.
+    """
+    stats, hyper, directed, moving = inputs.stats, inputs.hyper, inputs.directed, inputs.moving
+    kept = first_radius(inputs)
+    radial, tangent_sq, update_sq = update_parts(stats, hyper)
+    weight_norm, radius = stats.weight_sq.sqrt(), kept
+    if inputs.whole:
+        whole_sq = total(stats.weight_sq, moving)
+        radial = total(radial * stats.weight_sq, moving) / whole_sq
+        tangent_sq = (total(update_sq, moving) - radial.square() * whole_sq).clamp(min=0.0)
+        weight_norm, radius = whole_sq.sqrt(), total(kept.square(), moving).sqrt()
+        angle = torch.where(moving, angle, 0.0).amax()
+        usable_whole = usable(whole_sq) & usable(tangent_sq) & torch.isfinite(radius)
+        directed = moving = moving & usable_whole
+    to_radius = torch.where(directed, radius / weight_norm, 1.0)
+    a = torch.where(moving, angle.cos() * to_radius, to_radius)
+    per_lr = torch.where(hyper.lr > 0, angle.sin() / hyper.lr, 0.0)
+    f = torch.where(moving, radius / tangent_sq.sqrt() * per_lr, torch.where(directed, 0.0, 1.0))
+    if inputs.whole:
+        kept = renewed_shares(kept, to_radius * stats.weight_sq.sqrt(), directed)
+    return controls_of_update(hyper, moving, radial, a, f), inputs.state._replace(radius=kept)
+
+
+def controls_of_update(
+    hyper: RowHyper, moving: Tensor, radial: Tensor, a: Tensor, f: Tensor
+) -> LayerControls:
+    """w' = a·w − λf·u⊥, where `radial` is ⟨w,u⟩/‖w‖² without this step's decay, which the update takes of a·w."""
+    p = torch.where(moving, radial / a + hyper.update_per_grad * hyper.weight_decay, 0.0)
+    return LayerControls(weight_factor=a, radial=p, lr_factor=f)
+
+
+def update_parts(stats: LayerStats, hyper: RowHyper) -> tuple[Tensor, Tensor, Tensor]:
+    """⟨w,u⟩/‖w‖², ‖u⊥‖² and ‖u‖² of the update u that is linear in g and m, without this step's decay, which is
+    radial. An unknown ⟨w,g⟩ counts as 0. Derived, docs/theory.md §9."""
+    assert stats.momentum_sq is not None
+    assert stats.grad_dot_momentum is not None
+    of_g, of_m = hyper.update_per_grad, hyper.update_per_momentum
+    dot = of_g * stats.weight_dot_grad.nan_to_num(nan=0.0) + of_m * stats.weight_dot_momentum
+    radial = dot / stats.weight_sq
+    update_sq = (
+        of_g.square() * stats.grad_sq
+        + 2 * of_g * of_m * stats.grad_dot_momentum
+        + of_m.square() * stats.momentum_sq
+    )
+    return radial, (update_sq - radial * dot).clamp(min=0.0), update_sq
+
+
+def has_tangent(stats: LayerStats, hyper: RowHyper) -> Tensor:
+    """Where ‖u⊥‖² is usable, and more than what rounding leaves of the sums that it is a difference of."""
+    assert stats.momentum_sq is not None
+    _, tangent_sq, _ = update_parts(stats, hyper)
+    parts_sq = (
+        hyper.update_per_grad.square() * stats.grad_sq
+        + hyper.update_per_momentum.square() * stats.momentum_sq
+    )
+    return usable(tangent_sq) & (tangent_sq > LEAST_TANGENT * parts_sq) & torch.isfinite(parts_sq)
+
+
+def without_gradient(stats: LayerStats, left_out: Tensor) -> LayerStats:
+    """The sums with g = 0 in the rows `left_out`."""
+    of_gradient = "grad_sq", "weight_dot_grad", "grad_dot_momentum"
+    return stats._replace(**{name: torch.where(left_out, 0.0, getattr(stats, name)) for name in of_gradient})
+
+
+def update_turn(stats: LayerStats, hyper: RowHyper, controls: LayerControls) -> Tensor:
+    """λf·‖u⊥‖/(a·‖w‖): the tangent of the angle that a row turns by, of `decide_update`'s factors."""
+    assert controls.lr_factor is not None
+    assert controls.weight_factor is not None
+    _, tangent_sq, _ = update_parts(stats, hyper)
+    length = hyper.lr * controls.lr_factor * tangent_sq.sqrt()
+    return length / (controls.weight_factor * stats.weight_sq.sqrt())
+
+
+def settling_angle(hyper: RowHyper) -> Tensor:
+    """√(settling·λ), the angle of "equilibrium", in radians."""
+    assert hyper.settling is not None
+    return (hyper.settling * hyper.lr).sqrt()
+
+
+def settling(momentum: float, dampening: float, nesterov: bool, *, of_update: bool) -> float:
+    """φ²/(λω) at the equilibrium of SGD with weight decay, φ the angle that the update turns a weight by: 2Q/S, with S
+    and Q the sums of the coefficients that momentum gives to successive gradients, and of their squares. Without
+    Nesterov momentum 2·(1−d)/(1+μ). For independent gradients, without Nesterov momentum for all. Not `of_update`: 2/S,
+    the square of the ELR of plain SGD steps that turn it so. Derived, docs/theory.md §7."""
+    μ, k = momentum, 1 - dampening if momentum else 1.0
+    total_coefficient = k / (1 - μ)
+    squares = (1 + μ) ** 2 + μ**4 / (1 - μ**2) if nesterov else k**2 / (1 - μ**2)
+    return 2 * (squares if of_update else 1.0) / total_coefficient
+
+
 def on_sphere(
     inputs: RuleInputs, grad_factor: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> tuple[LayerControls, RuleState]:
@@ -211,23 +362,36 @@ def on_sphere(
     changed by SHARE_CHANGE: each time rounds, and the radius would drift away over many small steps.
     """
     stats, directed, moving = inputs.stats, inputs.directed, inputs.moving
-    kept = inputs.state.radius
-    kept = torch.where((kept == 0) & directed, stats.weight_sq.sqrt(), kept)
+    kept = first_radius(inputs)
     weight_norm, grad_norm, radius = stats.weight_sq.sqrt(), stats.grad_sq.sqrt(), kept
     if inputs.whole:
         weight_norm, grad_norm, radius = (
-            torch.where(moving, norm, 0.0).square().sum().sqrt().expand_as(norm)
-            for norm in (weight_norm, grad_norm, radius)
+            total(norm.square(), moving).sqrt() for norm in (weight_norm, grad_norm, radius)
         )
         moving = moving & torch.isfinite(weight_norm) & torch.isfinite(grad_norm) & torch.isfinite(radius)
         directed = moving
     a = torch.where(directed, radius / weight_norm, 1.0)
     s = torch.where(moving, grad_factor(radius, weight_norm, grad_norm), 1.0)
     if inputs.whole:
-        share = a * stats.weight_sq.sqrt()
-        changed = (directed & ((share - kept).abs() > SHARE_CHANGE * kept)).any()
-        kept = torch.where(directed & changed, share, kept)
+        kept = renewed_shares(kept, a * stats.weight_sq.sqrt(), directed)
     return LayerControls(grad_factor=s, weight_factor=a), inputs.state._replace(radius=kept)
+
+
+def first_radius(inputs: RuleInputs) -> Tensor:
+    """The norm that each row had when it first had a direction."""
+    kept = inputs.state.radius
+    return torch.where((kept == 0) & inputs.directed, inputs.stats.weight_sq.sqrt(), kept)
+
+
+def total(values: Tensor, ok: Tensor) -> Tensor:
+    """The sum over the rows that count, for every row."""
+    return torch.where(ok, values, 0.0).sum().expand_as(values)
+
+
+def renewed_shares(kept: Tensor, share: Tensor, directed: Tensor) -> Tensor:
+    """The rows' shares of the radius of them all, as they are now if one has changed by SHARE_CHANGE."""
+    changed = (directed & ((share - kept).abs() > SHARE_CHANGE * kept)).any()
+    return torch.where(directed & changed, share, kept)
 
 
 def log_relative_grad(stats: LayerStats, moving: Tensor) -> Tensor:
@@ -320,6 +484,7 @@ class RuleSpec(NamedTuple):
 
     Attributes:
         decide: the factors of a step and the memory after it.
+        decide_update: the same with ``elr_of="update"``; None: there is no such form.
         granularities: the values of `granularity` that it has a meaning for.
         lr_unit: what the learning rate of tracked layers is: SGD's "lr"; "rad per step", the angle of a plain SGD step;
             "sphere_lr", that of SGD on the unit sphere.
@@ -327,27 +492,50 @@ class RuleSpec(NamedTuple):
         keeps_radius: it brings each weight back to the norm that it had at first, `RuleState.radius`.
         compares_layers: what it does to a layer depends on the others, at every granularity.
         turns_alike: all rows that move turn by the same angle, see `common_turn`.
+        elr_of: what ``elr_of=None`` stands for.
+        settles: it needs a weight decay, and `RowHyper.settling`.
         ends: it hands over to plain SGD: `RuleState.handed_over` becomes 1.
     """
 
     decide: Callable[[RuleInputs], tuple[LayerControls, RuleState]]
+    decide_update: Callable[[RuleInputs], tuple[LayerControls, RuleState]] | None = None
     granularities: tuple[str, ...] = ("layer",)
     lr_unit: Literal["lr", "rad per step", "sphere_lr"] = "lr"
     scales_weights: bool = False
     keeps_radius: bool = False
     compares_layers: bool = False
     turns_alike: bool = False
+    elr_of: Literal["gradient", "update"] = "gradient"
+    settles: bool = False
     ends: bool = False
 
 
 RULES: dict[str | None, RuleSpec] = {
     None: RuleSpec(plain),
     "warmup": RuleSpec(warmup, scales_weights=True, compares_layers=True, turns_alike=True, ends=True),
-    "uniform": RuleSpec(uniform, ("layer", "filter"), compares_layers=True),
+    "uniform": RuleSpec(uniform, uniform_update, ("layer", "filter"), compares_layers=True),
     "angle": RuleSpec(
-        angle, ("layer", "network", "filter"), "rad per step", scales_weights=True, keeps_radius=True
+        angle,
+        angle_update,
+        ("layer", "network", "filter"),
+        "rad per step",
+        scales_weights=True,
+        keeps_radius=True,
+    ),
+    "equilibrium": RuleSpec(
+        equilibrium,
+        equilibrium_update,
+        ("layer", "network", "filter"),
+        scales_weights=True,
+        keeps_radius=True,
+        elr_of="update",
+        settles=True,
     ),
     "sphere": RuleSpec(
-        sphere, ("layer", "network", "filter"), "sphere_lr", scales_weights=True, keeps_radius=True
+        sphere,
+        granularities=("layer", "network", "filter"),
+        lr_unit="sphere_lr",
+        scales_weights=True,
+        keeps_radius=True,
     ),
 }

@@ -183,12 +183,12 @@ def reductions(
 def sum_over_shards(
     sums: Tensor, needed: Reductions | None, rows: slice | Tensor, *, with_momentum: bool
 ) -> Tensor:
-    """Sums [4, n] of local parts, of the rows `rows` of all → of the whole tensors, float32; None: what it was given.
+    """Sums [k, n] of local parts, of the rows `rows` of all → of the whole tensors, float32; None: what it was given.
 
     They are added in float64: then the order in which the network adds them does not show in the rounded result, and
     ranks that hold copies of the same shard, and reduce over different groups, get the same bits. All rows are sent,
     and a count: where only some ranks have a gradient of a row, its sums are NaN on all ranks. The
-    last sum, ⟨w,m⟩, is sent `with_momentum` only.
+    last sum of four, ⟨w,m⟩, is sent `with_momentum` only.
     """
     if needed is None:
         return sums
