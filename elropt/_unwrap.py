@@ -1,6 +1,10 @@
-"""Finding the ELRSGD in what a framework wraps around it."""
+"""Finding the optimizer in what a framework wraps around it."""
 
 from __future__ import annotations
+
+from typing import TypeGuard
+
+from torch.optim import Optimizer
 
 from .optimizer import ELRSGD
 
@@ -10,22 +14,32 @@ WRAPPERS = ("optimizer", "opt")  # attributes in which wrappers keep the optimiz
 MAX_WRAPPERS = 8  # around each other
 
 
-def unwrap(optimizer: object) -> ELRSGD:
-    """The innermost ELRSGD. Lightning's wrapper is an instance of the class that it wraps, but ignores settings.
+def unwrap(optimizer: object) -> Optimizer:
+    """The innermost ELRSGD, for Lightning's wrapper is an instance of the class that it wraps but ignores settings. If
+    there is none, the outermost torch optimizer whose step runs hooks: a Lookahead itself moves the weights.
 
     Raises:
-        TypeError: `optimizer` is no ELRSGD and wraps none.
+        TypeError: there is no such optimizer.
     """
-    found, level = None, [optimizer]
+    elrsgd: ELRSGD | None = None
+    other: Optimizer | None = None
+    level = [optimizer]
     for _ in range(MAX_WRAPPERS + 1):
-        found = next((x for x in level if isinstance(x, ELRSGD)), found)
+        elrsgd = next((x for x in level if isinstance(x, ELRSGD)), elrsgd)
+        other = other or next((x for x in level if _runs_hooks(x)), None)
         level = [y for x in level for name in WRAPPERS if (y := getattr(x, name, None)) is not None]
+    found = elrsgd or other
     if found is None:
         raise TypeError(
-            f"a {type_name(optimizer)} is no ELRSGD and has none as its .optimizer or .opt: pass the ELRSGD itself "
-            "(ELRSGD(…, rule=None) is torch.optim.SGD that can be watched)"
+            f"a {type_name(optimizer)} is no torch optimizer whose step runs hooks, and has none as its .optimizer or "
+            ".opt: pass the optimizer itself"
         )
     return found
+
+
+def _runs_hooks(x: object) -> TypeGuard[Optimizer]:
+    """Whether torch has put hooks around its step, which it does when `Optimizer.__init__` runs."""
+    return isinstance(x, Optimizer) and getattr(type(x).step, "hooked", False)
 
 
 def type_name(value: object) -> str:

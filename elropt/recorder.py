@@ -1,4 +1,4 @@
-"""Writing down the layers of an ELRSGD every k steps, during training."""
+"""Writing down the layers of any torch optimizer every k steps, during training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any, Protocol
 from torch import distributed
 
 from ._json import to_json
+from ._step_watch import StepWatch, watch_of
 from ._unwrap import type_name, unwrap
-from .layer_table import LayerTable, table_of
+from .layer_table import LayerTable, Tracked, check_tracked, last_records, table_of
 
 __all__ = ["Recorder", "ScalarWriter"]
 
@@ -27,10 +28,16 @@ class ScalarWriter(Protocol):
 
 
 class Recorder:
-    """Writes `layer_stats` every k steps, from hooks on the optimizer.
+    """Writes `layer_stats` every k steps, from hooks on the optimizer, with the angles that the weights turned by.
 
-    Recording does not change what the optimizer computes. Each record is one line of JSON:
-    ``{"step", "elr_spread", "log_elr_std", "layers": {name: {column: value}}}``. If a killed run has left half a line
+    Recording does not change what the optimizer computes. A step that is recorded costs a copy of the recorded weights,
+    which is freed after it, and one host read; any other step a few comparisons. Steps are those that call the
+    optimizer: one that `torch.amp.GradScaler` leaves out without calling it is not counted; one that the optimizer
+    itself leaves out (fused optimizers, ELRSGD's kernels) is, and has angle 0. While a CUDA graph is captured, and when
+    it is replayed, nothing is recorded. With a closure, gradients are those of its first evaluation.
+
+    Each record is one line of JSON: ``{"step", "elr_spread", "log_elr_std", "angle_spread", "layers":
+    {name: {column: value}}}``. If a killed run has left half a line
     at the end of the file, the next record starts on a new line.
 
     A failure after the step (a full disk, an exception in `writer` or `on_record`) does not stop the training: that
@@ -43,18 +50,19 @@ class Recorder:
     `step`, watches no optimizer and writes nothing. A copy of the optimizer has no Recorder.
 
     Args:
-        optimizer: the ELRSGD to watch, or what wraps it.
+        optimizer: any torch optimizer, or what wraps one.
         path: JSONL file; records are appended, and a missing folder is made.
         every: record the steps whose number is a multiple of it.
         first_step: number of the next step; after a resume, how many steps the run has made.
         writer: anything with ``add_scalar(tag, value, step)``, such as a `SummaryWriter`. It gets elr/<name>,
-            elr_spread and log_elr_std.
+            angle/<name>, elr_spread, log_elr_std and angle_spread.
         on_record: called with the same scalars as ``on_record({tag: value}, step=step)``: `wandb.log`,
             `accelerator.log`, `mlflow.log_metrics`, `log_metrics` of Lightning's loggers, or a function of your own.
+        tracked: for other optimizers than ELRSGD, which weights are scale-invariant, see `layer_stats`.
 
     Raises:
-        ValueError: `every` is below 1.
-        TypeError: `optimizer` is no ELRSGD and wraps none; `writer` or `on_record` is not as above.
+        ValueError: `every` is below 1, or `tracked` does not fit the optimizer.
+        TypeError: `optimizer` is no torch optimizer and wraps none; `writer` or `on_record` is not as above.
         OSError: `path` cannot be written.
 
     Use as a context manager or call `close()`; ``elropt plot PATH`` draws the file.
@@ -69,6 +77,7 @@ class Recorder:
         first_step: int = 0,
         writer: ScalarWriter | None = None,
         on_record: Callable[..., object] | None = None,
+        tracked: Tracked = None,
     ) -> None:
         watched = unwrap(optimizer)
         if every < 1:
@@ -83,6 +92,7 @@ class Recorder:
                 f"on_record is a {type_name(on_record)}: it must be a function that can be called as "
                 "on_record({tag: value}, step=step), such as the log method of a logger"
             )
+        self._tracked = check_tracked(watched, tracked)
         self.path = Path(path).absolute()  # the working directory may change
         self.every = every
         self.step = first_step
@@ -92,30 +102,33 @@ class Recorder:
         if _is_first_rank():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("ab").close()
-        self._hooks = (
-            watched.register_step_pre_hook(self._before),
-            watched.register_step_post_hook(self._after),
-        )
+        self._watch: StepWatch | None = watch_of(watched)
+        self._watch.add(self, watched)
 
-    def _before(self, optimizer: Any, *_: object) -> None:
-        if self.step % self.every == 0:
-            optimizer.record_next_step()
+    def wants_next_step(self) -> bool:
+        """Whether the next step is to be recorded."""
+        return self.step % self.every == 0
 
-    def _after(self, optimizer: Any, *_: object) -> None:
+    def after_step(self, optimizer: Any, failure: Exception | None) -> None:
+        """Count a step, and write its record if it has one. `failure`: why it could not be measured."""
         if self.step % self.every == 0:
             with self._going_on("measure the layers"):
-                records = optimizer.layer_records()
+                if failure is not None:
+                    raise failure
+                records = last_records(optimizer) if watch_of(optimizer).record is not None else []
                 if records and _is_first_rank():
-                    self._write(table_of(optimizer, records))
+                    self._write(table_of(optimizer, records, self._tracked))
         self.step += 1
 
     def _write(self, table: LayerTable) -> None:
-        scalars = {"elr_spread": table.elr_spread, "log_elr_std": table.log_elr_std}
+        scalars = {name: getattr(table, name) for name in ("elr_spread", "log_elr_std", "angle_spread")}
         layers = {row.name: dataclasses.asdict(row) for row in table}
         for values in layers.values():
             del values["name"]
         record = to_json({"step": self.step, **scalars, "layers": layers})
-        scalars |= {f"elr/{row.name}": row.elr for row in table}
+        scalars |= {
+            f"{column}/{row.name}": getattr(row, column) for row in table for column in ("elr", "angle")
+        }
         with self._going_on(f"write {self.path}"):
             _append_line(self.path, json.dumps(record, allow_nan=False))
         if self.writer is not None:
@@ -143,8 +156,8 @@ class Recorder:
 
     def close(self) -> None:
         """Stop watching the optimizer."""
-        for hook in self._hooks:
-            hook.remove()
+        if self._watch is not None:
+            self._watch.remove(self)
 
     def __enter__(self) -> Recorder:
         return self
@@ -156,7 +169,7 @@ class Recorder:
         return {"path": self.path, "every": self.every, "step": self.step}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, writer=None, on_record=None, _failed=set(), _hooks=())
+        self.__dict__.update(state, writer=None, on_record=None, _failed=set(), _watch=None, _tracked=None)
 
 
 def _is_first_rank() -> bool:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Reductions",
     "Shard",
+    "all_reduce_rows",
     "check_placement",
     "is_dtensor",
     "is_inside_zero",
@@ -192,18 +193,25 @@ def sum_over_shards(
     """
     if needed is None:
         return sums
-    from torch import distributed
-
     sent = sums if with_momentum else sums[:-1]
     total = sums.new_zeros(len(sent) + 1, len(needed.shares), dtype=torch.float64)
     total[:-1, rows], total[-1, rows] = sent.double(), 1.0
-    for group, columns, device in needed.steps:
-        part = total[:, columns].to(device)
-        distributed.all_reduce(part, group=group)
-        total[:, columns] = part.to(sums.device)
+    all_reduce_rows(total, needed)
     complete = total[-1] == needed.shares
     whole = torch.where(complete, total[:-1], torch.nan)[:, rows].float()
     return torch.cat([whole, sums[len(sent) :]])
+
+
+def all_reduce_rows(sums: Tensor, needed: Reductions | None) -> None:
+    """Add up sums [k, R] of all rows over the ranks that have parts of them, in place; None: these are whole."""
+    if needed is None:
+        return
+    from torch import distributed
+
+    for group, columns, device in needed.steps:
+        part = sums[:, columns].to(device)
+        distributed.all_reduce(part, group=group)
+        sums[:, columns] = part.to(sums.device)
 
 
 def is_inside_zero() -> bool:

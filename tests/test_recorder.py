@@ -176,11 +176,19 @@ def test_summary_writer_gets_the_scalars(tmp_path: Path) -> None:
 
     records = {record["step"]: record for record in strict_records(tmp_path / "run.jsonl")}
     assert set(writer.values) == {
-        (tag, step) for tag in ("elr_spread", "log_elr_std", "elr/a", "elr/b", "elr/c") for step in (0, 2)
+        (tag, step)
+        for tag in (
+            "elr_spread",
+            "log_elr_std",
+            "angle_spread",
+            *(f"{c}/{n}" for n in "abc" for c in ("elr", "angle")),
+        )
+        for step in (0, 2)
     }
     for (tag, step), value in writer.values.items():
         record = records[step]
-        expected = record["layers"][tag[-1]]["elr"] if tag.startswith("elr/") else record.get(tag)
+        column, _, layer = tag.partition("/")
+        expected = record["layers"][layer][column] if layer else record[tag]
         assert value == expected
 
 
@@ -247,6 +255,16 @@ def test_wrapped_optimizers_are_looked_through(tmp_path: Path, how: str) -> None
     assert effective_lrs(wrapped) == effective_lrs(optimizer)
 
 
+class WithoutHooks(torch.optim.Optimizer):
+    """A torch optimizer by its class alone, as timm's Lookahead: nothing calls the hooks of its step."""
+
+    def __init__(self) -> None:
+        self.param_groups = []
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        pass
+
+
 def endless() -> object:
     """Every `.opt` is another wrapper."""
 
@@ -267,14 +285,16 @@ def circle() -> object:
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda: torch.optim.SGD([nn.Parameter(torch.ones(2))]), r"torch\.optim\.sgd\.SGD"),
+        (lambda: WithoutHooks(), "WithoutHooks"),
         (lambda: Wrapper("opt", None), "Wrapper"),
         (lambda: [ELRSGD(weights())], "a list"),
         (endless, "Endless"),
         (circle, "Wrapper"),
     ],
 )
-def test_what_is_no_elrsgd_is_refused_at_once(tmp_path: Path, make: Callable[[], object], name: str) -> None:
+def test_what_is_no_optimizer_is_refused_at_once(
+    tmp_path: Path, make: Callable[[], object], name: str
+) -> None:
     calls: list[Callable[[object], object]] = [
         lambda o: Recorder(o, tmp_path / "run.jsonl"),
         layer_stats,
@@ -282,9 +302,20 @@ def test_what_is_no_elrsgd_is_refused_at_once(tmp_path: Path, make: Callable[[],
         record_next_step,
     ]
     for call in calls:
-        with pytest.raises(TypeError, match=f"{name} is no ELRSGD .*: pass the ELRSGD itself"):
+        with pytest.raises(TypeError, match=f"{name} is no torch optimizer .*: pass the optimizer itself"):
             call(make())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["accelerate", "fastai", "nested"])
+def test_wrapped_optimizers_of_torch_are_looked_through(tmp_path: Path, how: str) -> None:
+    params = weights()
+    optimizer = torch.optim.SGD(named(params), lr=0.1)
+    wrapped = WRAPPED[how](optimizer)  # type: ignore[arg-type]
+    with Recorder(wrapped, tmp_path / "run.jsonl", every=1):
+        optimizer.step()
+    assert len(strict_records(tmp_path / "run.jsonl")) == 1
+    assert effective_lrs(wrapped) == effective_lrs(optimizer)
 
 
 COPIES: dict[str, Callable[[Any], Any]] = {
@@ -436,7 +467,7 @@ def test_a_function_gets_the_scalars_as_a_writer_does(tmp_path: Path) -> None:
     with Recorder(optimizer, tmp_path / "run.jsonl", every=2, writer=writer, on_record=log):
         train(optimizer, params, 3)
     assert logged == list(writer.values.items())
-    assert len(logged) == 2 * 5
+    assert len(logged) == 2 * 9
 
 
 def test_layers_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
