@@ -278,6 +278,6 @@ def _is_capturing() -> bool:
 
 
 def _grad_scale(optimizer: Optimizer) -> Tensor | None:
-    """What the gradients are still multiplied by: `torch.amp.GradScaler` sets it where the step itself divides by it."""
+    """What the gradients are still multiplied by: `torch.amp.GradScaler` sets it where the step divides by it."""
     scale = getattr(optimizer, "grad_scale", None)
     return scale if isinstance(scale, Tensor) else None

@@ -236,7 +236,7 @@ def check_tracked(optimizer: Optimizer, tracked: Tracked) -> frozenset[Tensor] |
     names = _parameter_names(optimizer)
     by_name = {name: p for p, name in names.items()}
     if isinstance(tracked, Mapping):
-        wanted = [name for name, kind in tracked.items() if kind]
+        wanted = [str(name) for name, kind in tracked.items() if kind]
         found = [by_name[name] for name in wanted if name in by_name]
         if wanted and not found:
             raise ValueError(_no_row(wanted[0], by_name))
