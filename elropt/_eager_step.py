@@ -9,7 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._group_values import decay_of, has_lr_by_row, lr_of, lr_ratio, momentum_coefficients, settling_of
+from ._group_values import (
+    decay_of,
+    has_lr_by_row,
+    lr_limit,
+    lr_of,
+    lr_ratio,
+    lr_ratio_by_row,
+    momentum_coefficients,
+    protects,
+    settling_of,
+)
 from ._validate import check_step_tensors
 from .backend import Backend, UpdateOptions, choose_backend
 from .rules import LayerControls, LayerStats, RowHyper, RuleState, decide
@@ -66,7 +76,7 @@ class Group(NamedTuple):
     row_counts: list[int]
     options: UpdateOptions
     backend: Backend
-    lr_ratio: float = 1.0
+    lr_ratio: float | Tensor = 1.0
     settling: float | Tensor | list[float] = 0.0
 
     def rows_here(self, *, per_filter: bool) -> list[tuple[int, int]]:
@@ -106,11 +116,13 @@ def tensors_with_gradients(
     Raises:
         RuntimeError: a gradient or a buffer that cannot be applied; names it and the remedy.
     """
+    limit = lr_limit(groups)
     runs: list[list[tuple[Any, ...]]] = []
     key_before: object = None
     for group, counts in zip(groups, row_counts, strict=True):
-        options = _options_in_common(group)
-        lr, decay, settling = lr_of(group), decay_of(group), settling_of(group)
+        options = _options_in_common(group, limit)
+        lr, decay, settling = lr_of(group, limit), decay_of(group), settling_of(group)
+        ratio = lr_ratio_by_row(group, limit)
         for p, count in zip(group["params"], counts, strict=True):
             grad = p.grad
             if grad is None:
@@ -119,7 +131,7 @@ def tensors_with_gradients(
             if key != key_before:
                 runs.append([])
                 key_before = key
-            runs[-1].append((p, grad, count, lr, decay, settling, group))
+            runs[-1].append((p, grad, count, lr, decay, settling, ratio, group))
     return [_group_of(shards, state, per_filter, *map(list, zip(*run, strict=True))) for run in runs]
 
 
@@ -133,6 +145,7 @@ def _group_of(
     lrs: list[float | Tensor],
     decays: list[float | Tensor],
     settlings: list[float | Tensor],
+    ratios: list[float | Tensor],
     groups: list[Mapping[str, Any]],
 ) -> Group:
     """Of tensors on one device: `groups` are the param groups of each."""
@@ -175,7 +188,7 @@ def _group_of(
             tensor_decay=isinstance(group["weight_decay"], Tensor),
             lr_by_row=has_lr_by_row(group),
         ),
-        lr_ratio(group) if has_lr_by_row(group) else 1.0,
+        _scalar(ratios[0], device),
         _common(settlings, device),
     )
 
@@ -322,7 +335,7 @@ def values_of_rows(groups: Sequence[Group]) -> list[tuple[Any, ...]]:
             group.options.momentum,
             group.options.dampening,
             group.options.nesterov,
-            group.lr_ratio,
+            0.0 if isinstance(group.lr_ratio, Tensor) else group.lr_ratio,
             group.row_counts,
             [m is not None for m in group.momentum_buffers],
             [p.numel() for p in group.owners],
@@ -373,19 +386,19 @@ def _common(values: list[Any], device: torch.device) -> float | Tensor | list[fl
     return values if any(value != values[0] for value in values) else values[0]
 
 
-def _options_in_common(group: Mapping[str, Any]) -> tuple[Any, ...]:
+def _options_in_common(group: Mapping[str, Any], limit: float | Tensor | None) -> tuple[Any, ...]:
     """What neighbouring groups must have in common to be updated together. Numbers lr and decay may differ, tensors
     must be the same object. Only on the CPU, and not with `foreach=True`: elsewhere the bits of a tensor may depend on
     its neighbours."""
     lr, decay = group["lr"], group["weight_decay"]
     values: tuple[object, ...] = ()
     if isinstance(lr, Tensor) or isinstance(decay, Tensor):
-        values = id(lr), id(decay), lr_ratio(group), group.get("scale_invariant")
+        values = id(lr), id(decay), lr_ratio(group), group.get("scale_invariant"), protects(group)
     if group["fused"] or group["foreach"] or not all(p.is_cpu for p in group["params"]):
         values = (id(group),)
     return (
         values,
-        lr_ratio(group) if has_lr_by_row(group) else 1.0,
+        None if not has_lr_by_row(group) else id(group) if limit is not None else lr_ratio(group),
         group["momentum"],
         group["dampening"],
         group["nesterov"],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -18,9 +20,12 @@ __all__ = [
     "decay_of",
     "has_lr_by_row",
     "has_tensor_decay",
+    "lr_limit",
     "lr_of",
     "lr_ratio",
+    "lr_ratio_by_row",
     "momentum_coefficients",
+    "protects",
     "rule_key",
     "set_reference_lr",
     "settling_of",
@@ -58,11 +63,53 @@ def lr_ratio(group: Mapping[str, Any]) -> float:
     return 1.0 if group["tracked_lr"] is None else group["tracked_lr"] / group["reference_lr"]
 
 
-def lr_of(group: Mapping[str, Any]) -> float | Tensor:
-    """λ of a group: that of the tracked layers, if the group says that its parameters are scale-invariant."""
-    if group["tracked_lr"] is None or not group.get("scale_invariant"):
-        return group["lr"]
-    return group["lr"] * lr_ratio(group)
+def lr_of(group: Mapping[str, Any], limit: float | Tensor | None = None) -> float | Tensor:
+    """λ of a group: that of the tracked layers, if the group says that its parameters are scale-invariant; else at most
+    `limit`, of `lr_limit`."""
+    if group.get("scale_invariant"):
+        return group["lr"] if group["tracked_lr"] is None else group["lr"] * lr_ratio(group)
+    return group["lr"] if limit is None or not protects(group) else _smaller(group["lr"], limit)
+
+
+def lr_ratio_by_row(group: Mapping[str, Any], limit: float | Tensor | None = None) -> float | Tensor:
+    """The λ of the layers that are found to be tracked over `lr_of` the group, in groups that do not say which are."""
+    if not has_lr_by_row(group):
+        return 1.0
+    lr, rest = group["lr"], lr_of(group, limit)
+    if isinstance(lr, Tensor) or isinstance(rest, Tensor):
+        lr, rest = torch.as_tensor(lr), torch.as_tensor(rest)
+        return lr_ratio(group) * torch.where(rest > 0, lr / rest, 1.0)
+    return lr_ratio(group) * (lr / rest if rest > 0 else 1.0)
+
+
+def protects(group: Mapping[str, Any]) -> bool:
+    """Whether the learning rate of the group's untracked parameters is limited, see `lr_limit`."""
+    return RULES[group["rule"]].settles and group["protect"] is not False
+
+
+def lr_limit(groups: Sequence[Mapping[str, Any]]) -> float | Tensor | None:
+    """Of the untracked parameters beside the layers of rule "equilibrium": the largest angle that these turn by. Groups
+    that share a rule; None: there is no such layer, or nothing to protect. Reads no tensor."""
+    if not any(map(protects, groups)):
+        return None
+    angles = [
+        (settling_of(group) * group["lr"] * lr_ratio(group)) ** 0.5
+        for group in groups
+        if any(count_rows(p, group) for p in group["params"])
+    ]
+    return functools.reduce(_larger, angles) if angles else None
+
+
+def _smaller(a: float | Tensor, b: float | Tensor) -> float | Tensor:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+    return min(a, b)
+
+
+def _larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+    return max(a, b)
 
 
 def decay_of(group: Mapping[str, Any]) -> float | Tensor:
@@ -95,7 +142,8 @@ def angle_of(group: Mapping[str, Any], lr: float) -> float | None:
 
 def has_lr_by_row(group: Mapping[str, Any]) -> bool:
     """Whether only the device knows which of a group's layers have a learning rate of their own."""
-    return group["tracked_lr"] is not None and group.get("scale_invariant") is None
+    has_two = group["tracked_lr"] is not None or protects(group)
+    return has_two and group.get("scale_invariant") is None
 
 
 def has_tensor_decay(groups: Sequence[Mapping[str, Any]]) -> bool:

@@ -311,15 +311,21 @@ class RuleGroup:
         hyper = self._cached("hyper", values, lambda: hyper_of_rows(values, self.device))
         if not self.has_lr_by_row:
             hyper = hyper._replace(lr_ratio=None)
-        tensors = [(group.options.lr, group.options.weight_decay, group.settling) for group in groups]
+        tensors = [
+            (group.options.lr, group.options.weight_decay, group.settling, group.lr_ratio) for group in groups
+        ]
         if any(isinstance(value, Tensor) for of_group in tensors for value in of_group):
-            names = "lr", "weight_decay", "settling"
+            names = [
+                name
+                for name in ("lr", "weight_decay", "settling", "lr_ratio")
+                if getattr(hyper, name) is not None
+            ]
             vectors = {name: getattr(hyper, name).clone() for name in names}
             hyper = hyper._replace(**vectors)
             first = 0
             for group, of_group in zip(groups, tensors, strict=True):
                 count = sum(group.row_counts)
-                for name, value in zip(names, of_group, strict=True):
+                for name, value in zip(names, of_group, strict=False):
                     if isinstance(value, Tensor):
                         vectors[name][first : first + count] = value
                 first += count

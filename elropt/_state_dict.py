@@ -93,7 +93,7 @@ def complete_state_dict(
         if "rule" in theirs and "tracked_lr" not in theirs:  # of an ELRSGD that did not have it
             group["tracked_lr"] = None
         if "rule" in theirs and "elr_of" not in theirs:
-            group["elr_of"] = None
+            group["elr_of"] = group["protect"] = None
     state_dict["param_groups"] = completed
 
 
@@ -188,7 +188,7 @@ def warn_of_other_rules(saved: Sequence[Mapping[str, Any]], groups: Sequence[Map
     changes = {
         f"{key}={theirs[key]!r} in place of {key}={mine[key]!r}": None
         for theirs, mine in zip(saved, groups, strict=True)
-        for key in ("rule", "granularity", "project", "elr_of", "tracked_lr")
+        for key in ("rule", "granularity", "project", "elr_of", "protect", "tracked_lr")
         if theirs.get(key, mine[key]) != mine[key]
         and (key != "tracked_lr" or None in (theirs[key], mine[key]))
     }

@@ -92,6 +92,14 @@ def validate_choices(group: Mapping[str, Any]) -> None:
             "project=True goes without saying when a rule controls the update (elr_of='update'), which leaves its "
             "radial part out: leave project out, or use elr_of='gradient'"
         )
+    protect = group["protect"]
+    if protect is not None and not isinstance(protect, bool):
+        raise ValueError(f"protect={protect!r} is not valid: True, False, or None (the rule's own)")
+    if protect and not RULES[rule].settles:
+        raise ValueError(
+            f"protect=True has no meaning for rule={rule!r}: it limits the learning rate of untracked parameters to "
+            "the angle of rule='equilibrium'; leave it out, or give them a smaller lr of their own in their param group"
+        )
     if RULES[rule].settles and dampening >= 1:
         raise ValueError(
             f"dampening={dampening} is not valid with rule={rule!r}: it must be below 1, where SGD has an equilibrium"
@@ -173,7 +181,9 @@ def check_params(group: Mapping[str, Any], *, inside_zero: bool) -> None:
             else "fused=True needs groups that say which layers are tracked (scale_invariant, see "
             "elropt.param_groups); bare parameters take foreach=True or fused=None"
         )
-        raise ValueError(f"tracked_lr={group['tracked_lr']} with {reason}")
+        tracked_lr = group["tracked_lr"]
+        what = f"rule={rule!r} (protect)" if tracked_lr is None else f"tracked_lr={tracked_lr}"
+        raise ValueError(f"{what} with {reason}")
     params = params if isinstance(params, list | tuple) else [params]
     check_decay({**group, "params": params})
     for p in map(_bare, params):

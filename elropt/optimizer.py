@@ -58,10 +58,19 @@ _SGD_DEFAULTS = {
     "project": False,
     "granularity": "layer",
     "elr_of": None,
+    "protect": None,
     "stochastic_rounding": None,
 }
 _STEP_VALUES = operator.itemgetter(
-    "momentum", "dampening", "weight_decay", "nesterov", "rule", "project", "tracked_lr", "elr_of"
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+    "rule",
+    "project",
+    "tracked_lr",
+    "elr_of",
+    "protect",
 )
 
 
@@ -164,6 +173,7 @@ class ELRSGD(Optimizer):
         project: bool = False,
         granularity: str = "layer",
         elr_of: str | None = None,
+        protect: bool | None = None,
         stochastic_rounding: int | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -181,6 +191,7 @@ class ELRSGD(Optimizer):
             "project": project,
             "granularity": granularity,
             "elr_of": elr_of,
+            "protect": protect,
             "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
             "foreach": foreach,
@@ -440,6 +451,7 @@ class ELRSGD(Optimizer):
                 g["granularity"],
                 g["project"],
                 g["elr_of"],
+                g["protect"],
                 g["stochastic_rounding"],
                 g["tracked_lr"] is None,
                 g.get("scale_invariant"),
