@@ -95,12 +95,14 @@ class ELRSGD(Optimizer):
     Args:
         params: parameters, named parameters or param groups, as in `torch.optim.SGD`.
         lr: learning rate λ ≥ 0, a float or a one-element tensor. Its unit for the tracked layers depends on the rule:
-            ``None``, "warmup" and "uniform": SGD's; "angle": radians per plain SGD step; "sphere": learning rate on the
-            unit sphere. A scheduler owns ``group["lr"]``; no rule writes it.
+            ``None``, "warmup", "uniform" and "equilibrium": SGD's; "angle": radians per plain SGD step, with
+            ``elr_of="update"`` per step; "sphere": learning rate on the unit sphere. A scheduler owns ``group["lr"]``;
+            no rule writes it.
         momentum: μ, 0 ≤ μ < 1 (any μ ≥ 0 with ``rule=None``).
         dampening: d.
         weight_decay: ω ≥ 0, L2 decay inside the gradient. It is radial, so with ``project``, "angle" and
-            "sphere" it has hardly any effect on tracked layers (none without momentum).
+            "sphere" it has hardly any effect on tracked layers (none without momentum), with "equilibrium" none but
+            the angle.
         nesterov: Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
         rule:
             "warmup" (default): all tracked layers have the same ELR while their weights are rescaled, which
@@ -112,9 +114,13 @@ class ELRSGD(Optimizer):
             "uniform": s = Ē/E, Ē the geometric mean: all tracked layers have the same ELR.
             "angle": every tracked layer has the ELR ``lr``, in radians per plain SGD step, and keeps its initial norm.
             "sphere": SGD with learning rate ``lr`` on the unit sphere (Kodryan et al., NeurIPS 2022), norm kept.
+            "equilibrium": every tracked layer turns, from the first step on, by the angle at which SGD with this lr,
+            weight decay and momentum would settle, √(2·lr·weight_decay/(1+μ)), and keeps its norm. All other parameters
+            take at most this angle as their learning rate (`protect`). Needs ``weight_decay > 0`` for tracked layers.
             None: plain SGD.
-            In "angle" and "sphere" the stored weight is one step ahead of its sphere: each step first brings it back
-            (a = radius/‖w‖), then moves it; its direction is exactly that of training on the sphere.
+            In "angle" and "sphere" with ``elr_of="gradient"`` the stored weight is one step ahead of its sphere: each
+            step first brings it back (a = radius/‖w‖), then moves it; its direction is exactly that of training on the
+            sphere.
         tracked_lr: the tracked layers' own learning rate, in the unit of the rule; a number. They train as if the lr of
             their group were ``tracked_lr · group["lr"] / reference_lr``, where ``group["reference_lr"]`` is, and stays,
             the `lr` that it was given with: the constructor's for the constructor's `tracked_lr`, so that groups with
@@ -122,7 +128,16 @@ class ELRSGD(Optimizer):
             kernels, only groups with the key ``scale_invariant`` can have it.
         project: remove the radial part of the update of tracked layers, to the rounding of float32.
         granularity: what one norm is taken over: "layer" (a tensor), "filter" (each index of its dimension 0; for
-            "uniform", "angle" and "sphere") or "network" (all tracked tensors together; "angle" and "sphere").
+            "uniform", "angle", "equilibrium" and "sphere") or "network" (all tracked tensors together; "angle",
+            "equilibrium" and "sphere").
+        elr_of: whose length "uniform", "angle" and "equilibrium" control. "gradient": the gradient's, so layers have
+            the same `elr`, and with momentum they turn by angles that differ. "update": that of the update, after
+            momentum and without its radial part, so layers turn by the same angle, measured from the weight before and
+            after: the geometric mean ("uniform"), ``lr`` radians ("angle"), the angle of the equilibrium. None: the
+            rule's own, "update" for "equilibrium" and "gradient" for the others.
+        protect: beside "equilibrium", whether parameters that are not tracked take at most the angle of the tracked
+            layers as their learning rate: they are what breaks first when lr is large. None: True with that rule.
+            In groups that do not say which layers are tracked this needs ``fused=None`` or False.
         stochastic_rounding: a seed: bfloat16 parameters are rounded up or down with the probabilities that keep their
             mean, so that updates smaller than half their last digit are not lost. Repeatable; Triton kernels only.
             None: to the nearest. Other dtypes are not concerned.
