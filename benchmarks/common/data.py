@@ -1,13 +1,13 @@
-"""Image sets of the benchmarks, held as uint8 tensors and normalised batch by batch on their device.
+"""Data sets of the benchmarks: images, held as uint8 tensors and normalised batch by batch on their device, and text.
 
     dataset = load("cifar10", validation=0.1).to("cuda")
     for epoch in range(epochs):
         for images, labels in dataset.batches("train", 128, seed=(run, epoch), augment=True):
             ...
 
-Nothing is downloaded. `digits` comes with scikit-learn. The other sets are looked for in `root`, else in the
-folder that the environment variable ELROPT_DATA names, else in `../shared/data` or `shared/data` of the
-repository.
+Nothing is downloaded. `digits` comes with scikit-learn, `python` with Python (`text.py`). The other sets are looked for
+in `root`, else in the folder that the environment variable ELROPT_DATA names, else in `../shared/data` or `shared/data`
+of the repository.
 """
 
 import codecs
@@ -20,9 +20,9 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from benchmarks.common import text
+from benchmarks.common.dataset import Dataset
 from benchmarks.common.files import write_whole
 
 if TYPE_CHECKING:
@@ -44,98 +46,41 @@ _NAMED = 5  # files that are left out, in a warning
 
 
 @dataclass(frozen=True, eq=False)
-class Dataset:
-    """Images uint8 [n, C, H, W] and labels int64 [n] of three disjoint parts, all on one device.
+class Images(Dataset):
+    """Images uint8 [n, C, H, W] and labels int64 [n]; batches are normalised, float32.
 
-    `mean` and `std`, float32 [C], are those of the training images, in units of the stored pixels. `title`
-    says in words what was loaded, for results to name it; `mirror` whether a mirrored image keeps its class.
+    `mean` and `std`, float32 [C], are those of the training images, in units of the stored pixels; `mirror` says
+    whether a mirrored image keeps its class. `augment` crops at random from the image padded with the mean colour
+    by an eighth of its side (4 pixels at 32×32; He et al., 2016, section 4.2) and mirrors every second one on
+    average, where `mirror` allows it.
     """
 
-    name: str
-    title: str
-    class_names: tuple[str, ...]
     mirror: bool
-    train_x: Tensor
-    train_y: Tensor
-    val_x: Tensor
-    val_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
     mean: Tensor
     std: Tensor
 
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
-
-    @property
-    def in_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        channels, height, width = self.train_x.shape[1:]
-        return channels, height, width
-
-    def to(self, device: torch.device | str) -> "Dataset":
-        """The same data set with its tensors on `device`."""
-        return replace(self, **{key: v.to(device) for key, v in vars(self).items() if isinstance(v, Tensor)})
+    items: ClassVar[str] = "images"
 
     def normalize(self, images: Tensor) -> Tensor:
         """Stored pixels [n, C, H, W] as float32, with mean 0 and variance 1 over the training images."""
         return (images.float() - self.mean[:, None, None]) / self.std[:, None, None]
 
-    def batches(
-        self,
-        split: Literal["train", "val", "test"],
-        batch_size: int,
-        *,
-        seed: int | Sequence[int] | None = None,
-        augment: bool = False,
-        channels_last: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over a part: normalised images float32 [batch_size, C, H, W], labels int64 [batch_size].
-
-        Without `seed` the images come in their stored order and the last batch may be smaller. With a seed,
-        such as `(run, epoch)`, they are shuffled and an incomplete last batch is dropped; the same seed gives
-        the same batches on every device. `augment` crops at random from the image padded with the mean
-        colour by an eighth of its side (4 pixels at 32×32; He et al., 2016, section 4.2) and mirrors every
-        second one on average, where `mirror` allows it. Raises ValueError for an unknown part, a batch size
-        that the part cannot fill and `augment` without `seed`.
-        """
-        parts = {
-            "train": (self.train_x, self.train_y),
-            "val": (self.val_x, self.val_y),
-            "test": (self.test_x, self.test_y),
-        }
-        if split not in parts:
-            raise ValueError(f"unknown split {split!r}; choose one of {', '.join(parts)}")
-        images, labels = parts[split]
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if seed is not None and batch_size > len(images):
-            raise ValueError(
-                f"batch_size {batch_size} is more than the {len(images)} images of {split!r}: shuffled "
-                "passes hold full batches only; take a smaller batch_size"
-            )
-        if augment and seed is None:
-            raise ValueError("augment=True draws crops and mirrorings at random: give a seed")
-
-        n, device = len(images), images.device
+    def preparation(
+        self, inputs: Tensor, rng: np.random.Generator, *, augment: bool, channels_last: bool
+    ) -> Callable[[Tensor], Tensor]:
+        n, device = len(inputs), inputs.device
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        # Drawn on the host and moved once per pass, so that every device sees the same draws.
-        rng = np.random.default_rng(seed)
-        order = np.arange(n) if seed is None else rng.permutation(n)[: n - n % batch_size]
-        pad = images.shape[-1] // 8 if augment else 0
+        pad = inputs.shape[-1] // 8 if augment else 0
         corners = torch.from_numpy(rng.integers(2 * pad + 1, size=(n, 2))).to(device)
         mirrored = torch.from_numpy(rng.integers(2, size=n) == 1).to(device)
 
         def batch(index: Tensor) -> Tensor:
-            x = self.normalize(images[index])
+            x = self.normalize(inputs[index])
             if augment:
                 x = _crop(x, pad, corners[index], mirrored[index] & self.mirror)
             return x.contiguous(memory_format=memory_format)
 
-        indices = torch.from_numpy(order).to(device).split(batch_size)
-        return ((batch(index), labels[index]) for index in indices if len(index))
+        return batch
 
 
 def _crop(images: Tensor, pad: int, corners: Tensor, mirrored: Tensor) -> Tensor:
@@ -167,7 +112,7 @@ def load(
     such a tree is loaded into memory, up to `IMAGEFOLDER_LIMIT` bytes. CIFAR is read from torchvision's
     extracted folders or from the compact .npz files. Raises ValueError for arguments out of range and for
     files that cannot be read (it names them), and FileNotFoundError where files are missing. Warns of what
-    it leaves out of a tree.
+    it leaves out of a tree. For `python` see `text.load`.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
@@ -177,6 +122,13 @@ def load(
         raise ValueError(f"validation is a share of the training images in [0, 1), got {validation}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
+    if name == "python":
+        for argument, value in (("root", root), ("image_size", image_size)):
+            if value is not None:
+                raise ValueError(
+                    f"python is the text of this Python's library: drop {argument}={str(value)!r}"
+                )
+        return text.load(validation=validation, seed=seed, limit=limit)
     root = None if root is None else Path(root)
     if name == "imagefolder":
         image_size = image_size or 224
@@ -198,7 +150,7 @@ def load(
     x = [torch.from_numpy(np.ascontiguousarray(images[part].transpose(0, 3, 1, 2))) for part in parts]
     y = [torch.from_numpy(source.labels[part]) for part in parts]
     pairs = x[0], y[0], x[1], y[1], x[2], y[2]
-    return Dataset(name, title, source.class_names, name != "digits", *pairs, *_mean_std(x[0]))
+    return Images(name, title, source.class_names, *pairs, name != "digits", *_mean_std(x[0]))
 
 
 def stratified_order(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -290,7 +242,7 @@ _READERS: dict[str, Callable[[Path | None], _Source]] = {
     "cifar100": _cifar100,
     "tinyimagenet40": _tinyimagenet40,
 }
-DATASETS = (*_READERS, "imagefolder")
+DATASETS = (*_READERS, "python", "imagefolder")
 
 
 def _locate(name: str, root: Path | None, *choices: Sequence[str]) -> list[Path]:

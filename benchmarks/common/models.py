@@ -22,17 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Norm = Literal["batch", "layer", "none"]
-Shape = tuple[int, int, int]
+Shape = tuple[int, int, int]  # of an image: channels, side, side
 
 FROZEN_HEAD_NORM = 10.0  # Frobenius norm, as in source B
 
 
-def build(name: str, *, in_shape: Shape, classes: int, **overrides: object) -> nn.Module:
-    """Build a net that maps images float [n, *in_shape] to logits [n, classes], by its name.
+def build(name: str, *, in_shape: tuple[int, ...], classes: int, **overrides: object) -> nn.Module:
+    """Build a net by its name. It maps images float [n, *in_shape] to logits [n, classes], or characters
+    int64 [n, *in_shape] to logits [n, classes, *in_shape] of what follows each of them.
 
     Names are the keys of `MODELS` with a number for N: layers with weights on the longest path (`mlp`,
-    `conv`, `plain`, `resnet`), pixels of a patch's side (`vit`) or blocks (`ln-transformer`). Any may end in
-    `-wW` for another width W, as `bn-mlp-30-w64`. `overrides` are keyword arguments of the net's function.
+    `conv`, `plain`, `resnet`), pixels of a patch's side (`vit`) or blocks (`ln-transformer`, `gpt`, `olmo`). Any
+    may end in `-wW` for another width W, as `bn-mlp-30-w64`. `overrides` are keyword arguments of the net's function.
     Draws from torch's global random state. Raises ValueError for unknown names, depths or sizes that the
     architecture does not have, and overrides that the net does not take.
     """
@@ -56,7 +57,10 @@ def build(name: str, *, in_shape: Shape, classes: int, **overrides: object) -> n
     allowed = list(inspect.signature(factory).parameters)[2 + len(arguments) :]
     if unknown := sorted(set(overrides) - set(allowed)):
         raise ValueError(f"{name} takes no {', '.join(unknown)}; allowed: {', '.join(allowed)}")
-    if len(in_shape) != 3 or min(in_shape) < 1 or in_shape[1] != in_shape[2]:
+    of_text = f"{match['family']}-N" in TEXT_MODELS
+    if of_text and len(in_shape) != 1:
+        raise ValueError(f"{name} reads text: in_shape must be (context,), got {in_shape}")
+    if min(in_shape) < 1 or (not of_text and (len(in_shape) != 3 or in_shape[1] != in_shape[2])):
         raise ValueError(f"in_shape must be (channels, side, side), got {in_shape}")
     if classes < 1:
         raise ValueError(f"classes must be at least 1, got {classes}")
@@ -294,23 +298,34 @@ class TransformerBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention; queries, keys and values each have a weight of their own."""
 
-    def __init__(self, width: int, head_dim: int, qk_norm: bool, qk_bias: bool = True) -> None:
+    def __init__(
+        self,
+        width: int,
+        head_dim: int,
+        qk_norm: bool,
+        qk_bias: bool = True,
+        *,
+        bias: bool = True,
+        causal: bool = False,
+    ) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.causal = causal
         self.query, self.key, self.value = (
-            nn.Linear(width, width, bias=bias) for bias in (qk_bias, qk_bias, True)
+            nn.Linear(width, width, bias=with_bias) for with_bias in (qk_bias, qk_bias, bias)
         )
         self.query_norm, self.key_norm = (
             nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2)
         )
-        self.projection = nn.Linear(width, width)
+        self.projection = nn.Linear(width, width, bias=bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         query, key, value = (
             linear(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for linear in (self.query, self.key, self.value)
         )
-        mixed = F.scaled_dot_product_attention(self.query_norm(query), self.key_norm(key), value)
+        query, key = self.query_norm(query), self.key_norm(key)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return self.projection(mixed.transpose(1, 2).flatten(2))
 
 
@@ -336,6 +351,63 @@ def ln_transformer(
         qk_norm=qk_norm,
         qk_bias=qk_bias,
     )
+
+
+class GPT(nn.Module):
+    """A decoder on characters with norms behind its layers and over each head's queries and keys, without biases.
+
+    A block is attention and a ReLU MLP of four times the width. `norm_of` says what is normalized behind each of the
+    two: "sum": x ← norm(x + layer(x)), as in Vaswani et al. (2017); then queries and keys are scale-invariant.
+    "branch": x ← x + norm(layer(x)), as in OLMo 2 (2025), and a norm in front of the head; then all weights of the
+    blocks are. Embeddings are standard normal, the other weights normal with variance 1/fan_in.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int],
+        classes: int,
+        depth: int,
+        *,
+        width: int = 96,
+        head_dim: int = 32,
+        norm_of: Literal["sum", "branch"] = "sum",
+    ) -> None:
+        if width < 1 or width % head_dim:
+            raise ValueError(f"width must be a multiple of head_dim {head_dim}, got {width}")
+        if depth < 1:
+            raise ValueError(f"a transformer has at least 1 block, got {depth}")
+        super().__init__()
+        self.embedding = nn.Embedding(classes, width)
+        self.position = nn.Parameter(torch.randn(*in_shape, width))
+        self.blocks = nn.Sequential(*(GPTBlock(width, head_dim, norm_of) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width) if norm_of == "branch" else nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        self.head = _head(width, classes, scale_invariant=False)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        tokens = self.embedding(characters) + self.position
+        return self.head(self.norm(self.blocks(tokens))).transpose(1, 2)
+
+
+class GPTBlock(nn.Module):
+    """A block of `GPT`."""
+
+    def __init__(self, width: int, head_dim: int, norm_of: Literal["sum", "branch"]) -> None:
+        super().__init__()
+        self.of_sum = norm_of == "sum"
+        self.attention = Attention(width, head_dim, qk_norm=True, qk_bias=False, bias=False, causal=True)
+        self.attention_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width, bias=False), nn.ReLU(), nn.Linear(4 * width, width, bias=False)
+        )
+        self.mlp_norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        for layer, norm in ((self.attention, self.attention_norm), (self.mlp, self.mlp_norm)):
+            tokens = norm(tokens + layer(tokens)) if self.of_sum else tokens + norm(layer(tokens))
+        return tokens
 
 
 class ResidualBlock(nn.Module):
@@ -437,4 +509,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit-s-N": partial(VisionTransformer, width=384),
     "vit-b-N": partial(VisionTransformer, width=768),
     "ln-transformer-N": ln_transformer,
+    "gpt-N": GPT,
+    "olmo-N": partial(GPT, norm_of="branch"),
 }
+TEXT_MODELS = ("gpt-N", "olmo-N")

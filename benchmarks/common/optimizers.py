@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import elropt
+from benchmarks.common.muon import MuonWithAdamW, split_hidden
 from elropt.rules import RULES
 
 LINEAR_SHARE = 0.1  # of all steps, for "+linear"
@@ -40,7 +41,9 @@ class Entry(NamedTuple):
         build: makes it from parameters or groups, and from `lr`, `momentum` and, if groups have none, `weight_decay`.
         unit: of its learning rate, a key of `LRS`.
         separate_lr: the learning rate is that of the tracked weights alone, as no other weight has this unit.
+        hidden: with `separate_lr`: it is that of all hidden weights, tracked or not, see `muon.is_hidden`.
         decay_factor: what SGD's weight decay is multiplied by to do about the same here.
+        other_lr_factor: what SGD's learning rate is multiplied by for the weights that have a separate one.
         channels_last: it can train weights in this memory format.
         package: the package, besides torch and elropt, that it comes from.
     """
@@ -48,7 +51,9 @@ class Entry(NamedTuple):
     build: Callable[..., Optimizer]
     unit: str = "SGD's"
     separate_lr: bool = False
+    hidden: bool = False
     decay_factor: float = 1.0
+    other_lr_factor: float = 1.0
     channels_last: bool = True
     package: str | None = None
 
@@ -63,6 +68,11 @@ def adamw(params: Any, *, momentum: float, **options: Any) -> Optimizer:
     return torch.optim.AdamW(params, betas=(momentum, 0.999), **options)
 
 
+def muon_with_adamw(params: Any, *, lr: float, momentum: float) -> Optimizer:
+    """torch's Muon for the hidden weights and AdamW for the rest; momentum is AdamW's first beta."""
+    return MuonWithAdamW(split_hidden(params), lr, (momentum, 0.999))
+
+
 def of_rule(rule: str) -> Entry:
     """ELRSGD with a rule."""
     lr_unit = RULES[rule].lr_unit
@@ -70,10 +80,14 @@ def of_rule(rule: str) -> Entry:
     return Entry(build, UNITS[lr_unit], separate_lr=lr_unit != "lr")
 
 
+# AdamW multiplies its decay by its learning rate, as SGD does, and that is some 100 times smaller than SGD's. Where the
+# rest of a net has a learning rate of its own, SGD's 0.1 becomes 0.003.
+OF_ADAMW: dict[str, Any] = {"decay_factor": 100.0, "other_lr_factor": 0.03}
+
 OPTIMIZERS: dict[str, Entry] = {
     "sgd": Entry(torch.optim.SGD),
-    # AdamW multiplies its decay by its learning rate, as SGD does, and that is some 100 times smaller than SGD's.
-    "adamw": Entry(adamw, "AdamW's", decay_factor=100.0),
+    "adamw": Entry(adamw, "AdamW's", **OF_ADAMW),
+    "muon": Entry(muon_with_adamw, "AdamW's", separate_lr=True, hidden=True, **OF_ADAMW),
     "lars": Entry(imported("pytorch_optimizer", "LARS"), "of LARS", package="pytorch_optimizer"),
     # SGDP takes views of its weights.
     "sgdp": Entry(imported("pytorch_optimizer", "SGDP"), channels_last=False, package="pytorch_optimizer"),
@@ -129,30 +143,31 @@ METHODS |= {method.name: method for method in [plain.with_linear() for plain in 
 def make_optimizer(
     method: Method,
     model: nn.Module,
-    images: Tensor,
+    inputs: Tensor,
     *,
     lr: float,
     other_lr: float,
     momentum: float,
     weight_decay: float,
 ) -> tuple[Optimizer, dict[str, nn.Parameter]]:
-    """The optimizer of a method, and the tracked weights by name, as found on `images`, float [N, C, H, W].
+    """The optimizer of a method, and the tracked weights by name, as found on `inputs`, a batch.
 
-    other_lr: that of the untracked weights, if the method has a separate one. weight_decay: as the optimizer takes it;
-    norm gains and biases are not decayed.
+    other_lr: SGD's, for the weights that the learning rate is not of, if the method has a separate one.
+    weight_decay: as the optimizer takes it; norm gains and biases are not decayed.
     """
-    groups = elropt.param_groups(model, images, weight_decay=weight_decay)
-    if (
-        method.separate_lr
-    ):  # in the groups' "lr", which every optimizer has, so that schedules and logs see it
-        groups = [{**group, "lr": lr} if group["scale_invariant"] else group for group in groups]
+    groups = elropt.param_groups(model, inputs, weight_decay=weight_decay)
+    if method.entry.hidden:
+        groups = split_hidden(groups)
+    if method.separate_lr:  # in the groups' "lr", which every optimizer has: schedules and logs see it
+        key = "hidden" if method.entry.hidden else "scale_invariant"
+        groups = [{**group, "lr": lr} if group[key] else group for group in groups]
     tracked = {
         name: p
         for group in groups
         if group["scale_invariant"]
         for name, p in zip(group["param_names"], group["params"], strict=True)
     }
-    rest = other_lr if method.separate_lr else lr
+    rest = other_lr * method.entry.other_lr_factor if method.separate_lr else lr
     return method.entry.build(groups, lr=rest, momentum=momentum), tracked
 
 

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 import elropt
 from benchmarks.common import data, models, optimizers, warmups
+from benchmarks.common.dataset import Dataset
 from benchmarks.common.optimizers import Method
 
 FIRST_STEPS = 20  # recorded one by one
@@ -41,7 +42,7 @@ class Task:
         split: seed of the validation split.
         weight_decay: SGD's, inside the gradient; others get `Entry.decay_factor` times as much, in their own way.
         other_lr: of the untracked parameters where the method has a separate one.
-        curve: how many validation accuracies are taken on the way, evenly spaced.
+        curve: how often the metric is taken on the validation part on the way, evenly spaced.
         amp: bfloat16 autocast.
     """
 
@@ -69,7 +70,7 @@ class Run:
     """One training run.
 
     Attributes:
-        part: the images that its accuracy is measured on at the end.
+        part: what its metric is measured on at the end.
         layers: whether its row has E and the applied ELR of every layer.
     """
 
@@ -82,9 +83,9 @@ class Run:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train once. Returns the row: the accuracy and the last loss, and E and the applied ELRs over the steps.
+    """Train once. Returns the row: the metric and the last loss, and E and the applied ELRs over the steps.
 
-    If the loss is not finite, the run ends with that epoch, and the accuracy is that of its last weights.
+    If the loss is not finite, the run ends with that epoch, and the metric is that of its last weights.
     """
     task, method, dataset = run.task, run.method, load(run.task)
     torch.manual_seed(run.seed)
@@ -132,10 +133,11 @@ def train(run: Run) -> dict[str, Any]:
         if not finite:
             break
         if epoch + 1 in evaluated:
-            curve.append((epoch + 1, seconds, accuracy(model, dataset, "val", task)))
+            curve.append((epoch + 1, seconds, evaluate(model, dataset, "val", task)))
     return {
-        "accuracy": accuracy(model, dataset, run.part, task),
+        dataset.metric.column: evaluate(model, dataset, run.part, task),
         "classes": dataset.classes,
+        "chance": dataset.chance,
         "loss": losses.mean().item(),
         "finite": finite,
         "steps": step,
@@ -145,7 +147,7 @@ def train(run: Run) -> dict[str, Any]:
     }
 
 
-def compiled(model: nn.Module, dataset: data.Dataset, task: Task) -> Callable[[Tensor], Tensor]:
+def compiled(model: nn.Module, dataset: Dataset, task: Task) -> Callable[[Tensor], Tensor]:
     """The net, compiled forward and backward before the clock starts; its own parameters and buffers do not change."""
     # torch counts every net and batch size of a sweep as a recompilation of the same code, and stops after 8.
     torch._dynamo.config.recompile_limit = 1000
@@ -160,9 +162,7 @@ def compiled(model: nn.Module, dataset: data.Dataset, task: Task) -> Callable[[T
     return forward
 
 
-def make_optimizer(
-    model: nn.Module, run: Run, dataset: data.Dataset
-) -> tuple[Optimizer, dict[str, nn.Parameter]]:
+def make_optimizer(model: nn.Module, run: Run, dataset: Dataset) -> tuple[Optimizer, dict[str, nn.Parameter]]:
     """The optimizer of a run, and its tracked weights by name, as found on some of the training images."""
     task, method = run.task, run.method
     images, _ = next(iter(dataset.batches("train", min(task.batch_size, 32))))
@@ -295,24 +295,24 @@ def rounded(value: Any) -> Any:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, dataset: data.Dataset, part: Part, task: Task) -> float:
-    """Share of the images of a part whose class has the largest logit."""
+def evaluate(model: nn.Module, dataset: Dataset, part: Part, task: Task) -> float:
+    """The data set's metric on a part, a mean over its labels."""
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=task.device)
-    total = 0
-    for images, labels in dataset.batches(part, 512, channels_last=task.channels_last):
+    total = torch.zeros((), dtype=torch.float64, device=task.device)
+    count = 0
+    for inputs, labels in dataset.batches(part, 512, channels_last=task.channels_last):
         with _autocast(task):
-            correct += (model(images).argmax(1) == labels).sum()
-        total += len(labels)
+            total += dataset.metric.total(model(inputs), labels)
+        count += labels.numel()
     model.train()
-    return correct.item() / total
+    return total.item() / count
 
 
 def _autocast(task: Task) -> torch.autocast:
     return torch.autocast(torch.device(task.device).type, dtype=torch.bfloat16, enabled=task.amp)
 
 
-def load(task: Task) -> data.Dataset:
+def load(task: Task) -> Dataset:
     """The data set of a task on its device, read once by a process."""
     return _load(task.data, task.root, task.image_size, task.limit, task.split, task.device)
 
@@ -320,5 +320,5 @@ def load(task: Task) -> data.Dataset:
 @functools.cache
 def _load(
     name: str, root: str | None, image_size: int | None, limit: int | None, split: int, device: str
-) -> data.Dataset:
+) -> Dataset:
     return data.load(name, root=root, image_size=image_size, limit=limit, seed=split).to(device)

@@ -191,7 +191,7 @@ class Probe:
             "spread": training.spread(E),
             "log_std": training.log_std(E),
         }
-        accuracy = training.accuracy(model, self.dataset, "test", self.task)
+        accuracy = training.evaluate(model, self.dataset, "test", self.task)
         return {"accuracy": accuracy, **training.rounded(columns)}
 
     def relative_grads(self, model: nn.Module) -> NDArray[np.float64]:

@@ -102,9 +102,9 @@ def work(run: Run) -> Row:
     }
     update_bn((images for images, _ in dataset.batches("train", net.batch_size, seed=run.seed)), model)
     task = training.Task(net.model, device=net.device, channels_last=True)
-    row["val_error"] = 1 - training.accuracy(model, dataset, "val", task)
+    row["val_error"] = 1 - training.evaluate(model, dataset, "val", task)
     if run.test:
-        row["test_error"] = 1 - training.accuracy(model, dataset, "test", task)
+        row["test_error"] = 1 - training.evaluate(model, dataset, "test", task)
     return row
 
 

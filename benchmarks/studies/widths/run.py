@@ -146,7 +146,7 @@ def work(run: Run) -> Row:
     }
     if run.part in ("val", "test"):
         of_training = training.Task(setting.model, batch_size=task.batch_size, device=task.device)
-        row["accuracy"] = training.accuracy(model, dataset, run.part, of_training)
+        row["accuracy"] = training.evaluate(model, dataset, run.part, of_training)
     return row | probe.columns | {"lr": _layer_lrs(optimizer, probe.weights)}
 
 

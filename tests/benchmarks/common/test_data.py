@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from sklearn.datasets import load_digits
 
 from benchmarks.common import data
-from benchmarks.common.data import DATASETS, Dataset, image_files, load, read_image, stratified_order
+from benchmarks.common.data import DATASETS, Images, image_files, load, read_image, stratified_order
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -36,7 +36,7 @@ def make_dataset(n=40, shape=(3, 16, 16), mirror=True, seed=0):
     labels = torch.arange(n)
     mean, std = torch.tensor([100.0, 120.0, 140.0])[: shape[0]], torch.tensor([30.0, 40.0, 50.0])[: shape[0]]
     parts = images, labels, images[:7], labels[:7], images[7:9], labels[7:9]
-    return Dataset("random", "random", tuple(map(str, range(n))), mirror, *parts, mean, std)
+    return Images("random", "random", tuple(map(str, range(n))), *parts, mirror, mean, std)
 
 
 def multiset(images):

@@ -444,3 +444,37 @@ def test_what_a_net_does_not_have_is_an_error(name, in_shape, overrides, message
 def test_classes_must_be_positive():
     with pytest.raises(ValueError, match="classes must be at least 1, got 0"):
         build("bn-mlp-4", in_shape=DIGITS, classes=0)
+
+
+TEXT = (16,)
+
+
+@pytest.mark.parametrize("name", ["gpt-2-w32", "olmo-2-w32"])
+def test_a_text_net_does_not_look_ahead(name):
+    torch.manual_seed(0)
+    model = build(name, in_shape=TEXT, classes=9)
+    characters = torch.randint(9, (4, *TEXT))
+    logits = model(characters)
+    assert logits.shape == (4, 9, *TEXT)
+    later = characters.clone()
+    later[:, 10] = (later[:, 10] + 1) % 9
+    changed = (model(later) - logits).abs().amax((0, 1)) > 1e-6
+    assert changed.tolist() == [False] * 10 + [True] * 6
+
+
+@pytest.mark.parametrize(("name", "layers"), [("gpt-2-w32", ["query", "key"]), ("olmo-2-w32", None)])
+def test_weights_of_a_text_net_that_are_scale_invariant(name, layers):
+    """With norms of sums only queries and keys are; with norms of branches all weights of the blocks."""
+    torch.manual_seed(0)
+    model = build(name, in_shape=TEXT, classes=9)
+    in_blocks = {n for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2}
+    expected = {n for n in in_blocks if layers is None or n.split(".")[-2] in layers}
+    found = find_scale_invariant(model, torch.randint(9, (32, *TEXT)))
+    assert {n for n, kind in found.items() if kind and model.get_parameter(n).ndim == 2} == expected
+    assert len(in_blocks) == 12
+
+
+@pytest.mark.parametrize(("name", "in_shape"), [("gpt-2", CIFAR), ("bn-mlp-3", TEXT)])
+def test_nets_of_images_and_of_text_are_not_mixed_up(name, in_shape):
+    with pytest.raises(ValueError, match="in_shape must be"):
+        build(name, in_shape=in_shape, classes=10)

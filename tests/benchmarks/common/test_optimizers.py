@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import elropt
 from benchmarks.common import models, training
+from benchmarks.common.muon import MuonWithAdamW
 from benchmarks.common.optimizers import (
     LRS,
     METHODS,
@@ -54,6 +56,48 @@ def test_optimizers_of_torch(name: str) -> None:
     assert type(optimizer) is (torch.optim.AdamW if name == "adamw" else torch.optim.SGD)
     momentum = tracked["betas"][0] if name == "adamw" else tracked["momentum"]
     assert (momentum, tracked["lr"], tracked["weight_decay"], other["lr"]) == (0.8, 0.01, 1e-3, 0.01)
+
+
+def test_muon_trains_hidden_weights_and_adamw_the_rest() -> None:
+    model = models.build("olmo-2-w32", in_shape=(8,), classes=11)
+    optimizer, tracked = make_optimizer(METHODS["muon"], model, torch.randint(11, (16, 8)), **OPTIONS)
+    lrs = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    hidden = {name for name, lr in lrs.items() if lr == 0.01}
+    assert hidden == {name for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2}
+    assert hidden == set(tracked)
+    assert {lr for name, lr in lrs.items() if name not in hidden} == {pytest.approx(0.2 * 0.03)}
+    assert len(lrs) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_muon_steps_kernels_as_torchs_muon_steps_matrices(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    kernel, bias = torch.randn(6, 4, 3, 3), torch.randn(6)
+    grads = [(torch.randn(6, 4, 3, 3), torch.randn(6)) for _ in range(3)]
+    ours = [nn.Parameter(kernel.clone().to(memory_format=memory_format)), nn.Parameter(bias.clone())]
+    groups = [
+        {"params": ours[:1], "hidden": True, "lr": 0.02, "weight_decay": 0.1},
+        {"params": ours[1:], "hidden": False},
+    ]
+    together = MuonWithAdamW(groups, lr=0.003, betas=(0.9, 0.999))
+    theirs = [nn.Parameter(kernel.flatten(1)), nn.Parameter(bias.clone())]
+    apart = (
+        torch.optim.Muon(theirs[:1], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(theirs[1:], lr=0.003, weight_decay=0.0),
+    )
+    for step, (of_kernel, of_bias) in enumerate(grads):
+        for optimizer in (together, *apart):
+            for group in optimizer.param_groups:
+                group["lr"] *= 1 - step / 10  # a schedule
+        ours[0].grad, ours[1].grad = of_kernel.clone(), of_bias.clone()
+        theirs[0].grad, theirs[1].grad = of_kernel.flatten(1), of_bias.clone()
+        for optimizer in (together, *apart):
+            optimizer.step()
+    torch.testing.assert_close(
+        ours[0].flatten(1), theirs[0], rtol=0.02, atol=2e-3
+    )  # Muon computes in bfloat16
+    torch.testing.assert_close(ours[1], theirs[1])
+    assert (ours[0].flatten(1) - kernel.flatten(1)).norm() > 0.1
 
 
 def test_a_task_decays_weights_as_much_with_adamw_as_with_sgd() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import training, warmups
+from benchmarks.common import text, training, warmups
 from benchmarks.common.optimizers import LINEAR_SHARE, METHODS, Method
 from benchmarks.common.training import Run, Task
 from elropt import dynamics
 from tests.nets import backward, bn_mlp, invariant_weights
 
 TASK = Task("bn-mlp-4-w16", epochs=2)
+
+
+@pytest.fixture
+def few_sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Held-out parts of a few windows, so that a run takes less than a second."""
+    monkeypatch.setattr(text, "HELD_OUT", 32)
+    training._load.cache_clear()
+    yield
+    training._load.cache_clear()
 
 
 def train(method: Method | str, task: Task = TASK, lr: float = 0.1, **changes: Any) -> dict[str, Any]:
@@ -125,7 +135,7 @@ def test_the_spread_is_that_before_a_start_has_acted_and_what_is_applied_that_af
     assert row["applied_spread"][0] == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lars", "sgdp"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "lars", "sgdp"])
 def test_peers_train(name: str) -> None:
     if METHODS[name].entry.package is not None:
         pytest.importorskip(METHODS[name].entry.package)
@@ -133,6 +143,15 @@ def test_peers_train(name: str) -> None:
     assert row["finite"]
     assert row["spread"][0] > 1
     assert row["applied_spread"] == []
+
+
+def test_a_text_net_learns_and_is_judged_by_its_loss(few_sources: None) -> None:
+    task = Task("olmo-1-w32", "python", epochs=2, batch_size=16, limit=320)
+    row = train("adamw", task, lr=0.01)
+    assert "accuracy" not in row
+    assert 0 < row["nats_per_character"] < row["chance"] < math.log(row["classes"])
+    held_out = train("adamw", task, lr=0.01, part="test")
+    assert held_out["nats_per_character"] != row["nats_per_character"]
 
 
 # Warm-ups
