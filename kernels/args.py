@@ -30,15 +30,18 @@ class Scratch(NamedTuple):
     """Memory of `measure_kernel` and `cooperative_kernel`.
 
     partials: float32 [chunks, 4], ‖w‖², ‖g‖², ⟨w,g⟩ and ⟨w,m⟩ of each chunk.
-    sums: float32 [5, R], these of each row, and with dampening, whether its buffer is new. ‖g‖² = −1: no gradient.
+    sums: float32 [7, R], these of each row, then ‖m‖² and ⟨g,m⟩, and with dampening, whether its buffer is new.
+    ‖g‖² = −1: no gradient.
     counters: int32 [R + 1], programs done of each row, then rows done and programs without a row.
     gate: int32, goes up by one once all is decided; only `cooperative_kernel` has one.
+    of_momentum: float32 [chunks, 2], ‖m‖² and ⟨g,m⟩ of each chunk; None where they are not measured.
     """
 
     partials: Tensor
     sums: Tensor
     counters: Tensor
     gate: Tensor | None = None
+    of_momentum: Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -46,7 +49,7 @@ class Rows(NamedTuple):
 
     memory: float32 [3, R], the rule's c, radius and tracked (radial tests passed).
     handed_over: 0-dim float32, of a rule that ends.
-    controls: float32 [4, R], s, a, p and the learning rate of the param group.
+    controls: float32 [5, R], s, a, p, the learning rate of the param group, and f.
     numel: float32 [R], elements of each row. group_of_row: int32 [R].
     """
 
@@ -60,7 +63,8 @@ class Rows(NamedTuple):
 class Hypers(NamedTuple):
     """The hyper-parameters of all param groups but for their learning rates; None where a launch needs none.
 
-    one_minus_dampening: 1−d; None if d is 0 in every group. gains, per_grads, per_momenta: see `GroupHyper`.
+    one_minus_dampening: 1−d; None if d is 0 in every group. gains, per_grads, per_momenta, settlings: see `GroupHyper`;
+    settlings is None if all are 0.
     """
 
     momenta: Values | None = None
@@ -69,14 +73,16 @@ class Hypers(NamedTuple):
     gains: Values | None = None
     per_grads: Values | None = None
     per_momenta: Values | None = None
+    settlings: Values | None = None
 
 
 class Factors(NamedTuple):
-    """Of the update of each row, float32 [R]: s, a and p. None stands for 1, 1 and 0."""
+    """Of the update of each row, float32 [R]: s, a, p and f. None stands for 1, 1, 0 and 1."""
 
     grad_factor: Tensor | None = None
     weight_factor: Tensor | None = None
     radial: Tensor | None = None
+    lr_factor: Tensor | None = None
 
 
 class Rounding(NamedTuple):

@@ -19,19 +19,20 @@ def bytes_moved(
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor | None],
     *,
-    measure: Literal["grad", "both", "all"] | None = None,
+    measure: Literal["grad", "momentum", "both", "all"] | None = None,
 ) -> int:
     """Bytes of tensors that one step reads and writes. Tables and sums, about 100 bytes per chunk, are left out.
 
     Args:
         params, grads, momentum_buffers: as the step sees them; without buffers there is no momentum.
         measure: what is read of every tensor before the update: nothing (None: no rule, or a warm-up that is over), the
-            gradient ("grad": while a rule acts), gradient and weight ("both": during the radial tests, after other code
-            has written to a parameter, and with ``project``), or the buffer too ("all": the first step with
-            ``project``).
+            gradient ("grad": while a rule acts), gradient and buffer ("momentum": while a rule acts on the update),
+            gradient and weight ("both": during the radial tests, after other code has written to a parameter, and with
+            ``project``), or all three ("all": during the radial tests and after such a write where the rule acts on the
+            update; the first step with ``project``).
 
     Returns:
-        For float32 with momentum, per parameter: 20, 24, 28 and 32.
+        For float32 with momentum, per parameter: 20, 24, 28, 28 and 32.
     """
     tables = tables_for(
         triples_of(params, grads, momentum_buffers),
@@ -41,8 +42,8 @@ def bytes_moved(
     has_momentum = any(m is not None for m in momentum_buffers)
     total = sum(update_bytes(table, has_momentum=has_momentum) for table in tables)
     if measure is not None:
-        reads = {"grad": (False, False), "both": (True, False), "all": (True, has_momentum)}[measure]
-        total += sum(measure_bytes(table, weights=reads[0], momentum=reads[1]) for table in tables)
+        weights, momentum = measure in ("both", "all"), has_momentum and measure in ("momentum", "all")
+        total += sum(measure_bytes(table, weights=weights, momentum=momentum) for table in tables)
     return total
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .measure import finish
+from .measure import finish, store_of_momentum
 from .tables import load_chunk, of_group
 from .update import updated
 
@@ -89,7 +89,10 @@ def cooperative_kernel(
         tl.store(partial + 1, tl.sum(wide_g * wide_g))
         tl.store(partial + 2, tl.sum(wide_w * wide_g))
         if PROJECT & HAS_BUFFERS:
-            tl.store(partial + 3, tl.sum(wide_w * m.to(tl.float32)))
+            wide_m = m.to(tl.float32)
+            tl.store(partial + 3, tl.sum(wide_w * wide_m))
+            if scratch.of_momentum is not None:
+                store_of_momentum(scratch, wide_m * wide_m, wide_g * wide_m, True)
     finish(
         scratch, n_rows, row, first, n_chunks, m_address,
         n_deciding, rows, lrs, hypers, found_inf, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,
@@ -112,6 +115,8 @@ def cooperative_kernel(
         a = tl.load(factors.weight_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
     if factors.radial is not None:
         p = tl.load(factors.radial + row, mask=has_row, other=0.0, cache_modifier=".cg")
+    if factors.lr_factor is not None:
+        lr = lr * tl.load(factors.lr_factor + row, mask=has_row, other=1.0, cache_modifier=".cg")
     seed = None if rounding is None else rounding.seed
     count = None if rounding is None else tl.load(rounding.step)
     w, m = updated(

@@ -122,7 +122,7 @@ def decide(
         grad_sq=sums + n_rows,
         weight_dot_grad=sums + 2 * n_rows,
         weight_dot_momentum=sums + 3 * n_rows,
-        is_new=sums + 4 * n_rows,
+        is_new=sums + 6 * n_rows,
         c=memory.c,
         radius=memory.radius,
         tracked=memory.tracked,

@@ -35,6 +35,7 @@ class DecisionInputs(NamedTuple):
     whole: granularity "network". project: whether the radial part of the update is removed.
     scales_weights: whether the rule sets a. ends: whether it sets `handed_over`, after which it does nothing.
     memory: float32 [3, R], the rule's c, radius and tracked. handed_over: 0-dim float32.
+    of_update: whether the rule is about the update and not the gradient; its radial part is then removed too.
     """
 
     name: str | None
@@ -44,6 +45,12 @@ class DecisionInputs(NamedTuple):
     ends: bool
     memory: Tensor
     handed_over: Tensor
+    of_update: bool = False
+
+    @property
+    def needs_momentum(self) -> bool:
+        """Whether ⟨w,m⟩ is needed before the update."""
+        return self.project or self.of_update
 
 
 class StepPlan(NamedTuple):
@@ -100,6 +107,7 @@ class FusedStep:
             sums=self.sums,
             counters=self.counters,
             number=number,
+            of_update=rule is not None and rule.of_update,
         )
         self.tables = [launch.arguments for launch in self.launches]
         self.cooperates = (
@@ -126,14 +134,14 @@ class FusedStep:
                 group_of_row[first : first + count] = group
                 self.n_deciding += count
                 self.measured.append(p)
-        self.sums = torch.full((5, n_rows), -1.0, dtype=torch.float32, device=self.device)
+        self.sums = torch.full((7, n_rows), -1.0, dtype=torch.float32, device=self.device)
         self.counters = torch.zeros(n_rows + 1, dtype=torch.int32, device=self.device)
         # parameters that are parts of one tensor may share its version counter, which then counts each of them
         self.shares_counters = len({p.untyped_storage().data_ptr() for p in self.measured}) < len(
             self.measured
         )
-        self.controls = torch.ones(4 * n_rows, dtype=torch.float32, device=self.device)
-        self.s, self.a, self.p, self.lrs = self.controls.view(4, n_rows)
+        self.controls = torch.ones(5 * n_rows, dtype=torch.float32, device=self.device)
+        self.s, self.a, self.p, self.lrs, self.f = self.controls.view(5, n_rows)
         self.p.zero_()
         self.versions: tuple[list[int], list[int]] | None = None
         self.gate = torch.zeros((), dtype=torch.int32, device=self.device)
@@ -146,11 +154,16 @@ class FusedStep:
                 upload(numel, self.device),
                 upload(group_of_row, self.device),
             )
-            self.decision = {"RULE": RULES[rule.name], "WHOLE": rule.whole, "PROJECT": rule.project}
+            self.decision = {
+                "RULE": RULES[rule.name],
+                "WHOLE": rule.whole,
+                "PROJECT": rule.needs_momentum,
+            }
             self.factors = Factors(
                 self.s if rule.name is not None else None,
                 self.a if rule.scales_weights else None,
-                self.p if rule.project else None,
+                self.p if rule.needs_momentum else None,
+                self.f if rule.of_update else None,
             )
 
     def plan(self, grads: Sequence[Tensor]) -> StepPlan | None:
@@ -250,7 +263,7 @@ class FusedStep:
         # The sums that the last update left are those of the weights (and buffers) as they are, unless PyTorch knows
         # of a write since.
         weights = [p._version for p in self.measured]
-        buffers = [m._version for m in self.buffers] if rule.project else []
+        buffers = [m._version for m in self.buffers] if rule.needs_momentum else []
         unknown = (weights, buffers) != self.versions
         self.versions = [version + 1 for version in weights], buffers  # after the update that follows
         for launch, tables_of_launch in zip(self.launches, tables, strict=True):
@@ -259,7 +272,7 @@ class FusedStep:
                     tables_of_launch,
                     launch.scratch,
                     self.n_rows,
-                    read_all=int(unknown or read_all or rule.project),
+                    read_all=int(unknown or read_all or (rule.project and not rule.of_update)),
                     read_momentum=int(unknown),
                     **amp,
                     n_deciding=self.n_deciding,
@@ -267,7 +280,7 @@ class FusedStep:
                     lrs=groups.lrs,
                     hypers=groups.measure,
                     **self.decision,
-                    HAS_BUFFERS=rule.project and launch.kind.has_momentum,
+                    HAS_BUFFERS=rule.needs_momentum and launch.kind.has_momentum,
                     MAXIMIZE=launch.kind.maximize,
                     **launch.options,
                 )
@@ -290,7 +303,7 @@ class FusedStep:
                 launch.scratch.partials,
                 launch.rounding(rounding_step),
                 **amp,
-                SUMS=0 if rule is None else 2 if rule.project else 1,
+                SUMS=0 if rule is None else 2 if rule.needs_momentum else 1,
                 NESTEROV=launch.kind.nesterov,
                 MAXIMIZE=launch.kind.maximize,
                 **launch.options,

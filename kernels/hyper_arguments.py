@@ -26,7 +26,8 @@ class GroupHyper(NamedTuple):
     """The hyper-parameters of one param group, but for its learning rate.
 
     gain, per_grad and per_momentum are what a rule needs to know of the momentum: how it makes ‖w‖² grow
-    (`elropt.rules.growth_gain`), ∂u/∂g̃ and ∂u/∂m.
+    (`elropt.rules.growth_gain`), ∂u/∂g̃ and ∂u/∂m. settling: φ²/λ of the angle φ that SGD would settle at; 0 where the
+    rule does not ask for it.
     """
 
     momentum: float
@@ -35,6 +36,7 @@ class GroupHyper(NamedTuple):
     gain: float
     per_grad: float
     per_momentum: float
+    settling: float = 0.0
 
 
 class GroupArguments(NamedTuple):
@@ -141,13 +143,15 @@ class HyperArguments:
 
 def _columns(h: GroupHyper) -> tuple[float, ...]:
     """In the order of `Hypers`."""
-    return h.momentum, 1 - h.dampening, h.weight_decay, h.gain, h.per_grad, h.per_momentum
+    return h.momentum, 1 - h.dampening, h.weight_decay, h.gain, h.per_grad, h.per_momentum, h.settling
 
 
 def _arguments_of(lrs: Values, every: Hypers, hypers: Sequence[GroupHyper]) -> GroupArguments:
     """What no group has is None: then it costs nothing."""
     if all(h.dampening == 0 for h in hypers):
         every = every._replace(one_minus_dampening=None)
+    if all(h.settling == 0 for h in hypers):
+        every = every._replace(settlings=None)
     without_momentum = every._replace(momenta=None)
     update = Hypers(
         every.momenta,

@@ -63,6 +63,7 @@ def make_launches(
     sums: Tensor,
     counters: Tensor,
     number: int,
+    of_update: bool = False,
 ) -> list[Launch]:
     """One launch for each combination of dtypes and `LaunchKey`, over tensors that have elements or rows.
 
@@ -71,6 +72,7 @@ def make_launches(
         kinds: of each param group.
         sums, counters: of all rows, see `Scratch`.
         number: of this step among those of an optimizer: different steps draw different random bits.
+        of_update: whether ‖m‖² and ⟨g,m⟩ are measured.
     """
     together: dict[Any, list[int]] = {}
     for i, (triple, group) in enumerate(zip(triples, groups, strict=True)):
@@ -89,8 +91,10 @@ def make_launches(
         if table.n_chunks > 0:
             # launches number their elements alike: their seeds must differ
             seed = None if kind.seed is None else _mixed(kind.seed, number, len(launches))
-            partials = torch.zeros(table.n_measured, 4, dtype=torch.float32, device=sums.device)
-            scratch = Scratch(partials, sums, counters)
+            partials, of_momentum = (
+                torch.zeros(table.n_measured, n, dtype=torch.float32, device=sums.device) for n in (4, 2)
+            )
+            scratch = Scratch(partials, sums, counters, of_momentum=of_momentum if of_update else None)
             launches.append(
                 Launch(table, kind, seed, np.array(members), table.arguments, table.options, scratch)
             )

@@ -32,6 +32,7 @@ def update(
     grad_factor: Tensor | None = None,
     weight_factor: Tensor | None = None,
     radial: Tensor | None = None,
+    lr_factor: Tensor | None = None,
     rows: Sequence[Row] | None = None,
 ) -> None:
     """One step, in place, computed in float32 and rounded once, on storing: the formula is `update_kernel`'s.
@@ -41,8 +42,8 @@ def update(
         momentum_buffers: its None entries are filled in, with the gradient's dtype, when ``momentum != 0``.
             With ``dampening != 0`` an entry of −0.0 counts as not yet started (see `new_buffer`).
         lr: a float, or a tensor of one element, which is not read on the host.
-        grad_factor, weight_factor, radial: s, a and p, [R] float32 on that device; None stands for 1, 1 and 0
-            and costs nothing. A factor of 1 gives the same bits as None.
+        grad_factor, weight_factor, radial, lr_factor: s, a, p and f, [R] float32 on that device; None stands for 1,
+            1, 0 and 1 and costs nothing. A factor of 1 gives the same bits as None.
         rows: for each tensor the (first, count) of its entries in these vectors: count 1 for the tensor as a
             whole, or one for every index of its dimension 0, which must be outermost in memory. None: the
             vectors do not concern this tensor.
@@ -68,6 +69,7 @@ def update(
         _checked("grad_factor", grad_factor, device),
         _checked("weight_factor", weight_factor, device),
         _checked("radial", radial, device),
+        _checked("lr_factor", lr_factor, device),
     )
     lengths = {name: len(factor) for name, factor in factors._asdict().items() if factor is not None}
     if len(set(lengths.values())) > 1:
@@ -155,10 +157,10 @@ def update_kernel(
     CHUNK: tl.constexpr,
 ):
     """ŵ = a·w ;  g ← g/scale, −g if maximize ;  g̃ = s·g + ω·ŵ ;  m ← g̃ in a new buffer, else μ·m + (1−d)·g̃
-    u = g̃ without momentum, g̃ + μ·m if nesterov, else m ;  w ← ŵ − lr·(u − p·ŵ)
+    u = g̃ without momentum, g̃ + μ·m if nesterov, else m ;  w ← ŵ − lr·f·(u − p·ŵ)
 
     tables, hypers, factors, rounding: see `args`. lrs: floats or device scalars, an entry per param group.
-    All of μ, d, ω, s, a, p, grad_scale and found_inf may be None: then they cost neither arithmetic nor
+    All of μ, d, ω, s, a, p, f, grad_scale and found_inf may be None: then they cost neither arithmetic nor
     traffic. A found_inf other than 0 ends the program before it has changed anything.
     SUMS: 1: Σ w² of the new, rounded w goes to partials[chunk, 0] for the next step; 2: Σ w·m to [chunk, 3] too.
     rounding: where given, w is rounded to bfloat16 stochastically (`round_stochastically`).
@@ -183,6 +185,8 @@ def update_kernel(
         else tl.load(factors.weight_factor + row, mask=has_row, other=1.0)
     )
     p = None if factors.radial is None else tl.load(factors.radial + row, mask=has_row, other=0.0)
+    if factors.lr_factor is not None:
+        lr = lr * tl.load(factors.lr_factor + row, mask=has_row, other=1.0)
     seed = None if rounding is None else rounding.seed
     count = None if rounding is None else tl.load(rounding.step)
     # A full, aligned chunk is a branch of its own: only without a mask do the accesses become 128 bits wide.

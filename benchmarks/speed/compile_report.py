@@ -36,7 +36,7 @@ class Case(NamedTuple):
     """A kernel as it is launched, and the bytes per element that it is to load and to store 128 bits at a time.
 
     elements: the types of w, g and m. changes: what differs from a float32 step with momentum: constants, and the marks
-    AMP, damped and rounded for arguments that are otherwise absent.
+    AMP, damped, rounded and of_update for arguments that are otherwise absent.
     """
 
     kernel: str
@@ -169,10 +169,14 @@ def argument_types(args: Any, case: Case) -> dict[str, Any]:
     of_groups: dict[str, Any] = dict.fromkeys(args.Hypers._fields, ("fp32", "fp32"))
     if not changes.get("damped"):
         is_absent.add("one_minus_dampening")
+    if not changes.get("of_update"):
+        is_absent |= {"lr_factor", "of_momentum"}
     if case.kernel == "measure":
         is_absent.add("momenta")
     if case.kernel == "update":
         is_absent |= {"gains", "per_grads", "per_momenta"}
+    if rule != "equilibrium":
+        is_absent.add("settlings")
     factors = {name: None if name in is_absent else "*fp32" for name in args.Factors._fields}
     scaling = "*fp32" if changes.get("AMP") else None
     rows = args.Rows("*fp32", "*fp32" if RULES[rule].ends else None, "*fp32", "*fp32", "*i32")
@@ -180,7 +184,13 @@ def argument_types(args: Any, case: Case) -> dict[str, Any]:
         rows = args.Rows()
     return {
         "tables": args.Tables("*i64", "*i64", "*i32"),
-        "scratch": args.Scratch("*fp32", "*fp32", "*i32", "*i32" if case.kernel == "cooperative" else None),
+        "scratch": args.Scratch(
+            "*fp32",
+            "*fp32",
+            "*i32",
+            "*i32" if case.kernel == "cooperative" else None,
+            None if "of_momentum" in is_absent else "*fp32",
+        ),
         **dict.fromkeys(("n_rows", "n_deciding", "read_all", "read_momentum"), "i32"),
         "rows": rows,
         "lrs": ("fp32", "*fp32"),

@@ -76,6 +76,8 @@ FUNCTIONS: dict[str, list[Any]] = {
     "grad_factor": [False, True],
     "weight_factor": [False, True],
     "radial": [False, True],
+    "lr_factor": [False, True],
+    "with_update": [False, True],
     "lr": ["float", "tensor"],
     "per_filter": [False, True],
 } | {name: TYPES[name] for name in ("w", "wide_grads", "wide_buffers", "tensors")}
@@ -167,10 +169,11 @@ class Recorder:
         params, grads, buffers = (list(of) for of in zip(*tensors, strict=True))
         if options["momentum"] == 0:
             buffers = [None] * len(params)
-        kernels.measure(params, grads, buffers, per_filter=options["per_filter"])
+        wanted = {name: options[name] for name in ("per_filter", "with_update")}
+        kernels.measure(params, grads, buffers, **wanted)
         count = params[0].shape[0] if options["per_filter"] else 1
         rows = [(i * count, count) for i in range(len(params))]
-        factors = ("grad_factor", "weight_factor", "radial")
+        factors = ("grad_factor", "weight_factor", "radial", "lr_factor")
         names = ("momentum", "dampening", "nesterov", "maximize", "weight_decay")
         kernels.update(
             params,

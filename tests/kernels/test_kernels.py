@@ -138,21 +138,21 @@ shapes = st.one_of(
 
 
 def sgd_float64(
-    w, g, m, *, lr, momentum, dampening, weight_decay, nesterov, maximize, s=1.0, a=1.0, p=0.0
+    w, g, m, *, lr, momentum, dampening, weight_decay, nesterov, maximize, s=1.0, a=1.0, p=0.0, f=1.0
 ) -> tuple[Tensor, Tensor]:
     """The specification in float64: the new w and the new m (without momentum, m means nothing)."""
     w, g = a * w.double(), (-g if maximize else g).double()
     g = s * g + weight_decay * w
     m = g if m is None else momentum * m.double() + (1 - dampening) * g
     u = g if momentum == 0 else g + momentum * m if nesterov else m
-    return w - lr * (u - p * w), m
+    return w - lr * f * (u - p * w), m
 
 
 def assert_one_step(
-    actual_w, actual_m, w, g, m, *, lr, momentum, maximize, s=1.0, a=1.0, p=0.0, **hyper
+    actual_w, actual_m, w, g, m, *, lr, momentum, maximize, s=1.0, a=1.0, p=0.0, f=1.0, **hyper
 ) -> None:
     """Each element is as close to float64 as float32 arithmetic and one rounding allow."""
-    expected = sgd_float64(w, g, m, lr=lr, momentum=momentum, maximize=maximize, s=s, a=a, p=p, **hyper)
+    expected = sgd_float64(w, g, m, lr=lr, momentum=momentum, maximize=maximize, s=s, a=a, p=p, f=f, **hyper)
     magnitude = sgd_float64(
         w.abs(),
         g.abs(),
@@ -163,6 +163,7 @@ def assert_one_step(
         s=abs(s),
         a=abs(a),
         p=-abs(p),
+        f=abs(f),
         **hyper,
     )
     pairs = [(actual_w, expected[0], magnitude[0])]
@@ -181,7 +182,7 @@ def assert_one_step(
 def update_cases(draw: st.DrawFn) -> dict[str, Any]:
     some_shapes = draw(st.lists(shapes, min_size=1, max_size=4))
     momentum = draw(st.sampled_from([0.0, 0.9]))
-    vectors = draw(st.sets(st.sampled_from(["grad_factor", "weight_factor", "radial"])))
+    vectors = draw(st.sets(st.sampled_from(["grad_factor", "weight_factor", "radial", "lr_factor"])))
     return {
         "shapes": some_shapes,
         "dtypes": draw(
@@ -249,16 +250,16 @@ def test_update_agrees_with_float64(case: dict[str, Any]) -> None:
         )
 
     assert_guards_are_intact(*ws, *gs, *ms)
-    symbols = {"grad_factor": "s", "weight_factor": "a", "radial": "p"}
+    symbols = {"grad_factor": "s", "weight_factor": "a", "radial": "p", "lr_factor": "f"}
     for i, row in enumerate(rows):
         w, g, m = (ts[i] for ts in before)
-        sap = {}
+        sapf = {}
         if row is not None:
             view = (row[1], *[1] * (w.dim() - 1)) if row[1] != 1 else ()
-            sap = {
+            sapf = {
                 symbols[k]: v[row[0] : sum(row)].view(view).double().to(DEVICE) for k, v in factors.items()
             }
-        assert_one_step(ws[i], buffers[i], w, g, m, **hyper, **sap)
+        assert_one_step(ws[i], buffers[i], w, g, m, **hyper, **sapf)
         torch.testing.assert_close(gs[i], g, rtol=0, atol=0)
         if hyper["momentum"] == 0:
             assert buffers[i] is ms[i]
@@ -273,13 +274,14 @@ def test_update_agrees_with_float64(case: dict[str, Any]) -> None:
     st.lists(st.tuples(shapes, st.sampled_from(DTYPES), st.booleans()), min_size=1, max_size=4),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.sampled_from([16, 64, 4096]),
     st.integers(0, 2**20),
 )
-@example([(Shape((n,)), DTYPES[0], True) for n in SIZES], False, True, 64, 0)
-@example([(Shape((n, 27)), DTYPES[0], True) for n in (0, 1, 5, 17)], True, True, 64, 0)
+@example([(Shape((n,)), DTYPES[0], True) for n in SIZES], False, True, True, 64, 0)
+@example([(Shape((n, 27)), DTYPES[0], True) for n in (0, 1, 5, 17)], True, True, False, 64, 0)
 def test_measure_agrees_with_float64(
-    specs, per_filter: bool, with_buffers: bool, chunk: int, seed: int
+    specs, per_filter: bool, with_buffers: bool, with_update: bool, chunk: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     if per_filter:
@@ -288,15 +290,18 @@ def test_measure_agrees_with_float64(
     gs = [shape.random(generator, g) for shape, (_, g, _), _ in specs]
     ms = [shape.random(generator, m) if have else None for shape, (_, _, m), have in specs]
     with chunks_of(chunk), poisoned_allocations():
-        sums = kernels.measure(ws, gs, ms if with_buffers else None, per_filter=per_filter)
+        sums = kernels.measure(
+            ws, gs, ms if with_buffers else None, per_filter=per_filter, with_update=with_update
+        )
 
     expected, size = [], []
     for w, g, m in zip(ws, gs, ms, strict=True):
         n = w.shape[0] if per_filter and w.dim() > 0 else 1
         m = torch.zeros_like(w) if m is None or not with_buffers else m
         w, g, m = (t.double().reshape(n, w.numel() // max(n, 1)) for t in (w, g, m))
-        expected.append(torch.stack([(x * y).sum(1) for x, y in ((w, w), (g, g), (w, g), (w, m))]))
-        size.append(torch.stack([(x * y).abs().sum(1) for x, y in ((w, w), (g, g), (w, g), (w, m))]))
+        pairs = [(w, w), (g, g), (w, g), (w, m), *([(m, m), (g, m)] if with_update else [])]
+        expected.append(torch.stack([(x * y).sum(1) for x, y in pairs]))
+        size.append(torch.stack([(x * y).abs().sum(1) for x, y in pairs]))
     assert sums.dtype == torch.float32
     assert sums.is_contiguous()
     if expected:
@@ -348,7 +353,8 @@ def test_neutral_factors_and_lr_tensors_change_no_bit() -> None:
         {"grad_factor": zero + 1},
         {"weight_factor": zero + 1},
         {"radial": zero},
-        {"lr": lr, "grad_factor": zero + 1, "weight_factor": zero + 1, "radial": zero},
+        {"lr_factor": zero + 1},
+        {"lr": lr, "grad_factor": zero + 1, "weight_factor": zero + 1, "radial": zero, "lr_factor": zero + 1},
         {"grad_factor": torch.stack([zero + 1, zero], 1)[:, 0]},
     ]
     results = []
@@ -430,12 +436,12 @@ def test_many_tiny_tensors(chunk: int) -> None:
 
 
 def test_non_finite_gradients_show_up_in_their_row_alone() -> None:
-    w = torch.ones(3, 70, device=DEVICE)
+    w, m = (torch.ones(3, 70, device=DEVICE) for _ in range(2))
     g = w.clone()
     g[0, 3], g[2, 65] = torch.nan, torch.inf
-    sums = kernels.measure([w], [g], per_filter=True)
-    assert sums[0].tolist() == [70.0] * 3
-    for row in (sums[1], sums[2]):
+    sums = kernels.measure([w], [g], [m], per_filter=True, with_update=True)
+    assert sums[[0, 3, 4]].tolist() == [[70.0] * 3] * 3
+    for row in sums[[1, 2, 5]]:
         assert row[0].isnan()
         assert row[1] == 70
         assert row[2] == torch.inf
@@ -444,6 +450,7 @@ def test_non_finite_gradients_show_up_in_their_row_alone() -> None:
 def test_empty_lists() -> None:
     assert kernels.can_use([], [], [])
     assert kernels.measure([], []).shape == (4, 0)
+    assert kernels.measure([], [], with_update=True).shape == (6, 0)
     kernels.update([], [], [], **PLAIN)
 
 
@@ -469,6 +476,7 @@ def test_writes_are_visible_to_autograd() -> None:
         ("update", torch.bfloat16, (2, 2, 2, 2, 2)),
         ("measure", torch.float32, (4, 4, 0, 0, 0)),
         ("measure with buffers", torch.float32, (4, 4, 4, 0, 0)),
+        ("measure with buffers and update", torch.float32, (4, 4, 4, 0, 0)),
         ("measure per filter", torch.bfloat16, (2, 2, 0, 0, 0)),
     ],
 )
@@ -479,10 +487,16 @@ def test_bytes_moved(call: str, dtype: torch.dtype, expected: tuple[int, ...], m
     monkeypatch.setattr(tables, "CHUNK", 64)
     with bytes_touched([w, g, m]) as touched:
         if call.startswith("measure"):
-            kernels.measure([w], [g], [m] if "buffers" in call else None, per_filter="filter" in call)
+            kernels.measure(
+                [w],
+                [g],
+                [m] if "buffers" in call else None,
+                per_filter="filter" in call,
+                with_update="update" in call,
+            )
         else:
             vectors = (
-                dict.fromkeys(["grad_factor", "weight_factor", "radial"], torch.ones(1))
+                dict.fromkeys(["grad_factor", "weight_factor", "radial", "lr_factor"], torch.ones(1))
                 if "factors" in call
                 else {}
             )
@@ -729,7 +743,7 @@ def test_offsets_beyond_32_bits_in_the_kernels() -> None:
     table = tables.build_table([tables.Triple(*layouts, None)], [(0, 1)], [0], tables.CHUNK)
     table.segments[0, 1] = -(table.n_chunks - 1)  # the one program that is launched works on the last chunk
     partials = torch.full((1, 4), torch.nan, device=DEVICE)
-    sums, counters = torch.empty(5, 1, device=DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    sums, counters = torch.empty(7, 1, device=DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)
     measure_module.measure_kernel[(1,)](
         table.arguments, Scratch(partials, sums, counters), 1, 1, 0, None, None, 0, Rows(), None, Hypers(),
         RULE=None, WHOLE=False, PROJECT=False, MAXIMIZE=False, HAS_BUFFERS=False,
