@@ -218,7 +218,7 @@ def plot(
         ),
     ] = None,
 ) -> None:
-    """Draw a recorded run: ELR of every layer, their spread and the applied learning rate, over the steps."""
+    """Draw a recorded run: ELR and angle of every layer, their spread and the applied learning rate, over the steps."""
     out = out or run.with_suffix(".png")
     with _errors_printed():
         save_plot = _plot_writer(out)

@@ -159,13 +159,30 @@ def accuracy_against_lr(
 
 
 def run_figure(run: RunHistory) -> Figure:
-    """A recorded run in three panels: ELR of every layer, their spread, and the applied learning rate."""
-    fig = Figure(figsize=(7.5, 8), layout="constrained")
-    top, middle, bottom = fig.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
-    elr_over_steps(top, run.steps, run.elr)
-    spread_over_steps(middle, {"run": (run.steps, run.elr_spread)})
+    """A recorded run, one panel above the other: ELR of every layer, the angle that it turned by, the spread of both,
+    and the applied learning rate. What was not recorded has no panel."""
+    layers = {
+        "ELR": (run.elr, "effective learning rate (rad)"),
+        "angle": (run.angle, "angle of the step (rad)"),
+    }
+    shown = {
+        name: (values, label)
+        for name, (values, label) in layers.items()
+        if values is not None and np.isfinite(values).any()
+    }
+    fig = Figure(figsize=(7.5, 4 + 3.5 * len(shown)), layout="constrained")
+    *upper, middle, bottom = fig.subplots(
+        len(shown) + 2, 1, sharex=True, height_ratios=(*[2] * len(shown), 1, 1)
+    )
+    for ax, (values, label) in zip(upper, shown.values(), strict=True):
+        elr_over_steps(ax, run.steps, values)
+        ax.set_ylabel(label)
+    spreads = {name: (run.steps, _spread(values)) for name, (values, _) in shown.items()}
+    spread_over_steps(middle, spreads)
+    if "angle" in spreads:
+        middle.set_ylabel("spread (max / min)")
     lr_over_steps(bottom, run.steps, run.applied_lr)
-    for ax in (top, middle):
+    for ax in (*upper, middle):
         ax.set_xlabel("")
     fig.align_ylabels()
     return fig
@@ -218,6 +235,12 @@ def _columns(
 
 def _positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+
+
+def _spread(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """max / min of each row [T] of what is positive, [T, L]."""
+    shown = np.ma.masked_invalid(_positive(values))
+    return np.ma.filled(shown.max(axis=1) / shown.min(axis=1), np.nan)
 
 
 def _reach(

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._json import from_json
+from .weight_change import CHANGES
 
 __all__ = ["RunHistory", "read_run"]
 
@@ -22,10 +23,15 @@ class RunHistory:
     Attributes:
         steps: [T], increasing.
         names: names of the L layers. A layer counts if it is tracked in every record that has it.
-        elr: applied effective learning rates, [T, L].
+        elr: applied effective learning rates, [T, L]. NaN for other optimizers than ELRSGD and `torch.optim.SGD`.
         applied_lr: lr·grad_factor of each layer, [T, L].
         elr_spread: max / min of `elr` over those layers, [T].
         notes: which parts of the file were left out, in words.
+        angle: angles that the steps turned the layers by, in radians, [T, L].
+        relative_update: ‖w' − w‖/‖w‖, [T, L].
+        radial_update: ‖w'‖/‖w‖ − 1, [T, L].
+
+    The last three are None for a file of an elropt that did not record them.
     """
 
     steps: NDArray[np.int64]
@@ -34,6 +40,9 @@ class RunHistory:
     applied_lr: NDArray[np.float64]
     elr_spread: NDArray[np.float64]
     notes: list[str]
+    angle: NDArray[np.float64] | None = None
+    relative_update: NDArray[np.float64] | None = None
+    radial_update: NDArray[np.float64] | None = None
 
 
 def read_run(path: str | Path) -> RunHistory:
@@ -62,19 +71,22 @@ def read_run(path: str | Path) -> RunHistory:
             f"{path} has no layer that was tracked throughout: give the optimizer the groups of "
             "elropt.param_groups, and see `elropt inspect` for which weights are scale-invariant"
         )
-    elr = np.full((len(records), len(names)), np.nan)
-    applied_lr = elr.copy()
-    for t, record in enumerate(records):
-        for i, name in enumerate(names):
-            if layer := record["layers"].get(name):
-                elr[t, i] = from_json(layer["elr"])
-                applied_lr[t, i] = from_json(layer["lr"]) * from_json(layer["grad_factor"])
+    elr = _column(records, names, "elr")
+    applied_lr = _column(records, names, "lr") * _column(records, names, "grad_factor")
     elr[~(elr > 0)] = np.nan
     has_elr = ~np.isnan(elr).all(axis=1)
     spread = np.full(len(records), np.nan)
     spread[has_elr] = np.nanmax(elr[has_elr], axis=1) / np.nanmin(elr[has_elr], axis=1)
     steps = np.array([record["step"] for record in records])
-    return RunHistory(steps, names, elr, applied_lr, spread, notes)
+    has_changes = any("angle" in layer for record in records for layer in record["layers"].values())
+    changes = [_column(records, names, key) if has_changes else None for key in CHANGES]
+    return RunHistory(steps, names, elr, applied_lr, spread, notes, *changes)
+
+
+def _column(records: list[dict[str, Any]], names: list[str], key: str) -> NDArray[np.float64]:
+    """[T, L]: one value of every layer; NaN where there is none."""
+    values = [[from_json(record["layers"].get(name, {}).get(key)) for name in names] for record in records]
+    return np.array(values, dtype=np.float64)
 
 
 def _parse_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -125,5 +137,6 @@ def _is_record(record: object) -> bool:
             key in layer and isinstance(layer[key], int | float | None)
             for key in ("elr", "lr", "grad_factor")
         )
+        and all(isinstance(layer.get(key), int | float | None) for key in CHANGES)
         for layer in layers.values()
     )

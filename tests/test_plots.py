@@ -196,6 +196,27 @@ def test_run_figure_has_three_panels_on_one_step_axis() -> None:
     assert elr.get_xlim() == spread.get_xlim() == lr.get_xlim()
 
 
+@pytest.mark.parametrize("has_elr", [True, False])
+def test_angles_are_drawn_beside_the_elr(has_elr: bool) -> None:
+    run = RunHistory(
+        steps=STEPS,
+        names=[f"layer{i}" for i in range(12)],
+        elr=ELRS if has_elr else np.full_like(ELRS, np.nan),
+        applied_lr=np.full_like(ELRS, 0.1),
+        elr_spread=np.full(len(STEPS), 1e4),
+        notes=[],
+        angle=3 * ELRS**0.5,
+    )
+    fig = run_figure(run)
+    fig.draw_without_rendering()
+    panels = {ax.get_ylabel(): ax for ax in fig.axes}
+    angles = np.array([line.get_ydata() for line in panels["angle of the step (rad)"].get_lines()])
+    np.testing.assert_allclose(angles, 3 * ELRS.T**0.5)
+    spreads = {line.get_label(): line.get_ydata() for line in panels["spread (max / min)"].get_lines()}
+    np.testing.assert_allclose(spreads["angle"], 1e2)
+    assert ("effective learning rate (rad)" in panels) == ("ELR" in spreads) == has_elr
+
+
 def test_relative_grads_are_drawn_from_the_start() -> None:
     E = dynamics.simulate([100, 10, 1], 0.1, 5)
     top, bottom = relative_grad_figure(E).axes[:2]

@@ -45,6 +45,23 @@ def test_a_recorded_run_is_read_as_it_was_written(recorded: Path) -> None:
         assert history.elr[t].tolist() == [layer["elr"] for layer in layers]
         assert history.applied_lr[t].tolist() == [layer["lr"] * layer["grad_factor"] for layer in layers]
         assert history.elr_spread[t] == pytest.approx(written["elr_spread"])
+        for name in ("angle", "relative_update", "radial_update"):
+            assert getattr(history, name)[t].tolist() == [layer[name] for layer in layers]
+    assert (history.angle > 0).all()  # type: ignore[operator]
+
+
+def test_files_without_angles_are_read_and_gaps_are_nan(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text(record(0, a={}) + record(1, a={}))
+    old = read_run(path)
+    assert (old.angle, old.relative_update, old.radial_update) == (None, None, None)
+
+    path.write_text(record(0, a={"angle": 0.5}) + record(1, a={"angle": None}) + record(2, a={}))
+    new = read_run(path)
+    np.testing.assert_array_equal(new.angle, [[0.5], [math.nan], [math.nan]])
+    path.write_text(record(0, a={"angle": "wide"}))
+    with pytest.raises(ValueError, match="not a record"):
+        read_run(path)
 
 
 def test_null_is_nan_and_absent_layers_leave_gaps(tmp_path: Path) -> None:

@@ -155,12 +155,21 @@ def test_only_plain_sgd_has_an_elr() -> None:
     assert effective_lrs(adamw) == pytest.approx(dict.fromkeys("abc", math.nan), nan_ok=True)
 
 
-@pytest.mark.parametrize("rule", ["warmup", "angle", "sphere", "uniform"])
+@pytest.mark.parametrize(
+    ("rule", "elr_of"),
+    [
+        *((rule, "gradient") for rule in ("warmup", "uniform", "angle", "sphere")),
+        *((rule, "update") for rule in ("uniform", "angle")),
+    ],
+)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_angles_of_elrsgd_are_between_stored_weights(rule: str, momentum: float) -> None:
+def test_angles_of_elrsgd_are_between_stored_weights(rule: str, momentum: float, elr_of: str) -> None:
     params = weights()
     granularity = "filter" if rule == "angle" else "layer"
-    optimizer = ELRSGD(tracked_group(params), lr=0.03, momentum=momentum, rule=rule, granularity=granularity)
+    options = {"elr_of": elr_of} if elr_of == "update" else {}
+    optimizer = ELRSGD(
+        tracked_group(params), lr=0.03, momentum=momentum, rule=rule, granularity=granularity, **options
+    )
     for _ in range(3):
         before = [p.detach().clone() for p in params]
         record_next_step(optimizer)
@@ -173,6 +182,8 @@ def test_angles_of_elrsgd_are_between_stored_weights(rule: str, momentum: float)
             assert row.angle == pytest.approx(angle_by_hand(w, new), rel=1e-6)
             assert row.relative_update == pytest.approx(((new - w).norm() / w.norm()).item(), rel=1e-9)
             assert row.radial_update == pytest.approx((new.norm() / w.norm()).item() - 1, rel=1e-6, abs=1e-14)
+            if (rule, elr_of) == ("angle", "update"):
+                assert row.angle == pytest.approx(0.03, rel=1e-5)
 
 
 def test_without_a_recorded_step_angles_are_not_known() -> None:
