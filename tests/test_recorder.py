@@ -23,6 +23,11 @@ from .random_weights import GRAD_SCALES, named, set_gradient, tracked_group, tra
 RULES = [(rule, granularity) for rule, spec in SPECS.items() for granularity in spec.granularities]
 
 
+def decay(rule: str | None) -> float:
+    """A weight decay for the rules that need one."""
+    return 5e-3 if SPECS[rule].settles else 0.0
+
+
 def strict_records(path: Path) -> list[dict]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -69,7 +74,11 @@ def test_recording_does_not_change_the_training(
     for record in (False, True):
         params = weights(dtype=torch.float32)
         optimizer = ELRSGD(
-            tracked_group(params), lr=0.05, momentum=momentum, rule=rule, granularity=granularity
+            tracked_group(params, weight_decay=decay(rule)),
+            lr=0.05,
+            momentum=momentum,
+            rule=rule,
+            granularity=granularity,
         )
         if record:
             with Recorder(optimizer, tmp_path / "run.jsonl", every=2):
