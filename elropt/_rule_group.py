@@ -429,7 +429,7 @@ class RuleGroup:
                 rows=rows,
                 reductions=self._reductions,
                 with_tests=with_tests,
-                with_dot=record or self.project or with_tests,
+                with_dot=record or self.project or self.of_update or with_tests,
                 **self._decision,
             )
             self._remember(rows, after)
