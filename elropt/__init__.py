@@ -1,6 +1,8 @@
 """elropt: SGD that measures and controls the effective learning rate of every layer."""
 
 from . import _checkout as _checkout  # first: what follows needs elropt.kernels
+from .controller import Controller as Controller
+from .controller import control as control
 from .grouping import param_groups as param_groups
 from .grouping import width_scaled_groups as width_scaled_groups
 from .layer_table import LayerRow as LayerRow

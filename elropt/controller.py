@@ -1,0 +1,422 @@
+"""The rules behind any optimizer: its step makes the direction, the rule says how far every tracked layer turns."""
+
+# torch._foreach_* are functions of torch's own optimizers, not documented as public.
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from ._eager_step import Group, measure, update_groups, upload
+from ._state_dict import params_by_index
+from ._unwrap import unwrap
+from .backend import UpdateOptions, choose_backend
+from .layer_table import Tracked, check_tracked
+from .optimizer import ELRSGD, LARGE_ANGLE
+from .rules import (
+    RULES,
+    LayerControls,
+    LayerStats,
+    RowHyper,
+    RuleInputs,
+    RuleState,
+    has_tangent,
+    masked_mean,
+    turn_on_sphere,
+    update_parts,
+    usable,
+)
+from .sharding import check_placement, local, reductions, shard_of
+
+__all__ = ["RADIUS", "Controller", "control", "turn"]
+
+RADIUS = "control_radius"  # in `optimizer.state[p]`
+GRANULARITIES = {"angle": ("layer", "filter", "network"), "uniform": ("layer", "filter")}
+LEAST_TANGENT = (
+    1e-5  # of ‖Δ‖², below which ‖Δ⊥‖² may be what rounding leaves of the sums that it is a difference of
+)
+AS_IT_IS = UpdateOptions(
+    lr=1.0, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False
+)
+
+
+def control(
+    optimizer: object,
+    rule: str = "angle",
+    *,
+    granularity: str = "layer",
+    tracked: Tracked = None,
+) -> Controller:
+    r"""Have a rule decide how far the steps of any torch optimizer turn the tracked layers.
+
+    The base optimizer makes the direction, the rule the length. Per tracked layer, with Δ the change of the weight w in
+    a step of the base optimizer and Δ⊥ = Δ − (⟨w,Δ⟩/‖w‖²)·w its tangential part::
+
+        w ← R·(cos φ·w/‖w‖ + sin φ·Δ⊥/‖Δ⊥‖)
+
+    so it turns by exactly the angle φ and keeps the norm R that it had when control began. All other parameters, and
+    the state of the base optimizer, are those of the base optimizer, bit for bit.
+
+    Args:
+        optimizer: any torch optimizer: AdamW, Muon, SGD, Adafactor, one of another package, or what wraps one. An
+            `ELRSGD` must have ``rule=None``.
+        rule: "angle": φ is the ``lr`` of the layer's group, in radians per step, as it is when the step begins (a
+            number or a one-element tensor). "uniform": φ is the geometric mean of the angles by which the base
+            optimizer would have turned the layers in this step.
+        granularity: what one norm is taken over: "layer" (a tensor), "filter" (each index of its dimension 0, a neuron)
+            or, for "angle", "network" (all tracked tensors together, the largest ``lr`` among them counts).
+        tracked: the layers: what `find_scale_invariant` returned, or names or parameters. Names need an optimizer that
+            was made with `model.named_parameters()`. Layers of param groups with ``scale_invariant=True`` (see
+            `elropt.param_groups`) are always tracked, also of groups that are added later. None: only these.
+
+    Returns:
+        A handle; `Controller.remove` ends the control.
+
+    Raises:
+        TypeError: no torch optimizer, and none in it.
+        ValueError: nothing is tracked; a rule or granularity that does not exist; an optimizer that is controlled
+            already or has a rule of its own; a parameter that no rule can take. `step` raises it, before anything
+            changes, if with "angle" an ``lr`` is no number from 0 to π/2 (tensors are not read).
+
+    Warns:
+        UserWarning: once, if "angle" is to turn layers by more than 0.1 rad per step.
+
+    What else can happen, by name:
+        - weight decay of the base is radial and has no effect on tracked layers; only L2 decay inside Adam's moments
+          has, for these divide it by other numbers in every entry, and inside momentum, a little;
+        - Δ = 0 (a step that `torch.amp.GradScaler` leaves out, no gradient): the weight stays as it was, bit for bit;
+          so does one whose Δ is radial, to the rounding of its dtype;
+        - Δ not finite, or w = 0: the layer gets what the base optimizer made of it, and has no influence on others;
+        - a copy or an unpickled optimizer has no hooks, as always in torch: call `control` on it again, before
+          `load_state_dict`. It then goes on with the norms that the first one kept.
+
+    State of a tracked parameter, beside that of the base optimizer: `control_radius`, float32 [1] or for "filter"
+    [size of dimension 0]: R. It is saved and loaded with the optimizer, and absent while the base's own step runs.
+    Memory: a copy of the tracked weights during a step. It never waits for the device. Parameters that are DTensors
+    (FSDP2, tensor parallelism) are controlled as whole tensors.
+
+    Source: W ← R·normalize(W − η·R·normalize(u)), u = −Δ, is the Hyperball update (Wen et al. 2026, arXiv 2606.16899);
+    it turns by φ = atan2(η·√(1−ρ²), 1−ηρ), ρ = cos(w,u). Derived, docs/control.md.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(elropt.param_groups(model, x), lr=0.01)
+        >>> elropt.control(optimizer)
+    """
+    base = unwrap(optimizer)
+    if rule not in BEHIND_ANY:
+        raise ValueError(f"rule={rule!r} is not one of {', '.join(map(repr, BEHIND_ANY))}; choose one of these")
+    if granularity not in RULES[rule].granularities:
+        raise ValueError(
+            f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of "
+            f"{', '.join(map(repr, RULES[rule].granularities))}"
+        )
+    if any(isinstance(getattr(h, "__self__", None), Controller) for h in _pre_hooks(base)):
+        raise ValueError(
+            "this optimizer is controlled already: keep what control returned, and call its remove() first"
+        )
+    controller = Controller(base, rule, granularity, check_tracked(base, tracked) or frozenset())
+    controller.register(base)
+    return controller
+
+
+class Controller:
+    """What `control` returned: it acts at every step of the optimizer, until `remove`.
+
+    Attributes:
+        rule, granularity: as given.
+    """
+
+    def __init__(self, optimizer: Optimizer, rule: str, granularity: str, tracked: frozenset[Tensor]) -> None:
+        self.rule = rule
+        self.granularity = granularity
+        self._is_angle = RULES[rule].lr_unit == "rad per step"
+        self._tracked = set(tracked)
+        self._rows: _Rows | None = None
+        self._angles: tuple[list[float], Tensor] | None = None  # numbers, and as a vector on the device
+        self._pending: list[
+            tuple[_Rows, list[Tensor]]
+        ] = []  # copies of the weights, of steps that have begun
+        self._loading: Mapping[str, Any] = {}
+        self._warned = False
+        self._handles: list[Any] = []
+        self._optimizer = weakref.ref(optimizer)
+        if not self._find_tracked(optimizer):
+            raise ValueError(
+                "nothing is tracked: no param group has scale_invariant=True and no layer was given. Make the "
+                "optimizer with elropt.param_groups(model, *inputs), or pass "
+                "tracked=elropt.find_scale_invariant(model, *inputs)"
+            )
+        self._check(optimizer, stacklevel=4)
+
+    def remove(self) -> None:
+        """End the control: the next step is the base optimizer's own, and its state is its own again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._pending.clear()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            _take_radii(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+
+    def register(self, optimizer: Optimizer) -> None:
+        """Put the hooks around its steps; `control` does that."""
+        after = optimizer.register_step_post_hook(self._after)
+        # the hooks of others, such as an average of the weights, are to see the weights that the step ends with
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(after.id, last=False)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            after,
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load, prepend=True),
+        ]
+
+    @torch.compiler.disable()
+    def _before(self, optimizer: Optimizer, *_: object) -> None:
+        """Keep a copy of the tracked weights, and take the radii out of the state: many optimizers ask whether the
+        state of a parameter is empty to know their first step."""
+        self._check(optimizer, stacklevel=6)
+        with torch.inference_mode(False), torch.no_grad():
+            # where a step calls the hooked step of its base class, both are controlled; steps that failed are forgotten
+            depth = sum(getattr(vars(kind).get("step"), "hooked", False) for kind in type(optimizer).__mro__)
+            self._pending = self._pending[max(0, len(self._pending) - depth + 1) :]
+            params = self._find_tracked(optimizer)
+            if self._rows is None or not self._rows.are_of(params):
+                self._return_radii(optimizer)
+                self._rows = _Rows(list(params), per_filter=self.granularity == "filter")
+            rows = self._rows
+            if not rows.params:
+                return
+            rows.take_radii(optimizer)
+            weights = [local(p).detach() for p in rows.params]
+            copies = [torch.empty_like(w) for w in weights]
+            torch._foreach_copy_(copies, weights)
+            if self._is_angle:
+                self._angles = rows.by_row([params[p]["lr"] for p in rows.params], self._angles)
+            self._pending.append((rows, copies))
+
+    @torch.compiler.disable()
+    def _after(self, optimizer: Optimizer, *_: object) -> None:
+        """Replace what the base optimizer has made of the tracked weights."""
+        if not self._pending:
+            return
+        rows, copies = self._pending.pop()
+        with torch.inference_mode(False), torch.no_grad():
+            weights = [local(p).detach() for p in rows.params]
+            torch._foreach_sub_(weights, copies)  # Δ
+            try:
+                angle = None if self._angles is None else self._angles[1]
+                rows.turn(copies, weights, angle, whole=self.granularity == "network")
+            finally:  # if anything fails, these weights are as before the step
+                torch._foreach_copy_(weights, copies)
+        rows.return_radii(optimizer)
+
+    def _return_radii(self, optimizer: Optimizer) -> None:
+        """After a step that failed they are not in the state."""
+        if self._rows is not None:
+            self._rows.return_radii(optimizer, only_missing=True)
+
+    def _before_load(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._loading = state_dict
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """The radii stay float32: torch casts state to the dtype of the parameters."""
+        loaded, self._loading = self._loading, {}
+        for index, p in params_by_index(loaded["param_groups"], optimizer.param_groups):
+            radius = loaded["state"].get(index, {}).get(RADIUS)
+            if radius is not None:
+                optimizer.state[p][RADIUS] = radius.detach().to(p.device, torch.float32, copy=True)
+        self._rows = None
+
+    def _find_tracked(self, optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+        """The tracked parameters that the optimizer may change, and their groups. What was tracked once stays so, also
+        if loading a state dict has replaced the flag of its group."""
+        found = {}
+        for group in optimizer.param_groups:
+            flag = group.get("scale_invariant")
+            if flag is True:
+                self._tracked.update(group["params"])
+            if flag is False:
+                continue
+            for p in group["params"]:
+                if p in self._tracked and not is_lazy(p) and p.numel():
+                    found[p] = group
+        return found
+
+    def _check(self, optimizer: Optimizer, stacklevel: int) -> None:
+        """Refuse what cannot be controlled. Reads no tensor.
+
+        Raises:
+            ValueError: names the value, what is allowed and the remedy.
+        """
+        if isinstance(optimizer, ELRSGD) and any(
+            g["rule"] is not None or g["project"] for g in optimizer.param_groups
+        ):
+            raise ValueError(
+                "this ELRSGD has a rule of its own: use that one alone, or make it with rule=None, project=False"
+            )
+        for p, group in self._find_tracked(optimizer).items():
+            check_placement(p, self.rule, inside_zero=False)
+            if not p.is_floating_point():
+                raise ValueError(
+                    f"a tracked parameter of shape {tuple(p.shape)} is {p.dtype}; only real floating-point parameters "
+                    "can be tracked: put it into a group with scale_invariant=False"
+                )
+            if group.get("differentiable"):
+                raise ValueError(
+                    "differentiable=True: the control of a step does not take part in autograd; use "
+                    "differentiable=False"
+                )
+            radius = optimizer.state.get(p, {}).get(RADIUS)
+            if radius is not None and radius.dtype != torch.float32:
+                raise ValueError(
+                    f"the {RADIUS} of a parameter of shape {tuple(p.shape)} is {radius.dtype}, not float32: it was "
+                    "loaded without control; call elropt.control before load_state_dict"
+                )
+            if self._is_angle:
+                self._check_lr(group.get("lr"), stacklevel + 1)
+
+    def _check_lr(self, lr: object, stacklevel: int) -> None:
+        if isinstance(lr, Tensor) and lr.numel() == 1:
+            return
+        if not isinstance(lr, numbers.Real) or not 0 <= float(lr) <= math.pi / 2:
+            raise ValueError(
+                f"lr={lr!r} of a group with tracked layers is not valid: rule='angle' turns these by lr radians per "
+                "step, from 0 to π/2; set the lr of this group (0.01 to begin with), or use rule='uniform'"
+            )
+        if float(lr) > LARGE_ANGLE and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"rule='angle' is to turn every tracked layer by lr={float(lr):g} radians per step. More than "
+                f"{LARGE_ANGLE} is hardly ever wanted: give the tracked layers a param group with an lr of its own, "
+                "0.01 to begin with",
+                UserWarning,
+                stacklevel=stacklevel,
+            )
+
+
+class _Rows:
+    """The rows of the tracked parameters, in one order, and the radii that they keep.
+
+    A row is what one norm is taken over, a tensor or one index of its dimension 0. Parameters of the same device and
+    dtype are neighbours.
+    """
+
+    def __init__(self, params: Sequence[Tensor], *, per_filter: bool) -> None:
+        self._given = [(p, p.device, p.dtype, p.shape) for p in params]
+        self.params = sorted(params, key=_kind)
+        self.per_filter = per_filter
+        self.counts = [p.shape[0] if per_filter and p.dim() else 1 for p in self.params]
+        self.shards = [shard_of(p, by_rows=per_filter) for p in self.params]
+        self.device = self.params[0].device if self.params else torch.device("cpu")
+        self.reductions = reductions(self.params, self.counts, self.shards, self.device)
+        self.radius = torch.zeros(sum(self.counts), device=self.device)
+        self.radii = [r if r.device == p.device else r.to(p.device) for p, r in self._by_param()]
+        self.eps = upload(
+            np.repeat([torch.finfo(p.dtype).eps for p in self.params], self.counts).astype(np.float32),
+            self.device,
+        )
+
+    def _by_param(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.params, self.radius.split(self.counts), strict=True))
+
+    def are_of(self, params: Iterable[Tensor]) -> bool:
+        """Whether these are the rows of `params`."""
+        now = [(p, p.device, p.dtype, p.shape) for p in params]
+        return len(now) == len(self._given) and all(
+            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(now, self._given, strict=True)
+        )
+
+    def take_radii(self, optimizer: Optimizer) -> None:
+        """Out of the state of the optimizer; what somebody else has put there is taken over."""
+        held = _take_radii(optimizer, self.params)
+        for own, count, its in zip(self.radii, self.counts, held, strict=True):
+            if its is not own and its is not None and its.numel() == count:  # else of another granularity
+                own.copy_(its.view(count))
+        if any(own.device != self.device for own in self.radii):
+            self.radius.copy_(torch.cat([own.to(self.device) for own in self.radii]))
+
+    def return_radii(self, optimizer: Optimizer, *, only_missing: bool = False) -> None:
+        """Into the state of the optimizer."""
+        for p, own in zip(self.params, self.radii, strict=True):
+            if not only_missing or RADIUS not in optimizer.state.get(p, {}):
+                optimizer.state[p][RADIUS] = own
+
+    def by_row(
+        self, lrs: Sequence[float | Tensor], before: tuple[list[float], Tensor] | None
+    ) -> tuple[list[float], Tensor]:
+        """[R] float32 on the device, of one value per parameter, and the numbers. `before`: what this returned last."""
+        numbers_ = [0.0 if isinstance(lr, Tensor) else float(lr) for lr in lrs]
+        if before is not None and before[0] == numbers_ and len(before[1]) == len(self.radius):
+            vector = before[1]
+        else:
+            vector = upload(np.repeat(numbers_, self.counts).astype(np.float32), self.device)
+        if any(isinstance(lr, Tensor) for lr in lrs):
+            vector = vector.clone()
+            for part, lr in zip(vector.split(self.counts), lrs, strict=True):
+                if isinstance(lr, Tensor):
+                    part.copy_(local(lr).detach().reshape(()), non_blocking=True)
+        return numbers_, vector
+
+    def turn(
+    stats: LayerStats, radius: Tensor, angle: Tensor | None, eps: Tensor, *, whole: bool = False
+) -> tuple[LayerControls, Tensor]:
+    """The factors with which w ← a·w − s·Δ turns every row by its angle, and the radii after the step.
+
+    Args:
+        stats: of w before the step, with its change Δ in place of a gradient, [R].
+        radius: [R] the norm R that each row keeps; 0: not yet seen.
+        angle: [R] φ; None: the geometric mean of the angles by which the changes turn.
+        eps: [R] the relative rounding of the dtype.
+        whole: all rows together are one vector; `radius` holds their shares of its norm.
+    """
+    zero, one = torch.zeros_like(radius), torch.ones_like(radius)
+    update = LayerStats(stats.weight_sq, stats.grad_sq, -stats.weight_dot_grad, zero, zero, zero)  # u = −Δ
+    hyper = RowHyper(one, zero, one, one, zero, one)
+    radial, tangent_sq, update_sq = update_parts(update, hyper)
+    directed = usable(stats.weight_sq) & torch.isfinite(update_sq) & torch.isfinite(stats.weight_dot_grad)
+    # a change that is radial alone leaves the rounding of the new weight
+    rounding_sq = torch.minimum(radial.square(), (eps / 2).square()) * stats.weight_sq
+    moving = directed & has_tangent(update, hyper) & (tangent_sq > rounding_sq)
+    if angle is None:
+        own = torch.atan2(tangent_sq.sqrt(), stats.weight_sq.sqrt() * (1 - radial))
+        angle = masked_mean(torch.where(moving, own.log(), 0.0), moving).exp()
+    inputs = RuleInputs(update, RuleState(zero, radius, one, zero), hyper, directed, moving, whole)
+    controls, after = turn_on_sphere(inputs, angle)
+    a, p, f = controls.weight_factor, controls.radial, controls.lr_factor
+    assert a is not None
+    assert p is not None
+    assert f is not None
+    # w ← a·w − f·(u − p·a·w). A factor of +0 leaves the bits of w, also those of −0.0; −1 is the base optimizer's step
+    s = torch.where(moving, -f, torch.where(directed, 0.0, -1.0))
+    return LayerControls(grad_factor=s, weight_factor=torch.where(moving, a * (1 + f * p), 1.0)), after.radius
+
+
+def _kind(p: Tensor) -> tuple[str, str]:
+    return str(p.device), str(p.dtype)
+
+
+def _pre_hooks(optimizer: Optimizer) -> Iterable[Any]:
+    return optimizer._optimizer_step_pre_hooks.values()
+
+
+def _take_radii(optimizer: Optimizer, params: Iterable[Tensor]) -> list[Tensor | None]:
+    """Out of the state, of which nothing is left where there was nothing else."""
+    found = []
+    for p in params:
+        held: dict[str, Any] | None = optimizer.state.get(p)
+        found.append(None if held is None else held.pop(RADIUS, None))
+        if held is not None and not held:
+            del optimizer.state[p]
+    return found

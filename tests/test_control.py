@@ -1,0 +1,540 @@
+"""`elropt.control` against the same base optimizer without it, in float64, and against Hyperball."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import elropt
+from elropt import ELRSGD, kernels
+from elropt.controller import RADIUS, control
+from tests.nets import backward, bn_mlp, invariant_weights, train
+
+Make = Callable[..., torch.optim.Optimizer]
+BASES: dict[str, Make] = {
+    "AdamW": lambda groups, **kw: torch.optim.AdamW(groups, weight_decay=0.1, **kw),
+    "Muon": lambda groups, **kw: torch.optim.Muon(groups, **kw),
+    "SGD": lambda groups, **kw: torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4, nesterov=True, **kw),
+    "Adafactor": lambda groups, **kw: torch.optim.Adafactor(groups, **kw),
+    "ELRSGD": lambda groups, **kw: ELRSGD(groups, momentum=0.9, rule=None, **kw),
+}
+
+
+def groups_of(net: nn.Sequential, lr: float | Tensor = 0.01, others: bool = True) -> list[dict[str, Any]]:
+    tracked = invariant_weights(net)
+    rest = [p for p in net.parameters() if all(p is not w for w in tracked)]
+    groups = [{"params": tracked, "lr": lr, "scale_invariant": True}]
+    return [*groups, {"params": rest, "lr": 3e-3, "scale_invariant": False}] if others else groups
+
+
+def controlled(
+    base: str = "AdamW", lr: float | Tensor = 0.01, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    net = bn_mlp(3, dtype=dtype)
+    optimizer = BASES[base](groups_of(net, lr, others=base != "Muon"))
+    control(optimizer, **options)
+    return net, optimizer
+
+
+def rows(t: Tensor, granularity: str) -> Tensor:
+    t = t.detach().double()
+    return t.flatten(1) if granularity == "filter" else t.reshape(1, -1)
+
+
+def angles(before: Tensor, after: Tensor, granularity: str = "layer") -> Tensor:
+    """Between the rows of two tensors; accurate also where they are small."""
+    a, b = (rows(t, granularity) for t in (before, after))
+    a, b = a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)
+    return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))
+
+
+def turned(w: Tensor, change: Tensor, angle: Tensor | float, radius: Tensor) -> Tensor:
+    """The definition, by row, in float64."""
+    unit = w / w.norm(dim=1, keepdim=True)
+    tangent = change - (unit * change).sum(1, keepdim=True) * unit
+    tangent = tangent / tangent.norm(dim=1, keepdim=True)
+    angle = torch.as_tensor(angle, dtype=torch.float64).reshape(-1, 1)
+    return radius * (angle.cos() * unit + angle.sin() * tangent)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "filter", "network"])
+@pytest.mark.parametrize("base", BASES)
+def test_angle_is_the_definition_and_the_rest_is_the_base(base: str, granularity: str) -> None:
+    """Each step from the same weights, without control and in float64: the same direction, the length of the rule."""
+    lr = 0.02
+    net, optimizer = controlled(base, lr, granularity=granularity)
+    twin = bn_mlp(3)
+    plain = BASES[base](groups_of(twin, lr, others=base != "Muon"))
+    tracked, of_twin = invariant_weights(net), invariant_weights(twin)
+    first = [rows(w, granularity) for w in tracked]
+    radii = [w.norm(dim=1, keepdim=True) for w in first]
+    whole_radius = torch.cat(first, 1).norm(dim=1, keepdim=True) if granularity == "network" else None
+    for step in range(4):
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            q.data.copy_(p)
+        for a, b in zip(net.buffers(), twin.buffers(), strict=True):
+            b.copy_(a)
+        before = [rows(w, granularity) for w in tracked]
+        backward(net, step)
+        backward(twin, step)
+        optimizer.step()
+        plain.step()
+        after = [rows(w, granularity) for w in tracked]
+        changes = [rows(w, granularity) - b for w, b in zip(of_twin, before, strict=True)]
+        if whole_radius is not None:
+            whole = (torch.cat(ts, 1) for ts in (before, changes))
+            want = list(turned(*whole, lr, whole_radius).split([w.numel() for w in tracked], 1))
+        else:
+            want = [turned(w, d, lr, r) for w, d, r in zip(before, changes, radii, strict=True)]
+        for a, b in zip(after, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        others = [
+            (p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True) if p not in set(tracked)
+        ]
+        assert all(torch.equal(p, q) for p, q in others)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            held = {key: value for key, value in optimizer.state.get(p, {}).items() if key != RADIUS}
+            assert str(held) == str(plain.state.get(q, {}))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "filter"])
+def test_uniform_is_the_geometric_mean_of_what_the_base_would_turn(granularity: str) -> None:
+    net, optimizer = controlled("SGD", 0.1, rule="uniform", granularity=granularity)
+    twin = copy.deepcopy(net)
+    plain = BASES["SGD"](groups_of(twin, 0.1))
+    before = [w.detach().clone() for w in invariant_weights(net)]
+    for n, o in ((net, optimizer), (twin, plain)):
+        train(n, o, range(1))
+    own = torch.cat([angles(a, b, granularity) for a, b in zip(before, invariant_weights(twin), strict=True)])
+    got = torch.cat([angles(a, b, granularity) for a, b in zip(before, invariant_weights(net), strict=True)])
+    assert own.max() > 1.2 * own.min()
+    torch.testing.assert_close(got, own.log().mean().exp().expand_as(got), rtol=2e-5, atol=0)
+    for a, b in zip(before, invariant_weights(net), strict=True):
+        torch.testing.assert_close(
+            rows(b, granularity).norm(dim=1), rows(a, granularity).norm(dim=1), rtol=1e-6, atol=0
+        )
+
+
+@pytest.mark.parametrize("base", ["AdamW", "SGD"])
+@pytest.mark.parametrize(("lr", "accuracy"), [(1e-5, 2e-3), (1e-3, 2e-5), (0.1, 2e-6)])
+def test_angle_is_exact_also_if_it_is_small(base: str, lr: float, accuracy: float) -> None:
+    """At 1e-5 the rounding of float32 weights shows, as it would if they were computed exactly and rounded once."""
+    net, optimizer = controlled(base, lr)
+    for step in range(3):
+        before = [w.detach().clone() for w in invariant_weights(net)]
+        train(net, optimizer, range(step, step + 1))
+        for a, b in zip(before, invariant_weights(net), strict=True):
+            assert float(angles(a, b)) == pytest.approx(lr, rel=accuracy)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.floats(1e-6, 1.5), st.floats(-0.999, 0.999), st.integers(2, 9), st.floats(1e-3, 1e3))
+def test_hyperball_is_a_turn_by_this_angle(angle: float, cosine: float, n: int, radius: float) -> None:
+    """W ← R·normalize(W − η·R·normalize(u)) in float64, for every u; η = tan φ if u is tangential."""
+    generator = torch.Generator().manual_seed(n)
+    w, other = torch.randn(2, n, generator=generator, dtype=torch.float64)
+    w *= radius / w.norm()
+    tangent = other - (w @ other) / (w @ w) * w
+    sine = math.sqrt(1 - cosine**2)
+    u = cosine * w / radius + sine * tangent / tangent.norm()
+    denominator = sine * math.cos(angle) + cosine * math.sin(angle)
+    if denominator <= 1e-3:  # η → ∞ turns w to −u: no η turns it further
+        return
+    η = math.sin(angle) / denominator
+    hyperball = w - η * radius * u
+    hyperball *= radius / hyperball.norm()
+    want = turned(w[None], -u[None], angle, torch.tensor(radius, dtype=torch.float64))[0]
+    torch.testing.assert_close(hyperball, want, rtol=1e-9, atol=1e-9 * radius)
+    assert math.atan2(η * sine, 1 - η * cosine) == pytest.approx(angle, rel=1e-9)
+
+
+def test_control_of_adamw_is_adamh() -> None:
+    """Several steps of Hyperball around Adam, written out in float64."""
+    φ, β1, β2, eps = 0.03, 0.9, 0.999, 1e-8
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    p = nn.Parameter(w.clone())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "scale_invariant": True}], lr=φ, betas=(β1, β2), eps=eps, weight_decay=0.1
+    )
+    control(optimizer)
+    R, m, v = w.norm(), torch.zeros_like(w), torch.zeros_like(w)
+    for t in range(1, 8):
+        g = torch.randn(5, 7, generator=generator, dtype=torch.float64) + 0.3 * w
+        m, v = β1 * m + (1 - β1) * g, β2 * v + (1 - β2) * g * g
+        u = (m / (1 - β1**t)) / ((v / (1 - β2**t)).sqrt() + eps)
+        ρ = float((w * u).sum() / (w.norm() * u.norm()))
+        η = math.sin(φ) / (math.sqrt(1 - ρ**2) * math.cos(φ) + ρ * math.sin(φ))
+        w = w - η * R * u / u.norm()
+        w = R * w / w.norm()
+        p.grad = g
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-6)
+
+
+def weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.detach().view(torch.int32), b.detach().view(torch.int32))
+
+
+def test_a_skipped_step_leaves_all_bits() -> None:
+    """As torch.amp.GradScaler tells fused optimizers: found_inf; −0.0 stays −0.0."""
+    w = nn.Parameter(torch.randn(6, 4))
+    w.data[0, 0] = -0.0
+    optimizer: Any = torch.optim.AdamW([{"params": [w], "scale_invariant": True}], lr=0.01, fused=True)
+    control(optimizer)
+    for found_inf in (1.0, 0.0, 1.0):
+        before = w.detach().clone()
+        w.grad = torch.full_like(w, math.inf) if found_inf else torch.randn_like(w)
+        w.data[0, 0] = before[0, 0] = -0.0
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(found_inf)
+        optimizer.step()
+        assert same_bits(w, before) == bool(found_inf)
+    assert float(optimizer.state[w][RADIUS]) > 0
+
+
+def test_no_gradient_or_a_radial_step_leaves_all_bits() -> None:
+    frozen, decayed, late = (nn.Parameter(torch.randn(30, 20)) for _ in range(3))
+    groups = [{"params": [frozen, decayed, late], "scale_invariant": True}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+    control(optimizer)
+    before = weights_of(optimizer)
+    for step in range(4):
+        decayed.grad = torch.zeros_like(decayed)
+        late.grad = torch.randn_like(late) if step == 3 else None
+        optimizer.step()
+        assert same_bits(frozen, before[0])
+        assert same_bits(decayed, before[1])
+        assert same_bits(late, before[2]) == (step < 3)
+    assert set(optimizer.state[late]) == {"step", "exp_avg", "exp_avg_sq", RADIUS}
+
+
+def test_nan_stays_in_its_layer() -> None:
+    nets = [controlled("SGD", 0.02, rule=rule) for rule in ("angle", "uniform")]
+    for net, optimizer in nets:
+        bad, *good = invariant_weights(net)
+        backward(net, 0)
+        assert bad.grad is not None
+        bad.grad[0, 0] = math.nan
+        before = [w.detach().clone() for w in good]
+        optimizer.step()
+        assert int(bad.isnan().sum()) == 1
+        assert all(float(angles(a, b)) > 1e-4 for a, b in zip(before, good, strict=True))
+        assert all(bool(p.isfinite().all()) for p in net.parameters() if p is not bad)
+
+
+def test_a_change_far_longer_than_the_weight() -> None:
+    w = nn.Parameter(torch.randn(40, 30))
+    optimizer = torch.optim.SGD([{"params": [w], "scale_invariant": True}], lr=0.01)
+    control(optimizer)
+    before = w.detach().clone()
+    w.grad = torch.randn_like(w) * 1e9
+    optimizer.step()
+    assert float(angles(before, w)) == pytest.approx(0.01, rel=1e-5)
+    assert float(w.detach().norm()) == pytest.approx(float(before.norm()), rel=1e-6)
+
+
+def test_state_of_a_base_that_skips_its_first_step() -> None:
+    """It asks whether its state is empty, as many do, and so must not find ours there."""
+
+    class Skips(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> None:
+            self.steps += 1
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if self.steps > 2:
+                        if p not in self.state:
+                            self.state[p]["own"] = torch.zeros(())
+                        self.state[p]["own"] += 1
+                        p.data -= p.grad
+
+    w = nn.Parameter(torch.randn(3, 4))
+    optimizer = Skips([{"params": [w], "scale_invariant": True}], lr=0.01)
+    control(optimizer)
+    for _ in range(5):
+        w.grad = torch.randn_like(w)
+        optimizer.step()
+    assert float(optimizer.state[w]["own"]) == 3
+    assert set(optimizer.state[w]) == {"own", RADIUS}
+
+
+def test_lr_is_read_at_the_step_and_may_be_a_tensor() -> None:
+    net, optimizer = controlled("AdamW", torch.tensor(0.05))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for expected in (0.05, 0.025, 0.0125):
+        before = [w.detach().clone() for w in invariant_weights(net)]
+        train(net, optimizer, range(1))
+        scheduler.step()
+        for a, b in zip(before, invariant_weights(net), strict=True):
+            assert float(angles(a, b)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_closure_that_is_called_several_times() -> None:
+    w = nn.Parameter(torch.randn(4, 3))
+    optimizer = torch.optim.LBFGS([w], lr=0.02, max_iter=5)
+    control(optimizer, tracked=[w])
+    target = torch.randn(4, 3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -(w * target).sum() / w.norm()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        before = w.detach().clone()
+        optimizer.step(closure)
+        assert float(angles(before, w)) == pytest.approx(0.02, rel=1e-5)
+
+
+@pytest.mark.parametrize("base", ["AdamW", "SGD", "ELRSGD"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granularity", ["layer", "filter", "network"])
+def test_resumes_bit_for_bit(base: str, dtype: torch.dtype, granularity: str) -> None:
+    options = {"dtype": dtype, "granularity": granularity}
+    net, optimizer = controlled(base, **options)
+    train(net, optimizer, range(3))
+    saved = pickle.loads(pickle.dumps((net.state_dict(), optimizer.state_dict())))
+    train(net, optimizer, range(3, 6))
+    again, other = controlled(base, **options)
+    train(again, other, range(2))
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    train(again, other, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    radius = optimizer.state[invariant_weights(net)[0]][RADIUS]
+    assert radius.dtype == torch.float32
+    assert torch.equal(radius, other.state[invariant_weights(again)[0]][RADIUS])
+
+
+def test_loading_what_has_no_flags_and_no_radii_begins_anew() -> None:
+    """A checkpoint of the base optimizer replaces its groups; what was tracked stays so."""
+    net = bn_mlp(3)
+    plain = torch.optim.AdamW([{"params": list(net.parameters())}], lr=0.02)
+    train(net, plain, range(2))
+    optimizer = torch.optim.AdamW([{"params": list(net.parameters())}], lr=0.5)
+    control(optimizer, tracked=invariant_weights(net))
+    optimizer.load_state_dict(plain.state_dict())
+    before = [w.detach().clone() for w in invariant_weights(net)]
+    train(net, optimizer, range(1))
+    for a, b in zip(before, invariant_weights(net), strict=True):
+        assert float(angles(a, b)) == pytest.approx(0.02, rel=1e-5)
+        assert float(optimizer.state[b][RADIUS]) == pytest.approx(float(a.norm()), rel=1e-6)
+
+
+def test_radii_that_were_cast_are_refused() -> None:
+    net, optimizer = controlled("AdamW", dtype=torch.bfloat16)
+    train(net, optimizer, range(1))
+    other = BASES["AdamW"](groups_of(net))
+    other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"call elropt\.control before load_state_dict"):
+        control(other)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_goes_on_with_the_same_norms_once_it_is_controlled(copied: Callable[[Any], Any]) -> None:
+    net, optimizer = controlled()
+    train(net, optimizer, range(2))
+    again, other = copied((net, optimizer))
+    control(other)
+    train(net, optimizer, range(2, 5))
+    train(again, other, range(2, 5))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+def test_groups_that_are_added_later() -> None:
+    net, optimizer = controlled()
+    train(net, optimizer, range(2))
+    radii = {p: optimizer.state[p][RADIUS].clone() for p in invariant_weights(net)}
+    more = nn.Parameter(torch.randn(8, 8))
+    optimizer.add_param_group({"params": [more], "lr": 0.03, "scale_invariant": True})
+    before = more.detach().clone()
+    more.grad = torch.randn_like(more)
+    optimizer.step()
+    assert float(angles(before, more)) == pytest.approx(0.03, rel=1e-5)
+    assert all(torch.equal(optimizer.state[p][RADIUS], r) for p, r in radii.items())
+
+
+def test_after_remove_it_is_the_base() -> None:
+    net, twin = bn_mlp(3), bn_mlp(3)
+    optimizer, plain = (BASES["AdamW"](groups_of(n)) for n in (net, twin))
+    handle = control(optimizer)
+    train(net, optimizer, range(2))
+    handle.remove()
+    handle.remove()
+    assert all(RADIUS not in held for held in optimizer.state.values())
+    twin.load_state_dict(net.state_dict())
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(net, optimizer, range(2, 4))
+    train(twin, plain, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+    control(optimizer)
+
+
+def test_hooks_of_others_see_the_weights_that_the_step_ends_with() -> None:
+    net = bn_mlp(3)
+    optimizer = BASES["AdamW"](groups_of(net))
+    seen: list[list[Tensor]] = []
+    optimizer.register_step_post_hook(lambda o, *_: seen.append(weights_of(o)))
+    control(optimizer)
+    optimizer.register_step_post_hook(lambda o, *_: seen.append(weights_of(o)))
+    train(net, optimizer, range(1))
+    for weights in seen:
+        assert all(torch.equal(a, b) for a, b in zip(weights, weights_of(optimizer), strict=True))
+    assert len(seen) == 2
+
+
+class Halving(torch.optim.SGD):
+    """Calls the hooked step of its base class, and then moves the weights itself."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(0.1 * torch.ones_like(p))
+        if getattr(self, "fails", False):
+            raise RuntimeError("out of memory")
+        return result
+
+
+def test_a_step_within_a_step() -> None:
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # from now on its step runs hooks
+    w = nn.Parameter(torch.randn(20, 10))
+    optimizer: Any = Halving([{"params": [w], "scale_invariant": True}], lr=0.01)
+    control(optimizer)
+    radius = float(w.detach().norm())
+    for step in range(5):
+        optimizer.fails = step in (1, 2)
+        before = w.detach().clone()
+        w.grad = torch.randn_like(w)
+        if optimizer.fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                optimizer.step()
+            continue
+        optimizer.step()
+        assert float(angles(before, w)) == pytest.approx(0.01, rel=1e-5)
+        assert float(w.detach().norm()) == pytest.approx(radius, rel=1e-6)
+
+
+def test_the_kernels_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take the group on CUDA; here in Triton's interpreter."""
+    results = []
+    for backend in (None, kernels):
+        with monkeypatch.context() as patch:
+            if backend is not None:
+                patch.setattr("elropt.controller.choose_backend", lambda *_, **__: kernels)
+            for granularity in ("layer", "filter"):
+                net, optimizer = controlled("SGD", 0.02, granularity=granularity)
+                train(net, optimizer, range(2))
+                results.append([w.detach() for w in invariant_weights(net)])
+    for one, other in zip(results[:2], results[2:], strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def errors() -> Iterator[Any]:
+    def case(name: str, error: type[Exception], match: str, act: Callable[[], object]) -> Any:
+        return pytest.param(error, match, act, id=name)
+
+    def adamw(**group: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([{"params": [nn.Parameter(torch.ones(3, 2))], "lr": 0.01, **group}])
+
+    flagged: dict[str, Any] = {"scale_invariant": True}
+    yield case("nothing", ValueError, "nothing is tracked.*param_groups", lambda: control(adamw()))
+    yield case("none", ValueError, "nothing is tracked", lambda: control(adamw(), tracked={"w": None}))
+    yield case(
+        "rule",
+        ValueError,
+        "'warmup' is not known; choose one of 'angle'",
+        lambda: control(adamw(**flagged), "warmup"),
+    )  # type: ignore[arg-type]
+    yield case(
+        "granularity",
+        ValueError,
+        "granularity='network' has no meaning for rule='uniform'",
+        lambda: control(adamw(**flagged), "uniform", granularity="network"),
+    )
+    yield case("lr", ValueError, "lr=3.0.*from 0 to π/2", lambda: control(adamw(**flagged, lr=3.0)))
+    yield case("type", TypeError, "is no torch optimizer", lambda: control(object()))  # type: ignore[arg-type]
+    yield case(
+        "name",
+        ValueError,
+        "tracked has 'a', which is no parameter",
+        lambda: control(adamw(), tracked=["a"]),
+    )
+    yield case(
+        "stranger",
+        ValueError,
+        "a parameter of shape",
+        lambda: control(adamw(), tracked=[nn.Parameter(torch.ones(2))]),
+    )
+    yield case(
+        "elrsgd",
+        ValueError,
+        "has a rule of its own.*rule=None",
+        lambda: control(ELRSGD([{"params": [nn.Parameter(torch.ones(3, 2))], **flagged}], lr=0.1)),
+    )
+
+
+@pytest.mark.parametrize(("error", "match", "act"), list(errors()))
+def test_errors(error: type[Exception], match: str, act: Callable[[], object]) -> None:
+    with pytest.raises(error, match=match):
+        act()
+
+
+def test_twice_is_refused() -> None:
+    _, optimizer = controlled()
+    with pytest.raises(ValueError, match=r"controlled already.*remove"):
+        control(optimizer)
+
+
+@pytest.mark.parametrize("lr", [2.0, math.nan, math.inf, -0.1, None])
+def test_a_schedule_out_of_range_is_refused_before_anything_changes(lr: Any) -> None:
+    net, optimizer = controlled()
+    train(net, optimizer, range(1))
+    backward(net, 1)
+    optimizer.param_groups[0]["lr"] = lr
+    before, state = weights_of(optimizer), str(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match="is not valid"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(optimizer), strict=True))
+    assert str(optimizer.state_dict()["state"]) == state
+
+
+def test_warns_once_of_large_angles() -> None:
+    net = bn_mlp(3)
+    optimizer = BASES["AdamW"](groups_of(net, 0.3))
+    with pytest.warns(UserWarning, match=r"lr=0\.3 radians per step") as caught:
+        control(optimizer)
+    assert caught[0].filename == __file__
+    train(net, optimizer, range(2))
+
+
+def test_names_and_what_find_scale_invariant_returns() -> None:
+    net = bn_mlp(3)
+    found = elropt.find_scale_invariant(net, torch.randn(16, 8))
+    for tracked in (found, [name for name, kind in found.items() if kind], invariant_weights(net)):
+        optimizer = torch.optim.AdamW(net.named_parameters(), lr=0.01)
+        handle = control(optimizer, tracked=tracked)
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        train(net, optimizer, range(1))
+        held = {name for name, p in net.named_parameters() if RADIUS in optimizer.state[p]}
+        assert held == {name for name, kind in found.items() if kind}
+        for name in held:
+            assert float(angles(before[name], net.get_parameter(name))) == pytest.approx(0.01, rel=1e-4)
+        handle.remove()
