@@ -42,10 +42,7 @@ from .sharding import check_placement, local, reductions, shard_of
 __all__ = ["RADIUS", "Controller", "control", "turn"]
 
 RADIUS = "control_radius"  # in `optimizer.state[p]`
-GRANULARITIES = {"angle": ("layer", "filter", "network"), "uniform": ("layer", "filter")}
-LEAST_TANGENT = (
-    1e-5  # of ‖Δ‖², below which ‖Δ⊥‖² may be what rounding leaves of the sums that it is a difference of
-)
+BEHIND_ANY = [name for name, spec in RULES.items() if spec.decide_update and not spec.settles]
 AS_IT_IS = UpdateOptions(
     lr=1.0, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False
 )
@@ -115,7 +112,9 @@ def control(
     """
     base = unwrap(optimizer)
     if rule not in BEHIND_ANY:
-        raise ValueError(f"rule={rule!r} is not one of {', '.join(map(repr, BEHIND_ANY))}; choose one of these")
+        raise ValueError(
+            f"rule={rule!r} is not one of {', '.join(map(repr, BEHIND_ANY))}; choose one of these"
+        )
     if granularity not in RULES[rule].granularities:
         raise ValueError(
             f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of "
@@ -370,6 +369,47 @@ class _Rows:
         return numbers_, vector
 
     def turn(
+        self, weights: list[Tensor], changes: list[Tensor], angle: Tensor | None, *, whole: bool
+    ) -> None:
+        """Turn `weights`, as they were before a step that changes them by `changes`, in place."""
+        groups = self._groups(weights, changes)
+        stats = measure(
+            groups, self.device, per_filter=self.per_filter, with_momentum=False, reductions=self.reductions
+        )
+        controls, radius = turn(stats, self.radius, angle, self.eps, whole=whole)
+        update_groups(groups, controls, per_filter=self.per_filter)
+        self.radius.copy_(radius)
+        for own, (_, part) in zip(self.radii, self._by_param(), strict=True):
+            if own.device != self.device:
+                own.copy_(part, non_blocking=True)
+
+    def _groups(self, weights: list[Tensor], changes: list[Tensor]) -> list[Group]:
+        groups, first = [], 0
+        kinds = list(map(_kind, self.params))
+        while first < len(kinds):
+            end = first + kinds[first:].count(kinds[first])
+            here = slice(first, end)
+            none: list[Tensor | None] = [None] * (end - first)
+            backend = choose_backend(
+                weights[here], changes[here], none, foreach=None, fused=None, per_filter=self.per_filter
+            )
+            groups.append(
+                Group(
+                    self.params[here],
+                    weights[here],
+                    changes[here],
+                    self.shards[here],
+                    none,
+                    self.counts[here],
+                    AS_IT_IS,
+                    backend,
+                )
+            )
+            first = end
+        return groups
+
+
+def turn(
     stats: LayerStats, radius: Tensor, angle: Tensor | None, eps: Tensor, *, whole: bool = False
 ) -> tuple[LayerControls, Tensor]:
     """The factors with which w ← a·w − s·Δ turns every row by its angle, and the radii after the step.

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -433,11 +434,17 @@ def test_a_step_within_a_step() -> None:
 
 def test_the_kernels_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take the group on CUDA; here in Triton's interpreter."""
+
+    def measure(*args: Any, with_update: bool, **options: Any) -> Tensor:
+        assert not with_update
+        return kernels.measure(*args, **options)
+
+    backend = SimpleNamespace(measure=measure, update=kernels.update)
     results = []
-    for backend in (None, kernels):
+    for fused in (False, True):
         with monkeypatch.context() as patch:
-            if backend is not None:
-                patch.setattr("elropt.controller.choose_backend", lambda *_, **__: kernels)
+            if fused:
+                patch.setattr("elropt.controller.choose_backend", lambda *_, **__: backend)
             for granularity in ("layer", "filter"):
                 net, optimizer = controlled("SGD", 0.02, granularity=granularity)
                 train(net, optimizer, range(2))
@@ -460,7 +467,7 @@ def errors() -> Iterator[Any]:
     yield case(
         "rule",
         ValueError,
-        "'warmup' is not known; choose one of 'angle'",
+        "'warmup' is not one of 'uniform', 'angle'",
         lambda: control(adamw(**flagged), "warmup"),
     )  # type: ignore[arg-type]
     yield case(
