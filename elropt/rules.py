@@ -170,7 +170,7 @@ def plain(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
 def warmup(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
     """Equalize the ELRs without changing the network's function, then hand over to plain SGD.
 
-    All layers turn as if their E were E★, the geometric mean of E or, if that is less, the critical one: where ‖w‖²
+    All layers have the elr λE★. E★ is the geometric mean of E or, if that is less, the critical one: where ‖w‖²
     doubles in a step under steady gradients, √((1-μ)³/(1+μ))/((1-d)·λ). Meanwhile each weight is rescaled a little at
     every step, by a = (E/E★)^(EQUALIZATION_RATE/2); as E ∝ 1/‖w‖², the E of all layers approach E★ and the factors of
     the gradients approach 1.
@@ -491,7 +491,7 @@ class RuleSpec(NamedTuple):
         scales_weights: it sets `weight_factor`.
         keeps_radius: it brings each weight back to the norm that it had at first, `RuleState.radius`.
         compares_layers: what it does to a layer depends on the others, at every granularity.
-        turns_alike: all rows that move turn by the same angle, see `common_turn`.
+        turns_alike: all rows that move have the same elr, see `common_turn`.
         elr_of: what ``elr_of=None`` stands for.
         settles: it needs a weight decay, and `RowHyper.settling`.
         ends: it hands over to plain SGD: `RuleState.handed_over` becomes 1.

@@ -150,7 +150,7 @@ def plain(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
 
 @triton.jit
 def warmup(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
-    """All that move turn by λE★ while a = (E/E★)^(EQUALIZATION_RATE/2), until log E from the smoothed c is within
+    """All that move have the elr λE★ while a = (E/E★)^(EQUALIZATION_RATE/2), until log E from the smoothed c is within
     EQUALIZED_STD of log E★ (root mean square)."""
     # read by all threads before the sums, which they wait for, and written by one after them
     over = (tl.load(inputs.handed_over) != 0).to(tl.int32)

@@ -78,7 +78,7 @@ def closing(entry: Entry) -> dict[str, Any]:
 
     log_spread: mean of ln(max E/min E) over the first `HORIZON` steps; log_spread_by_lr: its mean over seeds.
     steps_to_closed: first recorded step from which on, to the `HORIZON`, the spread stays below `CLOSED`; None if it
-    does not. applied_log_spread: of what the layers turn by, which a rule can equalize at once.
+    does not. applied_log_spread: of the elr that is applied, which a rule can equalize at once.
     """
     runs = entry.test_rows
     return {
