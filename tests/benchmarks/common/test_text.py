@@ -85,7 +85,7 @@ def test_text_has_no_pixels(library: Path) -> None:
 
 
 def test_a_library_without_sources(library: Path) -> None:
-    for path in library.glob("m1*.py"):
+    for path in library.glob("m0*.py"):
         path.unlink()
     with pytest.raises(FileNotFoundError, match=r"has only \d+ \.py files"):
         data.load("python")
