@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.common import data, models, training
 from benchmarks.common.command_line import one_of, show, table_of
-from benchmarks.common.optimizers import METHODS, OPTIMIZERS
+from benchmarks.common.optimizers import METHODS, OPTIMIZERS, PEERS
 from benchmarks.common.sweep import Row, default_jobs
 from benchmarks.common.training import Task
 from benchmarks.studies import comparison, study
@@ -31,7 +31,12 @@ from elropt import plots
 from elropt.rules import RULES
 
 DEFAULT_MODELS = ["bn-mlp-30", "plain-8-w8"]
-DEFAULT_METHODS = ["sgd", "sgd+linear", *filter(None, RULES)]
+DEFAULT_METHODS = [*PEERS, *filter(None, RULES)]
+
+
+def default_methods(weight_decay: float) -> list[str]:
+    """`DEFAULT_METHODS`, without decay less those that need it."""
+    return [name for name in DEFAULT_METHODS if weight_decay or not METHODS[name].entry.needs_decay]
 
 
 def spread_table(of_task: Sequence[Entry]) -> Table:
@@ -148,7 +153,8 @@ def main(
         typer.Option(
             callback=one_of(METHODS),
             help=f"Repeatable; of {', '.join(OPTIMIZERS)} (lars and sgdp need pytorch-optimizer), each with "
-            f"+linear for a linear warm-up of its lr. Default: {', '.join(DEFAULT_METHODS)}.",
+            f"+linear for a linear warm-up of its lr. Default: {', '.join(DEFAULT_METHODS)}; those that need weight "
+            "decay only with it.",
         ),
     ] = None,
     lrs: Annotated[
@@ -185,7 +191,7 @@ def main(
 
     Example: python -m benchmarks.accuracy --data cifar10-quick --model plain-20 --epochs 10
     """
-    model, optimizer = model or DEFAULT_MODELS, optimizer or DEFAULT_METHODS
+    model, optimizer = model or DEFAULT_MODELS, optimizer or default_methods(weight_decay)
     if (path is not None) != (data_name == "imagefolder"):
         raise typer.BadParameter("--data imagefolder takes the PATH of its tree; other data sets take --root")
     tasks = [

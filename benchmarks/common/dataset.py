@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 Part = Literal["train", "val", "test"]
+Number = TypeVar("Number", float, NDArray[np.float64])
 
 
 class Metric(NamedTuple):
@@ -38,8 +40,8 @@ class Metric(NamedTuple):
         """The score of the best guess that ignores the input."""
         return self.factor * row.get("chance", 1 / row["classes"])  # rows before 2026-11-28 have no "chance"
 
-    def value(self, score: float) -> float:
-        """A score, or a difference of two, with the sign in which it is shown."""
+    def value(self, score: Number) -> Number:
+        """Scores as they are shown: losses without the minus."""
         return score if self.factor > 0 else -score
 
 

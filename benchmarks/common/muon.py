@@ -67,15 +67,17 @@ class MuonWithAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for parameter, view in self._views:
-            view.grad = None if parameter.grad is None else as_matrix(parameter.grad)
+            view.grad = None if parameter.grad is None else as_matrix(parameter, parameter.grad)
         for group, part in self._parts:
             part.param_groups[0].update(lr=group["lr"], weight_decay=group["weight_decay"])
             part.step()
         return loss
 
 
-def as_matrix(weight: Tensor) -> Tensor:
-    """A weight [out, …] as a view [out, n]. Its columns are in the order of the memory: to Muon they are all alike."""
-    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-        weight = weight.permute(0, 2, 3, 1)
-    return weight.view(len(weight), -1)
+def as_matrix(weight: Tensor, grad: Tensor | None = None) -> Tensor:
+    """A weight [out, …] as a view [out, n], or its gradient with the columns in the same order: that of the weight's
+    memory, as to Muon they are all alike."""
+    matrix = weight if grad is None else grad
+    if weight.ndim == 4 and not weight.is_contiguous():
+        matrix = matrix.permute(0, 2, 3, 1)  # channels_last
+    return matrix.view(len(matrix), -1) if grad is None else matrix.flatten(1)

@@ -44,6 +44,7 @@ class Entry(NamedTuple):
         hidden: with `separate_lr`: it is that of all hidden weights, tracked or not, see `muon.is_hidden`.
         decay_factor: what SGD's weight decay is multiplied by to do about the same here.
         other_lr_factor: what SGD's learning rate is multiplied by for the weights that have a separate one.
+        needs_decay: it is for tasks with weight decay only.
         channels_last: it can train weights in this memory format.
         package: the package, besides torch and elropt, that it comes from.
     """
@@ -54,6 +55,7 @@ class Entry(NamedTuple):
     hidden: bool = False
     decay_factor: float = 1.0
     other_lr_factor: float = 1.0
+    needs_decay: bool = False
     channels_last: bool = True
     package: str | None = None
 
@@ -73,11 +75,12 @@ def muon_with_adamw(params: Any, *, lr: float, momentum: float) -> Optimizer:
     return MuonWithAdamW(split_hidden(params), lr, (momentum, 0.999))
 
 
-def of_rule(rule: str) -> Entry:
-    """ELRSGD with a rule."""
-    lr_unit = RULES[rule].lr_unit
-    build = partial(elropt.ELRSGD, rule=rule)
-    return Entry(build, UNITS[lr_unit], separate_lr=lr_unit != "lr")
+def of_rule(rule: str, **options: Any) -> Entry:
+    """ELRSGD with a rule, and more of its arguments."""
+    spec = RULES[rule]
+    build = partial(elropt.ELRSGD, rule=rule, **options)
+    unit = UNITS[spec.lr_unit]
+    return Entry(build, unit, separate_lr=spec.lr_unit != "lr", needs_decay=spec.settles)
 
 
 # AdamW multiplies its decay by its learning rate, as SGD does, and that is some 100 times smaller than SGD's. Where the
@@ -92,6 +95,13 @@ OPTIMIZERS: dict[str, Entry] = {
     # SGDP takes views of its weights.
     "sgdp": Entry(imported("pytorch_optimizer", "SGDP"), channels_last=False, package="pytorch_optimizer"),
     **{rule: of_rule(rule) for rule in RULES if rule is not None},
+    "uniform-update": of_rule("uniform", elr_of="update"),
+    "angle-filter": of_rule("angle", granularity="filter"),
+    "angle-update": of_rule("angle", elr_of="update"),
+    "angle-update-filter": of_rule("angle", elr_of="update", granularity="filter"),
+    "equilibrium-gradient": of_rule("equilibrium", elr_of="gradient"),
+    "equilibrium-filter": of_rule("equilibrium", granularity="filter"),
+    "equilibrium-unprotected": of_rule("equilibrium", protect=False),
 }
 
 
@@ -135,6 +145,15 @@ def method_of(name: str) -> Method:
     optimizer, rule = ("elrsgd", name) if name in RULES else (name, None)
     return Method(name, optimizer, rule, separate_lr=entry.separate_lr, unit=entry.unit, lrs=LRS[entry.unit])
 
+
+PEERS = (
+    "sgd",
+    "sgd+linear",
+    "adamw",
+    "adamw+linear",
+    "muon",
+    "muon+linear",
+)  # in every comparison of accuracies
 
 METHODS = {name: method_of(name) for name in OPTIMIZERS}
 METHODS |= {method.name: method for method in [plain.with_linear() for plain in METHODS.values()]}

@@ -25,9 +25,22 @@ import elropt
 from benchmarks.common import data, models, optimizers, warmups
 from benchmarks.common.dataset import Dataset
 from benchmarks.common.optimizers import Method
+from elropt.weight_change import Rows, weight_change
 
 FIRST_STEPS = 20  # recorded one by one
-TRACE_COLUMNS = ("trace_steps", "spread", "log_std", "mean_E", "applied_spread", "mean_elr", "E", "elr")
+TRACE_COLUMNS = (
+    *(
+        "trace_steps",
+        "spread",
+        "log_std",
+        "mean_E",
+        "applied_spread",
+        "mean_elr",
+        "angle_spread",
+        "mean_angle",
+    ),
+    *("E", "elr", "angle"),
+)
 
 
 Part = Literal["val", "test"]
@@ -188,13 +201,16 @@ def make_schedule(optimizer: Optimizer, steps: int, linear: float) -> LRSchedule
 
 
 class Trace:
-    """E = ‖g‖/‖w‖ of the tracked weights, and the ELR that is applied to them, at `recorded_steps`."""
+    """Of the tracked weights at `recorded_steps`: E = ‖g‖/‖w‖, the ELR that is applied to them, and the angle that each
+    of them turns by."""
 
     def __init__(self, optimizer: Optimizer, tracked: Mapping[str, Tensor], steps: int) -> None:
         self._optimizer, self._tracked = optimizer, tracked
         self._due = set(recorded_steps(steps)) if tracked else set()
         self._relative_grads: dict[int, Tensor] = {}
         self._elrs: dict[int, Tensor] = {}
+        self._before: list[Tensor] = []
+        self._angles: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def before(self, step: int) -> None:
@@ -202,6 +218,7 @@ class Trace:
         if step not in self._due:
             return
         self._relative_grads[step] = self._measure()
+        self._before = [w.clone() for w in self._tracked.values()]
         if isinstance(self._optimizer, elropt.ELRSGD):
             self._optimizer.record_next_step()
         elif isinstance(self._optimizer, torch.optim.SGD):
@@ -210,10 +227,13 @@ class Trace:
             )
             self._remove = hook.remove
 
+    @torch.no_grad()
     def after(self, step: int) -> None:
         """Call it after the optimizer's step."""
         if step not in self._due:
             return
+        weights = list(self._tracked.values())
+        self._angles[step] = weight_change(self._before, weights, Rows(dict.fromkeys(weights, 1)))[0]
         if isinstance(self._optimizer, elropt.ELRSGD):
             applied = elropt.effective_lrs(self._optimizer)
             self._elrs[step] = torch.tensor([applied.get(name, math.nan) for name in self._tracked])
@@ -221,18 +241,21 @@ class Trace:
             self._remove()
 
     def result(self, layers: bool) -> dict[str, Any]:
-        """`TRACE_COLUMNS` over the T recorded steps; "E" and "elr", [T, L], only with `layers`."""
+        """`TRACE_COLUMNS` over the T recorded steps; "E", "elr" and "angle", [T, L], only with `layers`."""
         steps = sorted(self._relative_grads)
         E = [self._relative_grads[step].double().cpu().numpy() for step in steps]
         elr = [self._elrs[step].double().cpu().numpy() for step in steps if step in self._elrs]
+        angle = [self._angles[step].cpu().numpy() for step in steps]
         columns: dict[str, Any] = {"trace_steps": steps}
         columns["spread"] = [spread(row) for row in E]
         columns["log_std"] = [log_std(row) for row in E]
         columns["mean_E"] = [geometric_mean(row) for row in E]
         columns["applied_spread"] = [spread(row) for row in elr]
         columns["mean_elr"] = [geometric_mean(row) for row in elr]
+        columns["angle_spread"] = [spread(row) for row in angle]
+        columns["mean_angle"] = [geometric_mean(row) for row in angle]
         if layers:
-            columns |= {"E": E, "elr": elr}
+            columns |= {"E": E, "elr": elr, "angle": angle}
         return rounded(columns)
 
     def _measure(self) -> Tensor:

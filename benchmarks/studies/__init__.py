@@ -1,5 +1,6 @@
 """Studies: each claim that elropt stands on as a command that measures it, prints it and draws it."""
 
+from benchmarks.studies.control.run import CONTROL
 from benchmarks.studies.dynamics.run import DYNAMICS
 from benchmarks.studies.linearization.run import LINEARIZATION
 from benchmarks.studies.radians.run import RADIANS
@@ -11,5 +12,5 @@ from benchmarks.studies.widths.run import WIDTHS
 
 STUDIES = {
     study.name: study
-    for study in (WARMUP, SPREAD, SWAP_IN, DYNAMICS, RADIANS, REGIMES, WIDTHS, LINEARIZATION)
+    for study in (WARMUP, SPREAD, SWAP_IN, DYNAMICS, RADIANS, REGIMES, WIDTHS, LINEARIZATION, CONTROL)
 }

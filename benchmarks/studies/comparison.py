@@ -19,6 +19,7 @@ from rich.table import Table
 from scipy import stats
 
 from benchmarks.common.command_line import table_of
+from benchmarks.common.dataset import Metric, metric_of
 from benchmarks.common.optimizers import Method, check_installed
 from benchmarks.common.statistics import (
     Curve,
@@ -41,23 +42,25 @@ USABLE = 0.9  # share of the best-tuned SGD's gain over chance that a usable lea
 
 
 class Entry(NamedTuple):
-    """A method on a task. Accuracies are in percent."""
+    """A method on a task. Scores are the metric's: accuracies in percent, or losses with a minus."""
 
     task: str
+    metric: Metric
+    chance: float  # score of guessing
     method: str
     unit: str
     is_sgd: bool  # with or without a linear warm-up: a baseline
-    curve: Curve  # of validation accuracy
+    curve: Curve  # of validation scores
     best_lr: float
     usable: UsableRange | None
-    test: dict[int, float]  # by fresh seed, at the best learning rate
+    test: dict[int, float]  # scores by fresh seed, at the best learning rate
     val_rows: list[Row]
     test_rows: list[Row]
 
     @property
-    def accuracy(self) -> Interval:
-        """Test accuracy at the best learning rate."""
-        return interval(list(self.test.values()))
+    def result(self) -> Interval:
+        """The metric on the test part at the best learning rate."""
+        return interval([self.metric.value(score) for score in self.test.values()])
 
     @property
     def at_edge(self) -> bool:
@@ -77,9 +80,14 @@ class Plan(NamedTuple):
 def two_stages(plan: Plan) -> Sequence[Stage]:
     """Choose on the validation images, then read the test images.
 
-    Raises ValueError or FileNotFoundError for packages or data that are missing.
+    Raises ValueError or FileNotFoundError for packages or data that are missing, and ValueError for a method that
+    needs weight decay on a task without.
     """
     check_installed(plan.methods)
+    if any(task.weight_decay == 0 for task in plan.tasks):
+        needs = [method.name for method in plan.methods if method.entry.needs_decay]
+        if needs:
+            raise ValueError(f"{', '.join(needs)}: give a weight decay, 5e-4 for example, or leave them out")
     for task in plan.tasks:
         load(task)  # data that are missing raise here, not in the middle of the study
     return lambda rows: grid(plan), lambda rows: finals(rows, plan.fresh_seeds)
@@ -91,8 +99,8 @@ def without_val_traces(row: Row) -> Row:
 
 
 def without_layers(row: Row) -> Row:
-    """A row without E and ELR of every layer."""
-    return {key: value for key, value in row.items() if key not in ("E", "elr")}
+    """A row without E, ELR and angle of every layer."""
+    return {key: value for key, value in row.items() if key not in ("E", "elr", "angle")}
 
 
 def without_val_traces_and_layers(row: Row) -> Row:
@@ -162,13 +170,15 @@ def label(task: dict[str, Any]) -> str:
 
 
 def validation_curve(rows: Iterable[Row]) -> Curve:
-    """Validation accuracy in percent against the learning rate."""
-    return curve([(row["spec"]["lr"], 100 * row["accuracy"]) for row in rows if row["spec"]["part"] == "val"])
+    """Validation score against the learning rate."""
+    return curve(
+        [(row["spec"]["lr"], metric_of(row).score(row)) for row in rows if row["spec"]["part"] == "val"]
+    )
 
 
 def accuracy_matrix(rows: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Learning rates [N], ascending, and validation accuracies [seeds, N] in percent."""
-    at = {(row["spec"]["seed"], row["spec"]["lr"]): 100 * row["accuracy"] for row in rows}
+    """Learning rates [N], ascending, and validation scores [seeds, N]."""
+    at = {(row["spec"]["seed"], row["spec"]["lr"]): metric_of(row).score(row) for row in rows}
     seeds, lrs = (sorted({key[i] for key in at}) for i in (0, 1))
     return np.array(lrs), np.array([[at[seed, lr] for lr in lrs] for seed in seeds])
 
@@ -229,18 +239,21 @@ def entries(rows: Sequence[Row]) -> list[Entry]:
         mine = curves[task, method]
         baselines = [c for key, c in curves.items() if key[0] == task and _is_sgd(groups[key])]
         sgd = max((c.mean.max() for c in baselines), default=np.nan)
-        chance = 100 / of_one[0]["classes"]
+        metric = metric_of(of_one[0])
+        chance = metric.chance(of_one[0])
         val, test = ([row for row in of_one if row["spec"]["part"] == part] for part in ("val", "test"))
         result.append(
             Entry(
                 task,
+                metric,
+                chance,
                 method,
                 of_one[0]["spec"]["method"]["unit"],
                 _is_sgd(of_one),
                 mine,
                 mine.best_lr,
                 usable_range(mine, chance + USABLE * (sgd - chance)),
-                {row["spec"]["seed"]: 100 * row["accuracy"] for row in test},
+                {row["spec"]["seed"]: metric.score(row) for row in test},
                 val,
                 test,
             )
@@ -260,7 +273,7 @@ def best_sgd(of_task: Sequence[Entry]) -> Entry | None:
 
 
 def against_sgd(entry: Entry, of_task: Sequence[Entry]) -> Interval | None:
-    """Test accuracy minus that of the best-tuned SGD, paired by seed."""
+    """Test score minus that of the best-tuned SGD, paired by seed."""
     sgd = best_sgd(of_task)
     return None if sgd is None or not entry.test else paired(entry.test, sgd.test)
 
@@ -284,8 +297,8 @@ def _conclusion(entry: Entry, of_task: Sequence[Entry]) -> dict[str, Any]:
     return {
         "best_lr": entry.best_lr,
         "best_lr_at_edge": entry.at_edge,
-        "val_accuracy": float(entry.curve.mean.max()),
-        "test_accuracy": entry.accuracy._asdict() if entry.test else None,
+        f"val_{entry.metric.column}": entry.metric.value(float(entry.curve.mean.max())),
+        f"test_{entry.metric.column}": entry.result._asdict() if entry.test else None,
         "against_best_sgd": None if difference is None or entry is sgd else difference._asdict(),
         "usable_lrs": None
         if entry.usable is None
@@ -296,12 +309,14 @@ def _conclusion(entry: Entry, of_task: Sequence[Entry]) -> dict[str, Any]:
 
 def accuracy_table(task: str, of_task: Sequence[Entry]) -> Table:
     """The comparison on one task."""
+    metric = of_task[0].metric
+    spec = f".{metric.digits}f"
     table = table_of(
         task,
-        *("method", "best lr", "validation %", "test %", "Δ", "usable"),
-        caption="lr chosen by validation; test accuracy with fresh seeds, mean [95 % bootstrap interval]; "
-        "Δ: minus the best-tuned SGD, paired by seed; usable: largest / smallest lr that reaches 90 % of "
-        "SGD's gain over chance; * the best lr is at the end of its grid",
+        *("method", "best lr", "validation", "test", "Δ", "usable"),
+        caption=f"{metric.title}; lr chosen by validation; test part with fresh seeds, mean [95 % bootstrap interval]; "
+        "Δ: how much better than the best-tuned SGD, paired by seed; usable: largest / smallest lr that reaches 90 % "
+        "of SGD's gain over chance; * the best lr is at the end of its grid",
     )
     sgd = best_sgd(of_task)
     for entry in of_task:
@@ -309,21 +324,24 @@ def accuracy_table(task: str, of_task: Sequence[Entry]) -> Table:
         table.add_row(
             entry.method,
             f"{entry.best_lr:g}{'*' if entry.at_edge else ''}",
-            f"{entry.curve.mean.max():.1f}",
-            f"{entry.accuracy:.1f}" if entry.test else "–",
-            "–" if difference is None or entry is sgd else f"{difference:+.1f}",
+            f"{metric.value(float(entry.curve.mean.max())):{spec}}",
+            f"{entry.result:{spec}}" if entry.test else "–",
+            "–" if difference is None or entry is sgd else f"{difference:+{spec}}",
             "–" if entry.usable is None else str(entry.usable),
         )
     return table
 
 
 def draw_curves(ax: Axes, of_task: Sequence[Entry], *, title: str, unit: str = "SGD's") -> None:
-    """Validation accuracy against the learning rate, for the methods with learning rates of one unit."""
+    """The metric on the validation part against the learning rate, for the methods with learning rates of one unit."""
+    value = of_task[0].metric.value
     lines = {
-        e.method: (e.curve.lrs, e.curve.mean, e.curve.low, e.curve.high) for e in of_task if e.unit == unit
+        e.method: (e.curve.lrs, value(e.curve.mean), value(e.curve.low), value(e.curve.high))
+        for e in of_task
+        if e.unit == unit
     }
     plots.accuracy_against_lr(ax, lines, xlabel=f"learning rate ({unit})")
-    ax.set(title=title, ylabel="validation accuracy (%)")
+    ax.set(title=title, ylabel=f"validation {of_task[0].metric.title}")
 
 
 def mean_over_runs(rows: Sequence[Row], column: str) -> dict[int, float]:

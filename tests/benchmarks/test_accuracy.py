@@ -42,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 def test_writes_tables_json_and_plots(finished: tuple[str, Path]) -> None:
     output, out = finished
-    for name in accuracy.DEFAULT_METHODS:
+    for name in accuracy.default_methods(0.0):
         assert name in output
     report = json.loads((out / "accuracy.json").read_text(), parse_constant=lambda c: pytest.fail(c))
     assert report["env"]["torch"] == torch.__version__
@@ -55,7 +55,7 @@ def test_the_learning_rate_is_chosen_by_validation_and_the_test_images_are_read_
     finished: tuple[str, Path],
 ) -> None:
     report = json.loads((finished[1] / "accuracy.json").read_text())
-    for name in accuracy.DEFAULT_METHODS:
+    for name in accuracy.default_methods(0.0):
         rows = [row for row in report["rows"] if row["spec"]["method"]["name"] == name]
         val = {row["spec"]["lr"]: row["accuracy"] for row in rows if row["spec"]["part"] == "val"}
         test = [row["spec"] for row in rows if row["spec"]["part"] == "test"]

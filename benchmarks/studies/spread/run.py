@@ -117,7 +117,7 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
         wrap=True,
     )
     for task, of_task in groups.items():
-        found = {entry.method: f"{entry.accuracy:.1f}" for entry in of_task}
+        found = {entry.method: f"{entry.result:.1f}" for entry in of_task}
         rho = summary["rank_correlation"][task]
         table.add_row(
             task,

@@ -12,13 +12,14 @@ from rich.table import Table
 
 from benchmarks.common.command_line import table_of
 from benchmarks.common.figures import grid, legend_beside
-from benchmarks.common.optimizers import METHODS, OPTIMIZERS, Method
+from benchmarks.common.optimizers import METHODS, PEERS, Method
 from benchmarks.common.sweep import Row
 from benchmarks.studies import comparison
 from benchmarks.studies.comparison import Entry, Plan, best_sgd, by_task, entries
 from elropt import plots
+from elropt.rules import RULES
 
-NAMES = (*OPTIMIZERS, "sgd+linear", "warmup+linear")
+NAMES = (*PEERS, "lars", "sgdp", *filter(None, RULES), "warmup+linear")
 REACHED = 0.95  # share of the best-tuned SGD's final validation accuracy that "time to accuracy" waits for
 
 
@@ -29,7 +30,7 @@ def methods(count: int | None = None) -> list[Method]:
 
 def tiny(device: str) -> Plan:
     """Does it run?"""
-    tasks = [dataclasses.replace(task, curve=2) for task in comparison.tiny_tasks(device)]
+    tasks = [dataclasses.replace(task, curve=2, weight_decay=5e-4) for task in comparison.tiny_tasks(device)]
     return Plan(tasks, methods(2), 1, 2)
 
 

@@ -1,0 +1,142 @@
+"""Which form of control: of the gradient or the update, by layer or filter, of which optimizer; what is tuned best?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from benchmarks.common.optimizers import METHODS, PEERS, Method
+from benchmarks.common.sweep import Row
+from benchmarks.common.training import Run, Task, train
+from benchmarks.studies import comparison
+from benchmarks.studies.comparison import Plan
+from benchmarks.studies.control.report import draw, tables
+from benchmarks.studies.control.summarize import summarize
+from benchmarks.studies.study import Stage, Study
+
+OURS = (
+    *("uniform", "uniform-update"),
+    *("angle", "angle-update", "angle-filter", "angle-update-filter"),
+    *(
+        "equilibrium-gradient",
+        "equilibrium",
+        "equilibrium+linear",
+        "equilibrium-filter",
+        "equilibrium-unprotected",
+    ),
+)
+DECAY = 5e-4  # SGD's
+
+
+class Grids(NamedTuple):
+    """Learning rates by unit; "equilibrium" has SGD's unit, and its own."""
+
+    sgd: tuple[float, ...]
+    equilibrium: tuple[float, ...]
+    radians: tuple[float, ...]
+    adamw: tuple[float, ...]
+
+
+WIDE = Grids(
+    sgd=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    equilibrium=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    radians=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+    adamw=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+)
+IMAGES = Grids(
+    sgd=(0.03, 0.1, 0.3, 1.0),
+    equilibrium=(0.1, 0.3, 1.0, 3.0),
+    radians=(0.003, 0.01, 0.03, 0.1),
+    adamw=(0.001, 0.003, 0.01, 0.03),
+)
+TEXT = Grids(
+    sgd=(0.01, 0.03, 0.1, 0.3),
+    equilibrium=(0.1, 0.3, 1.0, 3.0),
+    radians=(0.003, 0.01, 0.03, 0.1),
+    adamw=(0.0003, 0.001, 0.003, 0.01, 0.03),
+)
+TINY = Grids((0.1, 0.3), (0.1, 0.3), (0.003, 0.01), (0.003, 0.01))
+
+
+def methods(grids: Grids, names: Sequence[str]) -> list[Method]:
+    """Methods by name, each with its grid."""
+    of_unit = {"SGD's": grids.sgd, "radians": grids.radians, "AdamW's": grids.adamw}
+    return [
+        dataclasses.replace(
+            METHODS[name], lrs=grids.equilibrium if "equilibrium" in name else of_unit[METHODS[name].unit]
+        )
+        for name in names
+    ]
+
+
+def text(model: str, device: str, steps: int) -> Task:
+    """A GPT on so many batches of 16 windows, each seen once."""
+    options = {"epochs": 1, "batch_size": 16, "limit": 16 * steps, "split": 1, "weight_decay": DECAY}
+    return Task(model, "python", device=device, **options)
+
+
+def tiny(device: str) -> list[Plan]:
+    """Does it run?"""
+    tasks = [dataclasses.replace(task, weight_decay=DECAY) for task in comparison.tiny_tasks(device)]
+    return [
+        Plan([*tasks, text("olmo-1-w32", device, 20)], methods(TINY, ("sgd", "muon", "equilibrium")), 1, 2)
+    ]
+
+
+def small(device: str) -> list[Plan]:
+    """A deep MLP with all methods; thin conv nets and GPTs, each with fewer."""
+    on_images = (
+        *PEERS,
+        *(name for name in OURS if "uniform" not in name and "angle-" not in name),
+        "angle-update",
+    )
+    on_text = (*PEERS, "angle-update", "equilibrium", "equilibrium-filter")
+    recipe = {"image_size": 16, "limit": 10_000, "batch_size": 128, "epochs": 6, "augment": True}
+    nets = ("resnet-20-w8", "plain-20-w8")
+    images = [comparison.small_cifar(net, device, weight_decay=DECAY, **recipe) for net in nets]
+    return [
+        Plan([comparison.digits_mlp(30, device, weight_decay=DECAY)], methods(WIDE, (*PEERS, *OURS)), 2, 3),
+        Plan(images, methods(IMAGES, on_images), 1, 2),
+        Plan([text(net, device, 250) for net in ("gpt-4", "olmo-4")], methods(TEXT, on_text), 1, 2),
+    ]
+
+
+def full(device: str) -> list[Plan]:
+    """The nets of the literature, and a GPT with a million parameters."""
+    images = [comparison.full_cifar(net, device) for net in ("resnet-20", "plain-20", "plain-56")]
+    texts = [text(net, device, 6000) for net in ("gpt-4-w160", "olmo-4-w160")]
+    every = (*PEERS, *OURS)
+    return [Plan([*images, *texts], methods(WIDE, every), 1, 3)]
+
+
+PLANS: dict[str, Callable[[str], list[Plan]]] = {"tiny": tiny, "small": small, "full": full}
+
+
+def stages(size: str, device: str) -> Sequence[Stage]:
+    """Of all plans: choose on the validation part, then read the test part."""
+    plans = PLANS[size](device)
+    for plan in plans:
+        comparison.two_stages(plan)  # raises for what is missing
+
+    def second(rows: list[Row]) -> list[Run]:
+        runs = []
+        for plan in plans:
+            of_plan = [row for row in rows if Task(**row["spec"]["task"]) in plan.tasks]
+            runs += comparison.finals(of_plan, plan.fresh_seeds)
+        return runs
+
+    return lambda rows: [run for plan in plans for run in comparison.grid(plan)], second
+
+
+CONTROL = Study(
+    "control",
+    "Control the gradient or the update, by layer or filter, behind which optimizer; against the best-tuned peers?",
+    train,
+    stages,
+    summarize,
+    tables,
+    draw,
+    comparison.describe,
+    comparison.without_val_traces_and_layers,
+)
