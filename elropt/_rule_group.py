@@ -107,6 +107,7 @@ class RuleGroup:
         self.per_filter = self.granularity == "filter"
         self.has_lr_by_row = any(map(has_lr_by_row, self.groups))
         self._decision = key._asdict()
+        self._acts_on_dot = self.project or (self.of_update and self.per_filter)  # needs ⟨w,g⟩ at every step
         self.row_counts = {p: count_rows(p, group) for group in self.groups for p in group["params"]}
         self.params = list(self.row_counts)
         self._row_counts = [[self.row_counts[p] for p in group["params"]] for group in self.groups]
@@ -399,7 +400,11 @@ class RuleGroup:
         if is_new:
             triton_step.take_over_buffers()
         triton_step.step(
-            plan.triton_plan, active=active, read_all=record, grad_scale=grad_scale, found_inf=found_inf
+            plan.triton_plan,
+            active=active,
+            read_all=record or self._acts_on_dot,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
         if is_new:
             self._keep_triton_step(plan.present, triton_step)
@@ -429,7 +434,7 @@ class RuleGroup:
                 rows=rows,
                 reductions=self._reductions,
                 with_tests=with_tests,
-                with_dot=record or self.project or self.of_update or with_tests,
+                with_dot=record or with_tests or self._acts_on_dot,
                 **self._decision,
             )
             self._remember(rows, after)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._group_values import rule_key
 from ._rule_memory import STATE_DTYPES, State
 from ._validate import validate
 from .rules import RADIAL_TESTS
@@ -76,6 +77,9 @@ def complete_state_dict(
     completed = [
         {
             **{key: value for key, value in mine.items() if key not in SGD_KEYS},
+            **(
+                dict.fromkeys(("elr_of", "protect")) if "rule" in theirs else {}
+            ),  # an older ELRSGD has neither
             **theirs,
             "foreach": mine["foreach"],
             "fused": mine["fused"],
@@ -92,8 +96,6 @@ def complete_state_dict(
     for theirs, group in zip(named, completed, strict=True):
         if "rule" in theirs and "tracked_lr" not in theirs:  # of an ELRSGD that did not have it
             group["tracked_lr"] = None
-        if "rule" in theirs and "elr_of" not in theirs:
-            group["elr_of"] = group["protect"] = None
     state_dict["param_groups"] = completed
 
 
@@ -191,6 +193,10 @@ def warn_of_other_rules(saved: Sequence[Mapping[str, Any]], groups: Sequence[Map
         for key in ("rule", "granularity", "project", "elr_of", "protect", "tracked_lr")
         if theirs.get(key, mine[key]) != mine[key]
         and (key != "tracked_lr" or None in (theirs[key], mine[key]))
+        and (
+            key != "elr_of"
+            or rule_key(theirs).of_update != rule_key({**mine, "rule": theirs["rule"]}).of_update
+        )
     }
     if changes:
         warnings.warn(

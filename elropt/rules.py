@@ -105,9 +105,10 @@ def decide(
 ) -> tuple[LayerControls, RuleState]:
     """The factors of this step and the state after it.
 
-    `of_update` is ``elr_of="update"``: it needs all of `stats`, and an unknown ⟨w,g⟩ (NaN) counts as 0. `absent`
-    (0-dim bool) says whether rows that took part in earlier steps are missing from these vectors, `with_tests` whether
-    a row may have radial tests before it.
+    `of_update` is ``elr_of="update"``: it needs all of `stats`. There ⟨w,g⟩ of a layer whose radial tests are over
+    counts as 0, whether it was measured or not; that of a filter, which need not be invariant alone, is needed.
+    `absent` (0-dim bool) says whether rows that took part in earlier steps are missing from these vectors, `with_tests`
+    whether a row may have radial tests before it.
 
     Rows that cannot be judged (not tracked, ‖w‖ or ‖g‖ zero or not finite) have no influence on the others. They get
     the factors of plain SGD, except that a gradient too large for its norm (‖g‖² overflows) is left out, s = 0: that is
@@ -126,6 +127,9 @@ def decide(
         hyper = hyper._replace(lr=hyper.lr * own_lr)
     if of_update:
         assert spec.decide_update is not None
+        if granularity != "filter":
+            dot = torch.where(before < RADIAL_TESTS, stats.weight_dot_grad, 0.0)
+            stats = stats._replace(weight_dot_grad=dot)
         stats = without_gradient(stats, too_large)
         moving = directed & has_tangent(stats, hyper)
         inputs = RuleInputs(stats, state, hyper, directed, moving, granularity == "network", absent)
@@ -295,11 +299,11 @@ def controls_of_update(
 
 def update_parts(stats: LayerStats, hyper: RowHyper) -> tuple[Tensor, Tensor, Tensor]:
     """⟨w,u⟩/‖w‖², ‖u⊥‖² and ‖u‖² of the update u that is linear in g and m, without this step's decay, which is
-    radial. An unknown ⟨w,g⟩ counts as 0. Derived, docs/theory.md §9."""
+    radial. Derived, docs/theory.md §9."""
     assert stats.momentum_sq is not None
     assert stats.grad_dot_momentum is not None
     of_g, of_m = hyper.update_per_grad, hyper.update_per_momentum
-    dot = of_g * stats.weight_dot_grad.nan_to_num(nan=0.0) + of_m * stats.weight_dot_momentum
+    dot = of_g * stats.weight_dot_grad + of_m * stats.weight_dot_momentum
     radial = dot / stats.weight_sq
     update_sq = (
         of_g.square() * stats.grad_sq

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from elropt import ELRSGD, layer_stats
 from elropt.rules import RULES as SPECS
 
+from .every_rule import needs
 from .nets import backward, bn_mlp, invariant_weights, train
 
 RULES = list(SPECS)
@@ -36,7 +37,7 @@ def test_what_hooks_keep_in_the_state_passes_through(rule: str | None) -> None:
     results = []
     for hooked in (False, True):
         net = bn_mlp(depth=2)
-        optimizer = ELRSGD(net.parameters(), lr=0.05, momentum=0.9, rule=rule)
+        optimizer = ELRSGD(net.parameters(), lr=0.05, momentum=0.9, rule=rule, **needs(rule))
         p = net[0].weight
 
         def keep(optimizer: Any, *_: object, p: nn.Parameter = p) -> None:
@@ -50,7 +51,7 @@ def test_what_hooks_keep_in_the_state_passes_through(rule: str | None) -> None:
         train(net, optimizer, range(3))
         other_net = bn_mlp(depth=2, seed=1)
         other_net.load_state_dict(net.state_dict())
-        other = ELRSGD(other_net.parameters(), lr=0.05, momentum=0.9, rule=rule)
+        other = ELRSGD(other_net.parameters(), lr=0.05, momentum=0.9, rule=rule, **needs(rule))
         other.load_state_dict(optimizer.state_dict())
         train(other_net, other, range(3, 5))
         results.append(list(other_net.parameters()))
@@ -94,12 +95,13 @@ def two_steps(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 def test_parameters_without_data(rule: str | None, foreach: bool) -> None:
+    options = {"lr": 0.1, "momentum": 0.9, "rule": rule, "foreach": foreach, **needs(rule)}
     with torch.device("meta"):
         net = nn.Linear(3, 4)
-        two_steps(net, ELRSGD(net.parameters(), lr=0.1, momentum=0.9, rule=rule, foreach=foreach))
+        two_steps(net, ELRSGD(net.parameters(), **options))
     with FakeTensorMode():
         net = nn.Linear(3, 4)
-        optimizer = ELRSGD(net.parameters(), lr=0.1, momentum=0.9, rule=rule, foreach=foreach)
+        optimizer = ELRSGD(net.parameters(), **options)
         two_steps(net, optimizer)
         assert optimizer.state[net.weight]["momentum_buffer"].shape == (4, 3)
 
@@ -130,7 +132,7 @@ def test_lazy_parameters(rule: str | None) -> None:
     for lazy in (False, True):
         torch.manual_seed(0)
         net = nn.Sequential(nn.LazyLinear(6) if lazy else nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
-        optimizer = ELRSGD(net.parameters(), lr=0.05, momentum=0.9, rule=rule)
+        optimizer = ELRSGD(net.parameters(), lr=0.05, momentum=0.9, rule=rule, **needs(rule))
         optimizer.step()
         x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
         net(x)
@@ -189,7 +191,8 @@ def test_the_warmup_does_not_wait_for_empty_tensors(backend: str, flagged: bool)
 def test_values_that_become_invalid_change_nothing(rule: str, key: str, value: float, message: str) -> None:
     net, never = bn_mlp(depth=2), bn_mlp(depth=2)
     optimizer, other = (
-        ELRSGD(n.parameters(), lr=0.05, momentum=0.9, nesterov=True, rule=rule) for n in (net, never)
+        ELRSGD(n.parameters(), lr=0.05, momentum=0.9, nesterov=True, rule=rule, **needs(rule))
+        for n in (net, never)
     )
     for n, o in ((net, optimizer), (never, other)):
         train(n, o, range(2))

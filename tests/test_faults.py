@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from elropt import ELRSGD, kernels, layer_stats
 
+from .every_rule import has_kernels, needs
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS: dict[str, dict[str, Any]] = {"reference": {"foreach": False}, "foreach": {"foreach": True}}
 if kernels.available():
     BACKENDS["triton"] = {"fused": True}
-CASES: list[tuple[str | None, str, bool]] = [  # rule, granularity, project
+Case = tuple[Any, ...]
+CASES: list[Case] = [  # rule, granularity, project, and elr_of if it is not the rule's own
     (None, "layer", True),
     ("warmup", "layer", False),
     ("warmup", "layer", True),
@@ -30,6 +33,11 @@ CASES: list[tuple[str | None, str, bool]] = [  # rule, granularity, project
     ("sphere", "layer", False),
     ("sphere", "network", True),
     ("sphere", "filter", False),
+    ("equilibrium", "layer", False),
+    ("equilibrium", "filter", True, "gradient"),
+    ("uniform", "layer", False, "update"),
+    ("angle", "network", False, "update"),
+    ("angle", "filter", False, "update"),
 ]
 
 
@@ -39,6 +47,7 @@ def cases(*fast: int) -> pytest.MarkDecorator:
         pytest.param(case, backend, marks=[pytest.mark.slow] if backend == "triton" and i not in fast else [])
         for backend in BACKENDS
         for i, case in enumerate(CASES)
+        if backend != "triton" or has_kernels(case[0], *case[3:])
     ]
     return pytest.mark.parametrize(("case", "backend"), combined, ids=str)
 
@@ -48,9 +57,6 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 pytestmark = pytest.mark.filterwarnings(  # of NumPy, which computes for Triton's interpreter
     "ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"
 )
-
-
-Case = tuple[str | None, str, bool]
 
 
 def signs_times(value: float) -> Callable[[Tensor], object]:
@@ -124,7 +130,7 @@ class Net(nn.Module):
 
 
 def make(case: Case, backend: str, *, every_fault: bool = False, **options: Any) -> tuple[Net, ELRSGD]:
-    net, (rule, granularity, project) = Net(every_fault), case
+    net, (rule, granularity, project, *elr_of) = Net(every_fault), case
     lr = 0.002 if rule == "sphere" else 0.02
     groups = [
         {"params": [net.first], "scale_invariant": True},
@@ -133,6 +139,7 @@ def make(case: Case, backend: str, *, every_fault: bool = False, **options: Any)
         {"params": [net.head], "scale_invariant": False},
     ]
     hyper = {"lr": lr, "momentum": 0.9, "rule": rule, "granularity": granularity, "project": project}
+    hyper |= {"elr_of": elr_of[0] if elr_of else None, **needs(rule)}
     return net, ELRSGD(groups, **{**hyper, **BACKENDS[backend], **options})
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from elropt import ELRSGD, effective_lrs, kernels, layer_stats
-from elropt.rules import RULES as SPECS
+
+from .every_rule import FORMS, acts_on_update, has_kernels, needs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered"),  # by Triton's interpreter
@@ -32,8 +33,7 @@ pytestmark = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float64: 2e-6, torch.float32: 2e-5, torch.bfloat16: 3e-2}  # factors are float32
 SHAPES = [(4, 3), (3, 2, 2, 2), (5, 2), (7,), (2, 1), (), (0, 3)]
-RULES = [(rule, granularity) for rule, spec in SPECS.items() for granularity in spec.granularities]
-RULES += [("warmup", "layer")] * 2  # it takes longer than the others to get anywhere
+RULES = [*FORMS, *[("warmup", "layer", None)] * 2]  # which takes longer than the others to get anywhere
 GRADIENTS = ["orthogonal", "random", "none", "as before", "zero", "tiny", "huge", "nan", "inf"]
 SIZES = {"tiny": 1e-25, "huge": 1e10}
 
@@ -45,18 +45,19 @@ places = st.integers(0, 7)
 @st.composite
 def hypers(draw: st.DrawFn) -> dict[str, Any]:
     """Hyper-parameters of a param group that go together."""
-    rule, granularity = draw(st.sampled_from(RULES))
+    rule, granularity, elr_of = draw(st.sampled_from(RULES))
     momentum, dampening = draw(st.sampled_from([0.0, 0.5, 0.9])), draw(st.sampled_from([0.0, 0.3]))
     return {
         "lr": draw(st.sampled_from([0.01, 0.1, 0.5, 0.0])),
         "momentum": momentum,
         "dampening": dampening,
-        "weight_decay": draw(st.sampled_from([0.0, 1e-3, 0.1])),
+        "weight_decay": draw(st.sampled_from([0.0, 1e-3, 0.1][bool(needs(rule)) :])),
         "nesterov": momentum > 0 and dampening == 0 and draw(st.booleans()),
         "maximize": draw(st.booleans()),
         "rule": rule,
         "granularity": granularity,
-        "project": draw(st.booleans()),
+        "elr_of": elr_of,
+        "project": not acts_on_update(rule, elr_of) and draw(st.booleans()),
     }
 
 
@@ -113,7 +114,16 @@ class Fuzz(RuleBasedStateMachine):
         self.schedule: LambdaLR | None = None
         self.steps = 0  # since the schedule was made
         params = [self.new_parameter(shape, seed + i) for i, shape in enumerate(SHAPES[:4])]
-        self.optimizer = ELRSGD([{"params": params, **flag}], **hyper, **self.backend)
+        self.optimizer = ELRSGD([{"params": params, **flag}], **self.possible(hyper), **self.backend)
+
+    def possible(self, hyper: dict[str, Any]) -> dict[str, Any]:
+        """What this backend takes: the kernels have no rule with a learning rate of its own for layers that it finds,
+        which is how "equilibrium" protects the others."""
+        if "fused" not in self.backend:
+            return hyper
+        if not has_kernels(hyper["rule"], hyper["elr_of"]):
+            return {**hyper, "rule": "uniform", "granularity": "layer", "elr_of": None}
+        return {**hyper, "protect": False if needs(hyper["rule"]) else None}
 
     def new_parameter(self, shape: tuple[int, ...], seed: int) -> nn.Parameter:
         values = torch.empty(shape, dtype=self.dtype, device=DEVICE)
@@ -328,12 +338,17 @@ class Fuzz(RuleBasedStateMachine):
 
     @rule(place=places, hyper=hypers(), keep_rule=st.booleans(), tensors=st.booleans())
     def change(self, place: int, hyper: dict[str, Any], keep_rule: bool, tensors: bool) -> None:
+        hyper = self.possible(hyper)
+        if keep_rule:
+            kept = ("rule", "granularity", "elr_of", "project", "protect")
+            hyper = {k: v for k, v in hyper.items() if k not in kept}
+            hyper["weight_decay"] = hyper["weight_decay"] or needs(self.group_at(place)["rule"]).get(
+                "weight_decay", 0.0
+            )
         if tensors:
             hyper["lr"] = torch.tensor(hyper["lr"], device=DEVICE)
             if "fused" not in self.backend:
                 hyper["weight_decay"] = torch.tensor(hyper["weight_decay"], device=DEVICE)
-        if keep_rule:
-            hyper = {k: v for k, v in hyper.items() if k not in ("rule", "granularity", "project")}
         self.group_at(place).update(hyper)
 
     @rule(place=places, flag=flags)
@@ -362,7 +377,7 @@ class Fuzz(RuleBasedStateMachine):
     ) -> None:
         params = [self.new_parameter(shape, seed + i) for i, shape in enumerate(shapes)]
         _, before = self.visible()
-        self.optimizer.add_param_group({"params": params, **flag, **hyper})
+        self.optimizer.add_param_group({"params": params, **flag, **self.possible(hyper)})
         assert same(self.visible()[1]["state"], before["state"])
         self.schedule = None
 

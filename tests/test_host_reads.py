@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elropt import ELRSGD
-from elropt.rules import RULES
 
+from .every_rule import FORMS, acts_on_update, skip_without_kernels
 from .nets import backward, bn_mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
@@ -69,19 +69,20 @@ def test_the_check_can_fail() -> None:
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("project", [False, True])
-@pytest.mark.parametrize(
-    ("rule", "granularity"), [(r, g) for r, spec in RULES.items() for g in spec.granularities], ids=str
-)
+@pytest.mark.parametrize(("rule", "granularity", "elr_of"), FORMS, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_host_reads(
-    backend: str, rule: str | None, granularity: str, project: bool, tensor_lr: bool
+    backend: str, rule: str | None, granularity: str, elr_of: str | None, project: bool, tensor_lr: bool
 ) -> None:
+    skip_without_kernels(BACKENDS[backend], rule, elr_of)
+    if project and acts_on_update(rule, elr_of):
+        pytest.skip("project has no meaning there")
     # The interpreter itself reads the kernels' arguments: there only the host code around them can be checked.
     net = bn_mlp(depth=2, width=4).to(DEVICE)
     lr = torch.tensor(0.01, device=DEVICE) if tensor_lr else 0.01
     optimizer = ELRSGD(
         net.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3,
-        rule=rule, granularity=granularity, project=project, **BACKENDS[backend],
+        rule=rule, granularity=granularity, elr_of=elr_of, project=project, **BACKENDS[backend],
     )  # fmt: skip
     steps = (
         3 if backend == "triton" and DEVICE == "cpu" else 12

@@ -15,14 +15,10 @@ from elropt import ELRSGD, effective_lrs, layer_stats
 from elropt.layer_table import LayerRow, LayerTable
 from elropt.rules import RULES as SPECS
 
+from .every_rule import needs
 from .random_weights import GRAD_SCALES, set_gradient, tracked_group, train, weights
 
 RULES = [(rule, granularity) for rule, spec in SPECS.items() for granularity in spec.granularities]
-
-
-def decay(rule: str | None) -> float:
-    """A weight decay for the rules that need one."""
-    return 5e-3 if SPECS[rule].settles else 0.0
 
 
 @settings(deadline=None, max_examples=30)
@@ -63,9 +59,7 @@ def test_elr_is_the_tangent_of_the_angle_that_the_step_turns_by(
     rule: str | None, granularity: str, when: str
 ) -> None:
     params = weights()
-    optimizer = ELRSGD(
-        tracked_group(params, lr=0.3, weight_decay=decay(rule)), rule=rule, granularity=granularity
-    )
+    optimizer = ELRSGD(tracked_group(params, lr=0.3), rule=rule, granularity=granularity, **needs(rule))
     if when == "after":
         train(optimizer, params, 3)
         for p, scale in zip(params, GRAD_SCALES, strict=True):
@@ -212,7 +206,7 @@ def test_one_host_read_in_all(rule: str | None, granularity: str, function) -> N
         {"params": params[:2], "scale_invariant": True, "lr": torch.tensor(0.1)},
         {"params": params[2:], "scale_invariant": True, "rule": None, "granularity": "layer"},
     ]
-    optimizer = ELRSGD(groups, lr=0.1, weight_decay=decay(rule), rule=rule, granularity=granularity)
+    optimizer = ELRSGD(groups, lr=0.1, rule=rule, granularity=granularity, **needs(rule))
     optimizer.step()
 
     with HostReads() as reads, ScalarReads() as scalars:

@@ -16,6 +16,7 @@ from torch import nn
 from elropt import ELRSGD
 from elropt.rules import RULES as SPECS
 
+from .every_rule import needs
 from .nets import bn_mlp, train
 
 State = dict[str, Any]
@@ -25,7 +26,8 @@ RULES = [(rule, granularity) for rule, spec in SPECS.items() for granularity in 
 def make(rule: str | None = "angle", granularity: str = "layer", **kwargs: Any) -> tuple[nn.Module, ELRSGD]:
     """A net after three steps."""
     net = bn_mlp(depth=2)
-    optimizer = ELRSGD(net.parameters(), lr=0.05, momentum=0.9, rule=rule, granularity=granularity, **kwargs)
+    options = {"lr": 0.05, "momentum": 0.9, "rule": rule, "granularity": granularity, **needs(rule), **kwargs}
+    optimizer = ELRSGD(net.parameters(), **options)
     train(net, optimizer, range(3))
     return net, optimizer
 

@@ -12,6 +12,7 @@ from elropt import ELRSGD, effective_lrs, kernels, layer_stats
 from elropt._rule_group import RuleGroupPlan
 from elropt.rules import RULES
 
+from .every_rule import needs
 from .nets import backward, bn_mlp, train
 from .test_contract import BACKENDS
 
@@ -148,7 +149,7 @@ def test_a_plan_can_be_made_anew_any_number_of_times(rule: str | None) -> None:
     results = []
     for asks in (False, True):
         net = bn_mlp(depth=2, width=4)
-        optimizer = ELRSGD(net.parameters(), lr=0.05, momentum=0.9, rule=rule)
+        optimizer = ELRSGD(net.parameters(), lr=0.05, momentum=0.9, rule=rule, **needs(rule))
         for step in range(6):
             backward(net, step)
             if asks:

@@ -18,14 +18,10 @@ from elropt.layer_table import LayerRow
 from elropt.rules import RULES as SPECS
 from elropt.run_history import read_run
 
+from .every_rule import needs
 from .random_weights import GRAD_SCALES, named, set_gradient, tracked_group, train, weights
 
 RULES = [(rule, granularity) for rule, spec in SPECS.items() for granularity in spec.granularities]
-
-
-def decay(rule: str | None) -> float:
-    """A weight decay for the rules that need one."""
-    return 5e-3 if SPECS[rule].settles else 0.0
 
 
 def strict_records(path: Path) -> list[dict]:
@@ -73,13 +69,8 @@ def test_recording_does_not_change_the_training(
     results = []
     for record in (False, True):
         params = weights(dtype=torch.float32)
-        optimizer = ELRSGD(
-            tracked_group(params, weight_decay=decay(rule)),
-            lr=0.05,
-            momentum=momentum,
-            rule=rule,
-            granularity=granularity,
-        )
+        options = {"lr": 0.05, "momentum": momentum, "rule": rule, "granularity": granularity, **needs(rule)}
+        optimizer = ELRSGD(tracked_group(params), **options)
         if record:
             with Recorder(optimizer, tmp_path / "run.jsonl", every=2):
                 train(optimizer, params, 12)

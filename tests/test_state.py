@@ -16,7 +16,8 @@ from elropt import ELRSGD, param_groups
 from elropt.rules import RULES as SPECS
 from elropt.rules import RuleState
 
-from .nets import bn_mlp, train
+from .every_rule import needs
+from .nets import backward, bn_mlp, train
 
 
 def test_which_backend_computes_is_not_loaded() -> None:
@@ -186,7 +187,11 @@ def test_late_groups_and_missing_gradients(rule: str) -> None:
     net = bn_mlp()
     first, last = net[0], net[-1]
     optimizer = ELRSGD(
-        [p for p in net.parameters() if p is not first.weight], lr=0.05, momentum=0.9, rule=rule
+        [p for p in net.parameters() if p is not first.weight],
+        lr=0.05,
+        momentum=0.9,
+        rule=rule,
+        **needs(rule),
     )
     train(net, optimizer, range(3))
     optimizer.add_param_group({"params": [first.weight], "lr": 0.02})
@@ -195,8 +200,6 @@ def test_late_groups_and_missing_gradients(rule: str) -> None:
     before = {name: p.clone() for name, p in net.named_parameters()}
     state = {key: value.clone() for key, value in optimizer.state[first.weight].items()}
     for _ in range(2):
-        from .nets import backward
-
         backward(net, 7)
         first.weight.grad = None
         optimizer.step()

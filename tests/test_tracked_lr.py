@@ -17,6 +17,7 @@ from torch.optim.swa_utils import SWALR
 from elropt import ELRSGD, effective_lrs, kernels, layer_stats, param_groups
 from elropt.rules import RULES
 
+from .every_rule import acts_on_update, skip_without_kernels
 from .nets import backward, bn_mlp, invariant_weights, train
 from .test_contract import BACKENDS
 
@@ -68,6 +69,7 @@ def test_a_group_that_says_it_is_tracked_has_a_learning_rate_of_its_own(
     rule: str | None, backend: str
 ) -> None:
     """Bit for bit what it would be with two groups and two values of lr, whether lr changes or is a tensor."""
+    skip_without_kernels(BACKENDS[backend], rule)
     results = []
     for own in (False, True):
         net = bn_mlp(depth=2, width=4)
@@ -83,16 +85,19 @@ def test_a_group_that_says_it_is_tracked_has_a_learning_rate_of_its_own(
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize("project", [False, True])
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule])
+@pytest.mark.parametrize(
+    ("rule", "project"), [(r, p) for r in RULES if r for p in (False, True) if not (p and acts_on_update(r))]
+)
 def test_bare_parameters_train_as_groups_do(rule: str, project: bool, foreach: bool) -> None:
-    """Also with momentum and weight decay, and on both sides of the hand-over of the warm-up."""
+    """Also with momentum and weight decay, and on both sides of the hand-over of the warm-up. (Of the update only
+    without momentum, in which the decay of bare parameters is.)"""
     nets, optimizers = [], []
+    momentum = 0.0 if acts_on_update(rule) else 0.9
     for bare in (False, True):
         net = bn_mlp(depth=2)
         params: Any = net.parameters() if bare else groups_of(net)
         optimizer = ELRSGD(
-            params, lr=0.2, tracked_lr=0.02, momentum=0.9, weight_decay=1e-2, rule=rule, project=project,
+            params, lr=0.2, tracked_lr=0.02, momentum=momentum, weight_decay=1e-2, rule=rule, project=project,
             foreach=foreach,
         )  # fmt: skip
         optimizer.step()  # without gradients: what follows knows from the first step on what is tracked
@@ -108,6 +113,8 @@ def test_bare_parameters_train_as_groups_do(rule: str, project: bool, foreach: b
         optimizers.append(optimizer)
     for p, q in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(p, q, rtol=2e-5, atol=1e-6)
+    if acts_on_update(rule):  # which has a factor on lr
+        return
     lrs = [{row.name: row.lr for row in layer_stats(o) if row.tracked}.values() for o in optimizers]
     assert list(lrs[0]) == pytest.approx([0.02] * 2, rel=1e-6)
     assert list(lrs[1]) == pytest.approx([0.02] * 2, rel=1e-6)

@@ -19,6 +19,8 @@ from benchmarks.common import models
 from elropt import ELRSGD, effective_lrs, param_groups, width_scaled_groups
 from elropt.rules import RULES
 
+from .every_rule import needs
+
 WIDTHS = (128, 256, 512, 1024)
 BATCH = 16
 
@@ -292,7 +294,7 @@ def test_errors_about_the_model() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_takes_the_groups_and_a_scheduler_scales_them(rule: str | None) -> None:
     net = models.build("bn-mlp-4-w32", in_shape=(1, 4, 4), classes=5)
-    optimizer = ELRSGD(width_scaled_groups(net, 8, lr=0.01), momentum=0.9, rule=rule)
+    optimizer = ELRSGD(width_scaled_groups(net, 8, lr=0.01), momentum=0.9, rule=rule, **needs(rule))
     scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
     lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
     before = parameters_to_vector(net.parameters()).clone()

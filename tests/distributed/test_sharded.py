@@ -38,6 +38,10 @@ RULES: dict[str, dict[str, Any]] = {
     "uniform filter": {"rule": "uniform", "granularity": "filter"},
     "project": {"rule": "uniform", "project": True, "weight_decay": 0.01},
     "measured": {"rule": "uniform", "measured": True},
+    "update": {"rule": "uniform", "elr_of": "update", "weight_decay": 0.01},
+    "equilibrium": {"rule": "equilibrium", "weight_decay": 0.01},
+    "network of updates": {"rule": "angle", "elr_of": "update", "granularity": "network", "lr": 0.05},
+    "filter of updates": {"rule": "angle", "elr_of": "update", "granularity": "filter", "lr": 0.05},
 }
 
 

@@ -197,7 +197,7 @@ def tensor_parallel(net: nn.Sequential, mesh: Any) -> nn.Sequential:
     return net
 
 
-@pytest.mark.parametrize("rule", [None, "warmup", "uniform", "angle"])
+@pytest.mark.parametrize("rule", [None, "warmup", "uniform", "angle", "equilibrium"])
 @pytest.mark.parametrize("how", ["fsdp", "columns", "hsdp", "tensor", "2d", "bfloat16"])
 def test_sharded_training(four_ranks: Ranks, how: str, rule: str | None) -> None:
     expected = alone(rule)
@@ -232,7 +232,7 @@ def train_in_parts(rule: str, path: Path) -> tuple[dict[str, Tensor], int]:
     return {name: whole(p) for name, p in net.named_parameters()}, recorder.step
 
 
-@pytest.mark.parametrize("rule", ["warmup", "uniform"])
+@pytest.mark.parametrize("rule", ["warmup", "uniform", "equilibrium"])
 def test_accumulated_clipped_and_recorded(two_ranks: Ranks, rule: str, tmp_path: Path) -> None:
     expected = alone(rule, clip=True)
     for got, steps in two_ranks.run(train_in_parts, rule, tmp_path / "run.jsonl"):
@@ -262,7 +262,7 @@ def overflow_on_one_rank(rule: str) -> tuple[bool, float, list[float]]:
     return agree({name: whole(p) for name, p in net.named_parameters()}), scaler.get_scale(), spreads
 
 
-@pytest.mark.parametrize("rule", ["warmup", "uniform"])
+@pytest.mark.parametrize("rule", ["warmup", "uniform", "equilibrium"])
 def test_an_overflow_is_skipped_by_all_ranks(two_ranks: Ranks, rule: str) -> None:
     assert two_ranks.run(overflow_on_one_rank, rule) == [(True, 4.0, [0.0, 1.0, 0.0])] * 2
 
