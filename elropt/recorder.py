@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import warnings
@@ -122,9 +121,7 @@ class Recorder:
 
     def _write(self, table: LayerTable) -> None:
         scalars = {name: getattr(table, name) for name in ("elr_spread", "log_elr_std", "angle_spread")}
-        layers = {row.name: dataclasses.asdict(row) for row in table}
-        for values in layers.values():
-            del values["name"]
+        layers = {row.name: {k: v for k, v in vars(row).items() if k != "name"} for row in table}
         record = to_json({"step": self.step, **scalars, "layers": layers})
         scalars |= {
             f"{column}/{row.name}": getattr(row, column) for row in table for column in ("elr", "angle")

@@ -44,6 +44,9 @@ class Rows:
             else (0, min(shard.count, 1))
             for p, count, shard in zip(self.params, self.counts, self._shards, strict=True)
         ]
+        longest = max((local(p).numel() for p in self.params), default=0)
+        self._scratch_size = min(longest, max(CHUNK, *self.counts, 0))
+        self._scratch: dict[tuple[torch.device, int], Tensor] = {}
         self._reductions = None
         if any(self._shards):
             self._reductions = reductions(self.params, self.counts, self._shards, self.device)
@@ -78,6 +81,28 @@ class Rows:
         first, here = self._here[i]
         return values[first : first + here]
 
+    def sums_here(
+        self, here: int, k: int, measure: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
+    ) -> Tensor:
+        """[k, here]: `measure`'s k sums over the parts of a tensor on this rank. It gets them in float64 as [here, n],
+        some columns at a time, in memory that is used again, and may write to them."""
+        if here == 0:
+            return torch.zeros(k, 0, dtype=torch.float64, device=tensors[0].device)
+        columns = max(1, CHUNK // here)
+        split = (t.detach().reshape(here, -1).split(columns, dim=1) for t in tensors)
+        total = [
+            torch.stack(measure(*(self._float64(j, part) for j, part in enumerate(parts))))
+            for parts in zip(*split, strict=True)
+        ]
+        return total[0] if len(total) == 1 else torch.stack(total).sum(0)
+
+    def _float64(self, k: int, part: Tensor) -> Tensor:
+        scratch = self._scratch.get((part.device, k))
+        if scratch is None:
+            scratch = torch.empty(self._scratch_size, dtype=torch.float64, device=part.device)
+            self._scratch[part.device, k] = scratch
+        return scratch[: part.numel()].view(part.shape).copy_(part)
+
     def by_param(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each tensor with its columns of `values`, [k, R]."""
         return zip(self.params, values.split(self.counts, dim=1), strict=True)
@@ -94,24 +119,23 @@ def weight_change(before: Sequence[Tensor], after: Sequence[Tensor], rows: Rows)
         rows: what to sum over.
     """
 
-    def radial_sums(i: int, here: int) -> Tensor:
-        total = torch.zeros(2, here, dtype=torch.float64, device=after[i].device)
-        for w, new in _chunks(here, before[i], after[i]):
-            total += torch.stack([_dot(w, w), _dot(w, new - w)])
-        return total
+    def of_radius(w: Tensor, new: Tensor) -> tuple[Tensor, ...]:
+        return _dot(w, w), _dot(w, new.sub_(w))
 
-    weight_sq, radial = rows.sums(radial_sums, 2)
+    weight_sq, radial = rows.sums(lambda i, here: rows.sums_here(here, 2, of_radius, before[i], after[i]), 2)
     p = radial / weight_sq
     p_of = [p_here[0] for _, p_here in rows.by_param(p[None])]
 
     def change_sums(i: int, here: int) -> Tensor:
-        total = torch.zeros(2, here, dtype=torch.float64, device=after[i].device)
-        p_here = rows.part_here(i, p_of[i]).to(total.device)[:, None]
-        for w, new in _chunks(here, before[i], after[i]):
-            change = new - w
-            across = torch.addcmul(change, p_here, w, value=-1)
-            total += torch.stack([_dot(change, change), _dot(across, across)])
-        return total
+        p_here = rows.part_here(i, p_of[i]).to(after[i].device)[:, None]
+
+        def of_change(w: Tensor, new: Tensor) -> tuple[Tensor, ...]:
+            change = new.sub_(w)
+            change_sq = _dot(change, change)
+            across = change.addcmul_(p_here, w, value=-1)
+            return change_sq, _dot(across, across)
+
+        return rows.sums_here(here, 2, of_change, before[i], after[i])
 
     weight_norm = weight_sq.sqrt()
     change_norm, across_norm = rows.sums(change_sums, 2).sqrt()
@@ -142,10 +166,8 @@ def gradient_sums(
         if grad is None:
             return None
         grad = local_grad(rows.params[i], grad)
-        total = torch.zeros(3, here, dtype=torch.float64, device=weights[i].device)
-        for w, g in _chunks(here, weights[i], grad if grad.layout == torch.strided else grad.to_dense()):
-            total += torch.stack([_dot(w, w), _dot(g, g), _dot(w, g)])
-        return total
+        grad = grad if grad.layout == torch.strided else grad.to_dense()
+        return rows.sums_here(here, 3, _products, weights[i], grad)
 
     weight_sq, grad_sq, weight_dot_grad = rows.sums(part, 3)
     if scale is not None:
@@ -154,16 +176,10 @@ def gradient_sums(
     return torch.stack([weight_sq, grad_sq, weight_dot_grad])
 
 
-def _chunks(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors in float64 as [rows, n], some columns at a time."""
-    if rows == 0:
-        return
-    columns = max(1, CHUNK // rows)
-    split = (t.detach().reshape(rows, -1).split(columns, dim=1) for t in tensors)
-    for parts in zip(*split, strict=True):
-        yield tuple(part.double() for part in parts)
+def _products(w: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    return _dot(w, w), _dot(g, g), _dot(w, g)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a,b⟩ by row."""
-    return torch.linalg.vecdot(a, b)
+    """⟨a,b⟩ by row; of one row by BLAS, which is faster."""
+    return torch.dot(a[0], b[0])[None] if len(a) == 1 else torch.linalg.vecdot(a, b)
