@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ._eager_step import Group, measure, update_groups, upload
 from ._state_dict import params_by_index
-from ._unwrap import unwrap
+from ._unwrap import type_name, unwrap
 from .backend import UpdateOptions, choose_backend
 from .layer_table import Tracked, check_tracked
 from .optimizer import ELRSGD, LARGE_ANGLE
@@ -120,11 +120,12 @@ def control(
             f"granularity={granularity!r} has no meaning for rule={rule!r}; choose one of "
             f"{', '.join(map(repr, RULES[rule].granularities))}"
         )
-    if any(isinstance(getattr(h, "__self__", None), Controller) for h in _pre_hooks(base)):
+    holder = _holder(base)
+    if any(isinstance(getattr(hook, "__self__", None), Controller) for hook in _hooks(base, holder)):
         raise ValueError(
             "this optimizer is controlled already: keep what control returned, and call its remove() first"
         )
-    controller = Controller(base, rule, granularity, check_tracked(base, tracked) or frozenset())
+    controller = Controller(holder, rule, granularity, check_tracked(holder, tracked) or frozenset())
     controller.register(base)
     return controller
 
@@ -136,7 +137,7 @@ class Controller:
         rule, granularity: as given.
     """
 
-    def __init__(self, optimizer: Optimizer, rule: str, granularity: str, tracked: frozenset[Tensor]) -> None:
+    def __init__(self, holder: Optimizer, rule: str, granularity: str, tracked: frozenset[Tensor]) -> None:
         self.rule = rule
         self.granularity = granularity
         self._is_angle = RULES[rule].lr_unit == "rad per step"
@@ -149,14 +150,14 @@ class Controller:
         self._loading: Mapping[str, Any] = {}
         self._warned = False
         self._handles: list[Any] = []
-        self._optimizer = weakref.ref(optimizer)
-        if not self._find_tracked(optimizer):
+        self._holder = weakref.ref(holder)
+        if not self._find_tracked(holder):
             raise ValueError(
                 "nothing is tracked: no param group has scale_invariant=True and no layer was given. Make the "
                 "optimizer with elropt.param_groups(model, *inputs), or pass "
                 "tracked=elropt.find_scale_invariant(model, *inputs)"
             )
-        self._check(optimizer, stacklevel=4)
+        self._check(holder, stacklevel=4)
 
     def remove(self) -> None:
         """End the control: the next step is the base optimizer's own, and its state is its own again."""
@@ -164,12 +165,14 @@ class Controller:
             handle.remove()
         self._handles.clear()
         self._pending.clear()
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            _take_radii(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+        holder = self._holder()
+        if holder is not None:
+            _take_radii(holder, [p for group in holder.param_groups for p in group["params"]])
 
     def register(self, optimizer: Optimizer) -> None:
         """Put the hooks around its steps; `control` does that."""
+        holder = self._holder()
+        assert holder is not None
         after = optimizer.register_step_post_hook(self._after)
         # the hooks of others, such as an average of the weights, are to see the weights that the step ends with
         hooks: Any = optimizer._optimizer_step_post_hooks
@@ -177,27 +180,29 @@ class Controller:
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             after,
-            optimizer.register_load_state_dict_pre_hook(self._before_load),
-            optimizer.register_load_state_dict_post_hook(self._after_load, prepend=True),
+            holder.register_state_dict_post_hook(self._after_state_dict, prepend=True),
+            holder.register_load_state_dict_pre_hook(self._before_load),
+            holder.register_load_state_dict_post_hook(self._after_load, prepend=True),
         ]
 
     @torch.compiler.disable()
     def _before(self, optimizer: Optimizer, *_: object) -> None:
         """Keep a copy of the tracked weights, and take the radii out of the state: many optimizers ask whether the
         state of a parameter is empty to know their first step."""
-        self._check(optimizer, stacklevel=6)
+        holder = _holder(optimizer)
+        self._check(holder, stacklevel=6)
         with torch.inference_mode(False), torch.no_grad():
             # where a step calls the hooked step of its base class, both are controlled; steps that failed are forgotten
             depth = sum(getattr(vars(kind).get("step"), "hooked", False) for kind in type(optimizer).__mro__)
             self._pending = self._pending[max(0, len(self._pending) - depth + 1) :]
-            params = self._find_tracked(optimizer)
+            params = self._find_tracked(holder)
             if self._rows is None or not self._rows.are_of(params):
-                self._return_radii(optimizer)
+                self._return_radii(holder)
                 self._rows = _Rows(list(params), per_filter=self.granularity == "filter")
             rows = self._rows
             if not rows.params:
                 return
-            rows.take_radii(optimizer)
+            rows.take_radii(holder)
             weights = [local(p).detach() for p in rows.params]
             copies = [torch.empty_like(w) for w in weights]
             torch._foreach_copy_(copies, weights)
@@ -219,23 +224,36 @@ class Controller:
                 rows.turn(copies, weights, angle, whole=self.granularity == "network")
             finally:  # if anything fails, these weights are as before the step
                 torch._foreach_copy_(weights, copies)
-        rows.return_radii(optimizer)
+        rows.return_radii(_holder(optimizer))
 
     def _return_radii(self, optimizer: Optimizer) -> None:
         """After a step that failed they are not in the state."""
         if self._rows is not None:
             self._rows.return_radii(optimizer, only_missing=True)
 
+    def _after_state_dict(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        """torch.distributed.checkpoint wants a state of all parameters or of none: where the base optimizer keeps
+        none, the others get an empty radius, in the dict alone."""
+        state = state_dict["state"]
+        if any(set(held) != {RADIUS} for held in state.values()):
+            return
+        radii = [held[RADIUS] for held in state.values()]
+        for group in state_dict["param_groups"] if radii else ():
+            for index in group["params"]:
+                state.setdefault(index, {RADIUS: torch.empty(0, device=radii[0].device)})
+
     def _before_load(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         self._loading = state_dict
 
-    def _after_load(self, optimizer: Optimizer) -> None:
+    def _after_load(self, holder: Optimizer) -> None:
         """The radii stay float32: torch casts state to the dtype of the parameters."""
         loaded, self._loading = self._loading, {}
-        for index, p in params_by_index(loaded["param_groups"], optimizer.param_groups):
+        by_index = params_by_index(loaded["param_groups"], holder.param_groups)
+        _take_radii(holder, [p for _, p in by_index])
+        for index, p in by_index:
             radius = loaded["state"].get(index, {}).get(RADIUS)
-            if radius is not None:
-                optimizer.state[p][RADIUS] = radius.detach().to(p.device, torch.float32, copy=True)
+            if radius is not None and radius.numel():
+                holder.state[p][RADIUS] = radius.detach().to(p.device, torch.float32, copy=True)
         self._rows = None
 
     def _find_tracked(self, optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
@@ -447,8 +465,22 @@ def _kind(p: Tensor) -> tuple[str, str]:
     return str(p.device), str(p.dtype)
 
 
-def _pre_hooks(optimizer: Optimizer) -> Iterable[Any]:
-    return optimizer._optimizer_step_pre_hooks.values()
+def _holder(optimizer: Optimizer) -> Optimizer:
+    """Who holds the state: the optimizer itself or, of a wrapper with hooks around its steps alone, the one in it."""
+    found: Any = optimizer
+    while found is not None and not hasattr(found, "_optimizer_load_state_dict_pre_hooks"):
+        found = getattr(found, "optimizer", None)
+    if found is None:
+        raise TypeError(
+            f"a {type_name(optimizer)} has no hooks around its state, since its __init__ does not call that of "
+            "torch.optim.Optimizer: pass the optimizer in it"
+        )
+    return found
+
+
+def _hooks(optimizer: Optimizer, holder: Optimizer) -> list[Any]:
+    steps, loads = optimizer._optimizer_step_pre_hooks, holder._optimizer_load_state_dict_pre_hooks
+    return [*steps.values(), *loads.values()]
 
 
 def _take_radii(optimizer: Optimizer, params: Iterable[Tensor]) -> list[Tensor | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -545,3 +546,43 @@ def test_names_and_what_find_scale_invariant_returns() -> None:
         for name in held:
             assert float(angles(before[name], net.get_parameter(name))) == pytest.approx(0.01, rel=1e-4)
         handle.remove()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Keeps hooks around its steps alone, as the wrappers of pytorch-optimizer do, and goes half of each step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.defaults = optimizer.defaults
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self._patch_step_function()
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        slow = weights_of(self.optimizer)
+        result = self.optimizer.step(closure)
+        for p, old in zip((p for group in self.param_groups for p in group["params"]), slow, strict=True):
+            p.data.lerp_(old, 0.5)
+        return result
+
+
+def test_a_wrapper_that_moves_the_weights_too() -> None:
+    net = bn_mlp(3)
+    base = BASES["AdamW"](groups_of(net))
+    wrapper = Lookahead(base)
+    handle = control(wrapper)
+    for optimizer in (wrapper, base):
+        with pytest.raises(ValueError, match="controlled already"):
+            control(optimizer)
+    for step in range(3):
+        before = [w.detach().clone() for w in invariant_weights(net)]
+        train(net, wrapper, range(step, step + 1))
+        for a, b in zip(before, invariant_weights(net), strict=True):
+            assert float(angles(a, b)) == pytest.approx(0.01, rel=1e-5)
+            assert float(b.detach().norm()) == pytest.approx(float(base.state[b][RADIUS]), rel=1e-6)
+    assert sum(RADIUS in held for held in base.state_dict()["state"].values()) == 3
+    handle.remove()
+    control(base)
