@@ -75,6 +75,22 @@ def muon_with_adamw(params: Any, *, lr: float, momentum: float) -> Optimizer:
     return MuonWithAdamW(split_hidden(params), lr, (momentum, 0.999))
 
 
+# AdamW multiplies its decay by its learning rate, as SGD does, and that is some 100 times smaller than SGD's. Where the
+# rest of a net has a learning rate of its own, SGD's 0.1 becomes 0.003.
+OF_ADAMW: dict[str, Any] = {"decay_factor": 100.0, "other_lr_factor": 0.03}
+
+
+def by_angle(base: Callable[..., Optimizer]) -> Entry:
+    """An optimizer whose tracked weights turn by the learning rate, and all others have AdamW's (`elropt.control`)."""
+
+    def build(*args: Any, **options: Any) -> Optimizer:
+        optimizer = base(*args, **options)
+        elropt.control(optimizer, rule="angle")
+        return optimizer
+
+    return Entry(build, UNITS["rad per step"], separate_lr=True, **OF_ADAMW)
+
+
 def of_rule(rule: str, **options: Any) -> Entry:
     """ELRSGD with a rule, and more of its arguments."""
     spec = RULES[rule]
@@ -83,14 +99,12 @@ def of_rule(rule: str, **options: Any) -> Entry:
     return Entry(build, unit, separate_lr=spec.lr_unit != "lr", needs_decay=spec.settles)
 
 
-# AdamW multiplies its decay by its learning rate, as SGD does, and that is some 100 times smaller than SGD's. Where the
-# rest of a net has a learning rate of its own, SGD's 0.1 becomes 0.003.
-OF_ADAMW: dict[str, Any] = {"decay_factor": 100.0, "other_lr_factor": 0.03}
-
 OPTIMIZERS: dict[str, Entry] = {
     "sgd": Entry(torch.optim.SGD),
     "adamw": Entry(adamw, "AdamW's", **OF_ADAMW),
     "muon": Entry(muon_with_adamw, "AdamW's", separate_lr=True, hidden=True, **OF_ADAMW),
+    "adamh": by_angle(adamw),  # the names in the literature: Wen et al., 2026
+    "muonh": by_angle(muon_with_adamw),
     "lars": Entry(imported("pytorch_optimizer", "LARS"), "of LARS", package="pytorch_optimizer"),
     # SGDP takes views of its weights.
     "sgdp": Entry(imported("pytorch_optimizer", "SGDP"), channels_last=False, package="pytorch_optimizer"),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from benchmarks.common import training
 from benchmarks.common.optimizers import METHODS, PEERS, Method
 from benchmarks.common.sweep import Row
-from benchmarks.common.training import Run, Task, train
+from benchmarks.common.training import Run, Task
 from benchmarks.studies import comparison
 from benchmarks.studies.comparison import Plan
 from benchmarks.studies.control.report import draw, tables
 from benchmarks.studies.control.summarize import summarize
 from benchmarks.studies.study import Stage, Study
 
+BEHIND = ("adamh", "muonh")  # `elropt.control` behind AdamW and Muon
 OURS = (
     *("uniform", "uniform-update"),
     *("angle", "angle-update", "angle-filter", "angle-update-filter"),
@@ -45,16 +48,16 @@ WIDE = Grids(
     adamw=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
 )
 IMAGES = Grids(
-    sgd=(0.03, 0.1, 0.3, 1.0),
+    sgd=(0.1, 0.3, 1.0),
     equilibrium=(0.1, 0.3, 1.0, 3.0),
     radians=(0.003, 0.01, 0.03, 0.1),
-    adamw=(0.001, 0.003, 0.01, 0.03),
+    adamw=(0.003, 0.01, 0.03),
 )
 TEXT = Grids(
-    sgd=(0.01, 0.03, 0.1, 0.3),
-    equilibrium=(0.1, 0.3, 1.0, 3.0),
-    radians=(0.003, 0.01, 0.03, 0.1),
-    adamw=(0.0003, 0.001, 0.003, 0.01, 0.03),
+    sgd=(0.03, 0.1, 0.3),
+    equilibrium=(0.3, 1.0, 3.0),
+    radians=(0.01, 0.03, 0.1),
+    adamw=(0.001, 0.003, 0.01, 0.03),
 )
 TINY = Grids((0.1, 0.3), (0.1, 0.3), (0.003, 0.01), (0.003, 0.01))
 
@@ -78,61 +81,68 @@ def text(model: str, device: str, steps: int) -> Task:
 
 def tiny(device: str) -> list[Plan]:
     """Does it run?"""
-    tasks = [dataclasses.replace(task, weight_decay=DECAY) for task in comparison.tiny_tasks(device)]
-    return [
-        Plan([*tasks, text("olmo-1-w32", device, 20)], methods(TINY, ("sgd", "muon", "equilibrium")), 1, 2)
-    ]
+    mlp = [dataclasses.replace(task, weight_decay=DECAY) for task in comparison.tiny_tasks(device)]
+    few = methods(TINY, ("sgd", "muonh", "equilibrium"))
+    return [Plan(mlp, few, 1, 2), Plan([text("olmo-1-w32", device, 20)], few, 1, 2)]
 
 
 def small(device: str) -> list[Plan]:
-    """A deep MLP with all methods; thin conv nets and GPTs, each with fewer."""
-    on_images = (
-        *PEERS,
-        *(name for name in OURS if "uniform" not in name and "angle-" not in name),
-        "angle-update",
-    )
-    on_text = (*PEERS, "angle-update", "equilibrium", "equilibrium-filter")
+    """A deep MLP with all methods; thin conv nets and GPTs, each with fewer and shorter grids: an hour on one core."""
+    by_layer = ("angle", "angle-update", "equilibrium-gradient", "equilibrium", "equilibrium+linear")
+    on_images = methods(IMAGES, (*PEERS, *BEHIND, *by_layer, "equilibrium-filter"))
+    on_text = methods(TEXT, (*PEERS, *BEHIND, "angle-update", "equilibrium"))
     recipe = {"image_size": 16, "limit": 10_000, "batch_size": 128, "epochs": 6, "augment": True}
-    nets = ("resnet-20-w8", "plain-20-w8")
-    images = [comparison.small_cifar(net, device, weight_decay=DECAY, **recipe) for net in nets]
+    resnet, plain = (
+        comparison.small_cifar(net, device, weight_decay=DECAY, **recipe)
+        for net in ("resnet-20-w8", "plain-20-w8")
+    )
+    mlp = comparison.digits_mlp(30, device, weight_decay=DECAY)
     return [
-        Plan([comparison.digits_mlp(30, device, weight_decay=DECAY)], methods(WIDE, (*PEERS, *OURS)), 2, 3),
-        Plan(images, methods(IMAGES, on_images), 1, 2),
-        Plan([text(net, device, 250) for net in ("gpt-4", "olmo-4")], methods(TEXT, on_text), 1, 2),
+        Plan([mlp], methods(WIDE, (*PEERS, *BEHIND, *OURS)), 2, 3),
+        Plan([resnet], on_images, 1, 2),
+        Plan([text("olmo-4", device, 250)], on_text, 1, 2),
+        Plan([plain], on_images, 1, 2),
+        Plan([text("gpt-4", device, 250)], on_text, 1, 2),
     ]
 
 
 def full(device: str) -> list[Plan]:
-    """The nets of the literature, and a GPT with a million parameters."""
+    """The nets of the literature, and GPTs with a million parameters."""
     images = [comparison.full_cifar(net, device) for net in ("resnet-20", "plain-20", "plain-56")]
     texts = [text(net, device, 6000) for net in ("gpt-4-w160", "olmo-4-w160")]
-    every = (*PEERS, *OURS)
-    return [Plan([*images, *texts], methods(WIDE, every), 1, 3)]
+    return [Plan([*images, *texts], methods(WIDE, (*PEERS, *BEHIND, *OURS)), 1, 3)]
 
 
 PLANS: dict[str, Callable[[str], list[Plan]]] = {"tiny": tiny, "small": small, "full": full}
 
 
 def stages(size: str, device: str) -> Sequence[Stage]:
-    """Of all plans: choose on the validation part, then read the test part."""
-    plans = PLANS[size](device)
-    for plan in plans:
-        comparison.two_stages(plan)  # raises for what is missing
+    """Of each plan whose data are there: choose on the validation part, then read the test part."""
+    result: list[Stage] = []
+    for plan in PLANS[size](device):
+        try:
+            result += two_stages(plan)
+        except FileNotFoundError as error:
+            nets = ", ".join(task.model for task in plan.tasks)
+            warnings.warn(f"without {nets}: {error}", stacklevel=2)
+    return result
 
-    def second(rows: list[Row]) -> list[Run]:
-        runs = []
-        for plan in plans:
-            of_plan = [row for row in rows if Task(**row["spec"]["task"]) in plan.tasks]
-            runs += comparison.finals(of_plan, plan.fresh_seeds)
-        return runs
 
-    return lambda rows: [run for plan in plans for run in comparison.grid(plan)], second
+def two_stages(plan: Plan) -> Sequence[Stage]:
+    """The two stages of one plan among others."""
+    choose, _ = comparison.two_stages(plan)
+
+    def finals(rows: list[Row]) -> Sequence[Run]:
+        of_plan = [row for row in rows if Task(**row["spec"]["task"]) in plan.tasks]
+        return comparison.finals(of_plan, plan.fresh_seeds)
+
+    return choose, finals
 
 
 CONTROL = Study(
     "control",
     "Control the gradient or the update, by layer or filter, behind which optimizer; against the best-tuned peers?",
-    train,
+    training.train,
     stages,
     summarize,
     tables,
