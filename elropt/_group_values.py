@@ -20,6 +20,7 @@ __all__ = [
     "decay_of",
     "has_lr_by_row",
     "has_tensor_decay",
+    "lr_gain",
     "lr_limit",
     "lr_of",
     "lr_ratio",
@@ -138,6 +139,12 @@ def angle_of(group: Mapping[str, Any], lr: float) -> float | None:
     if not spec.settles or isinstance(group["weight_decay"], Tensor):
         return None
     return math.sqrt(settling_of(group) * lr * lr_ratio(group))
+
+
+def lr_gain(group: Mapping[str, Any]) -> float | Tensor:
+    """λΓ of the tracked layers of a group."""
+    lr = group["lr"] if group["tracked_lr"] is None else group["lr"] * lr_ratio(group)
+    return lr * growth_gain(group["momentum"], group["dampening"], group["nesterov"])
 
 
 def has_lr_by_row(group: Mapping[str, Any]) -> bool:

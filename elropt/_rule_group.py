@@ -21,10 +21,10 @@ from ._eager_step import (
     upload,
     values_of_rows,
 )
-from ._group_values import count_rows, has_lr_by_row, rule_key
+from ._group_values import count_rows, has_lr_by_row, lr_gain, rule_key
 from ._rule_memory import RuleMemory, State
 from ._triton_step import TritonStep
-from ._warmup_end import WarmupEndPoll, is_readable
+from ._warmup_end import LargestLrs, WarmupEndPoll, is_readable
 from .reference import is_low_precision
 from .rules import (
     RADIAL_TESTS,
@@ -37,10 +37,11 @@ from .rules import (
     count_test,
     decide,
     lr_factor,
+    lr_has_risen,
     radial_test,
     step_turn,
 )
-from .sharding import Shard, is_dtensor, like, reductions, shard_of
+from .sharding import Shard, is_dtensor, like, local, reductions, shard_of
 
 __all__ = ["LastStep", "RuleGroup", "RuleGroupPlan"]
 
@@ -86,7 +87,7 @@ class RuleGroup:
     `plan` and `record` ask and change nothing. `step`, `skip` and `forget_triton_steps` act; what they write:
 
     - `memory`: the rule's memory, by the step;
-    - `warmup_end`: how the host learns of the hand-over, by the step;
+    - `warmup_end`, `largest_lrs`: how the host learns of the hand-over, and when it must ask again, by the step;
     - `last`: the `LastStep`, by the step, or by `skip` where it was left out;
     - `_triton_steps`: fused steps for the next time, by the step, and by `forget_triton_steps`;
     - `_untested`: how many radial tests are left, by the step;
@@ -126,8 +127,15 @@ class RuleGroup:
         counts, shards = list(self.row_counts.values()), [self.shards.get(p) for p in self.params]
         self._reductions = reductions(self.params, counts, shards, self.device) if self.shards else None
         self.warmup_end = WarmupEndPoll(self.memory.rows.handed_over, in_step=self._reductions is not None)
-        if self.memory.was_found:
+        with_rows = [
+            group
+            for group, counts in zip(self.groups, self._row_counts, strict=True)
+            if self.spec.ends and any(counts)
+        ]
+        self.largest_lrs = LargestLrs(with_rows)
+        if self.memory.was_found and self.warmup_end.is_readable:
             self.warmup_end.read()
+            self.largest_lrs = LargestLrs(with_rows, float(self.memory.rows.largest_lr))
         self.last = LastStep()
         self._triton_steps: dict[tuple[bool, ...] | None, TritonStep] = {}  # by what is `present`
         self._untested = self.memory.tests_left()
@@ -217,7 +225,7 @@ class RuleGroup:
             if stats.grad_dot_momentum is not None:
                 stats = stats._replace(grad_dot_momentum=stats.grad_dot_momentum / scale)
         hyper = self._hyper(groups)
-        if self.has_rule and self._is_over():
+        if self.has_rule and self._is_over() and not self.largest_lrs.has_risen():
             passed = radial_test(stats, state.tracked, hyper.numel)
             tracked = count_test(state.tracked, passed, step_turn(stats, hyper, LayerControls()))
             return self._measurements(
@@ -248,7 +256,7 @@ class RuleGroup:
                 self.spec.scales_weights,
                 self.spec.ends,
                 self.memory.packed,
-                self.memory.rows.handed_over,
+                self.memory.warmup,
             )
         return TritonStep(
             self.groups,
@@ -260,7 +268,7 @@ class RuleGroup:
         )
 
     def _is_over(self) -> bool:
-        """Whether this rule has nothing left to do."""
+        """Whether this rule has nothing left to do, unless the lr has risen."""
         return self.spec.ends and not self.project and self.warmup_end.warmup_is_over()
 
     def _has_untested(self) -> bool:
@@ -359,14 +367,23 @@ class RuleGroup:
         self.last = LastStep()
         if not plan.has_tensors:
             return False
+        risen = False
         if self.spec.ends:
             self.warmup_end.collect()
             if plan.present is not None:
                 self._forget_frozen(plan.present)
+            risen = self.largest_lrs.follow(acts=not self._is_over())
+            if risen:
+                self.warmup_end.ask_again()
+        active = self.has_rule and (risen or not self._is_over())
         if plan.triton_step is not None:
-            new = self._step_fused(plan, plan.triton_step, state, record, grad_scale, found_inf)
+            new = self._step_fused(
+                plan, plan.triton_step, state, record, active, record or risen, grad_scale, found_inf
+            )
         else:
-            new = self._step_groups(plan.groups, record=record)
+            new = self._step_groups(plan.groups, active=active, record=record)
+        if self.spec.ends:
+            self._look(active)
         for p, buffer in new.items():
             state[p]["momentum_buffer"] = buffer
         return bool(new)
@@ -387,13 +404,14 @@ class RuleGroup:
         triton_step: TritonStep,
         state: State,
         record: bool,
+        active: bool,
+        read_all: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> dict[Tensor, Tensor]:
         """Returns new momentum buffers."""
         assert plan.triton_plan is not None
         is_new = self._triton_steps.get(plan.present) is not triton_step
-        active = self.has_rule and not self._is_over()
         measured = None
         if not active and (record or self._has_untested()):
             measured = self._measure_and_test(self.tensors(state), grad_scale=grad_scale)
@@ -402,7 +420,7 @@ class RuleGroup:
         triton_step.step(
             plan.triton_plan,
             active=active,
-            read_all=record or self._acts_on_dot,
+            read_all=read_all or self._acts_on_dot,
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
@@ -412,7 +430,6 @@ class RuleGroup:
         self.last = LastStep(measured, triton_step, active, still_scaled)
         if active:
             self._count_tests()
-            self.warmup_end.look()
         return triton_step.buffers_not_in(state) if is_new else {}
 
     def _keep_triton_step(self, present: tuple[bool, ...] | None, triton_step: TritonStep) -> None:
@@ -421,9 +438,9 @@ class RuleGroup:
             del self._triton_steps[next(iter(self._triton_steps))]
         self._triton_steps[present] = triton_step
 
-    def _step_groups(self, groups: Sequence[Group], *, record: bool) -> dict[Tensor, Tensor]:
+    def _step_groups(self, groups: Sequence[Group], *, active: bool, record: bool) -> dict[Tensor, Tensor]:
         """Returns new momentum buffers."""
-        if self.has_rule and not self._is_over() and any(sum(group.row_counts) for group in groups):
+        if active and any(sum(group.row_counts) for group in groups):
             rows, memory, absent = self._active_memory(groups)
             with_tests = self._may_test()
             stats, controls, after, buffers = measure_decide_update(
@@ -471,8 +488,29 @@ class RuleGroup:
             if new is not kept:
                 kept[rows] = new
         memory.handed_over.copy_(after.handed_over)
+        memory.largest_lr.copy_(after.largest_lr)
         self._count_tests()
-        self.warmup_end.look()
+
+    def _look(self, active: bool) -> None:
+        """Ask for the end of the warm-up; after it, on and on where only the device knows whether the lr has risen."""
+        if self.device.type != "cuda" or not self.has_rule:
+            return
+        if self.largest_lrs.are_readable:
+            if active:
+                self.warmup_end.look()
+        else:
+            self.warmup_end.in_step = True
+            self.warmup_end.look(self._lr_has_risen)
+
+    def _lr_has_risen(self) -> Tensor:
+        """`lr_has_risen` of all rows; 0-dim bool on the device."""
+        gains = torch.empty_like(self.memory.rows.tracked)
+        first = 0
+        for group, counts in zip(self.groups, self._row_counts, strict=True):
+            gain, count = lr_gain(group), sum(counts)
+            gains[first : first + count] = local(gain).squeeze() if isinstance(gain, Tensor) else gain
+            first += count
+        return lr_has_risen(self.memory.rows, gains)
 
     def _count_tests(self) -> None:
         for p in [p for p in self._untested if p.grad is not None]:

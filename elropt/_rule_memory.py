@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._group_values import lr_gain
 from ._warmup_end import is_readable
 from .rules import RADIAL_TESTS, ROW_STATE, RuleState
 
@@ -33,8 +34,9 @@ class RuleMemory:
         is_kept: whether the state is to hold it: with a rule, or `project`.
 
     Attributes:
-        rows: one entry per row, and `handed_over`.
+        rows: one entry per row, `handed_over` and `largest_lr`.
         packed: the vectors of `rows` as one, float32 [3, R].
+        warmup: `handed_over` and `largest_lr` as one, float32 [2].
         rounding_step: the steps that were rounded stochastically, 0-dim int64; None if no group asks for it.
         was_found: whether `state` held a memory of an earlier optimizer, or of one that was laid out in another way.
     """
@@ -53,20 +55,22 @@ class RuleMemory:
         self.packed = torch.zeros(
             len(ROW_STATE), sum(self.counts.values()), dtype=torch.float32, device=device
         )
-        handed_over = torch.zeros((), dtype=torch.float32, device=device)
-        self.rows = RuleState(**dict(zip(ROW_STATE, self.packed, strict=True)), handed_over=handed_over)
-        self.was_found = False
+        self.warmup = torch.zeros(2, dtype=torch.float32, device=device)
+        of_all: dict[str, Tensor] = dict(zip(("handed_over", "largest_lr"), self.warmup, strict=True))
+        self.rows = RuleState(**dict(zip(ROW_STATE, self.packed, strict=True)), **of_all)
+        self.was_found, knows_lr = False, False
         self._views: list[tuple[Tensor, str, Tensor]] = []
         first = 0
         for p, count in self.counts.items():
             views = {key: getattr(self.rows, key)[first : first + count] for key in ROW_STATE}
             held = state.get(p, {}) if is_kept else {}
             self.was_found = self.was_found or "tracked" in held
+            knows_lr = knows_lr or "largest_lr" in held
             for key, view in views.items():
                 if key in held and held[key].numel() == count:
                     view.copy_(held[key].view(count), non_blocking=True)
-            if "handed_over" in held:
-                handed_over.copy_(torch.maximum(handed_over, held["handed_over"].to(device)))
+            for key in of_all.keys() & held.keys():
+                of_all[key].copy_(torch.maximum(of_all[key], held[key].to(device)))
             if p in self.flagged:
                 views["tracked"].fill_(RADIAL_TESTS)
             if is_kept:
@@ -74,7 +78,12 @@ class RuleMemory:
             first += count
         if is_kept:  # torch.distributed.checkpoint wants a state of all parameters or of none
             for p in row_counts:
-                self._leave(state, p, {"handed_over": handed_over})
+                self._leave(state, p, of_all)
+        if self.was_found and not knows_lr:  # of a version that did not remember it
+            for group in groups:
+                if any(p in self.counts for p in group["params"]):
+                    now = torch.as_tensor(lr_gain(group), dtype=torch.float32, device=device).squeeze()
+                    self.rows.largest_lr.copy_(torch.maximum(self.rows.largest_lr, now))
         self.rounding_step = self._take_rounding_step(groups, state)
 
     def _take_rounding_step(self, groups: Sequence[Mapping[str, Any]], state: State) -> Tensor | None:

@@ -278,7 +278,7 @@ def _check_buffer(buffer: Tensor, p: Tensor, index: object) -> None:
 
 def _check_memory(key: str, value: Tensor, p: Tensor, index: object) -> None:
     """What a rule remembers of a parameter, or the counter of stochastic rounding."""
-    filters = p.shape[0] if p.dim() and key not in ("handed_over", "rounding_step") else 1
+    filters = p.shape[0] if p.dim() and key not in ("handed_over", "largest_lr", "rounding_step") else 1
     # what is of another granularity than the group's is made anew at the next step
     if value.numel() not in (1, filters):
         raise ValueError(

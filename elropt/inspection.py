@@ -317,7 +317,11 @@ def _first_warmup_step(tracked: list[WeightReport], lr: float, momentum: float) 
         "warmup",
         LayerStats(weight_norm**2, grad_norm**2, zero, zero),
         RuleState(
-            sphere_grad_norm=zero, radius=zero, tracked=RADIAL_TESTS * one, handed_over=torch.zeros(())
+            sphere_grad_norm=zero,
+            radius=zero,
+            tracked=RADIAL_TESTS * one,
+            handed_over=torch.zeros(()),
+            largest_lr=torch.zeros(()),
         ),
         RowHyper(lr * one, zero, growth_gain(momentum) * one, one, zero, numel),
     )

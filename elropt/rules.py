@@ -29,6 +29,7 @@ LEAST_SHRINK = 0.1  # to which the radial part of one update may shrink a weight
 TINY = torch.finfo(torch.float32).tiny  # a squared norm below this, 1.2e-38, counts as zero
 HUGE = torch.finfo(torch.float32).max
 EQUALIZED_STD = 0.1  # root mean square of log(E/E★), from the smoothed c, below which the warm-up hands over
+LR_RISE = 1.0001  # times the largest λΓ so far: above this the learning rate has risen, not only been rounded
 
 
 class LayerStats(NamedTuple):
@@ -57,7 +58,8 @@ class RuleState(NamedTuple):
     sphere_grad_norm: Tensor  # [R] c = ‖g‖·‖w‖, smoothed over the steps of the warm-up
     radius: Tensor  # [R] ‖w‖ that a rule keeps
     tracked: Tensor  # [R] radial tests passed so far, 0 … RADIAL_TESTS, fractions too; -1 once one has failed
-    handed_over: Tensor  # 0-dim: 1 once the warm-up has ended
+    handed_over: Tensor  # 0-dim: 1 while the warm-up has ended
+    largest_lr: Tensor  # 0-dim: the largest λΓ of the steps at which the warm-up acted
 
 
 ROW_STATE = ("sphere_grad_norm", "radius", "tracked")  # the fields of `RuleState` with an entry per row
@@ -182,24 +184,26 @@ def warmup(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
     Whether they have arrived is judged by E from a smoothed c, which neither the noise of one gradient nor a
     rescaled weight changes: once log E is within EQUALIZED_STD of log E★ (root mean square) and every layer has
     passed its radial tests, the rest of the rescaling is done in one step and the warm-up is over. A step at which
-    some layer cannot be judged (no gradient though not frozen, a zero one, NaN) never ends it. Derived, docs/theory.md
-    §9.
+    some layer cannot be judged (no gradient though not frozen, a zero one, NaN) never ends it, nor one at which λΓ has
+    risen (`lr_has_risen`). After the end, a λΓ that has risen starts it again, with a new average of c. Derived,
+    docs/theory.md §9.
     """
     stats, state, hyper, moving = inputs.stats, inputs.state, inputs.hyper, inputs.moving
-    critical = -torch.where(moving, (hyper.lr * hyper.growth_gain).log(), -math.inf).amax()
+    lr_gain = hyper.lr * hyper.growth_gain
+    critical = -torch.where(moving, lr_gain.log(), -math.inf).amax()
     log_e = log_relative_grad(stats, moving)
     offset = torch.where(moving, log_e - torch.minimum(masked_mean(log_e, moving), critical), 0.0)
-    c = torch.where(
-        moving,
-        smooth(state.sphere_grad_norm, stats.weight_sq.sqrt() * stats.grad_sq.sqrt()),
-        state.sphere_grad_norm,
-    )
+    rises = lr_has_risen(state, lr_gain)
+    restarts = rises & (state.handed_over != 0)
+    active = rises | (state.handed_over == 0)
+    before = torch.where(restarts, 0.0, state.sphere_grad_norm)
+    c = torch.where(moving, smooth(before, stats.weight_sq.sqrt() * stats.grad_sq.sqrt()), before)
     log_e = torch.where(moving, c.log() - stats.weight_sq.log(), 0.0)
     smooth_offset = torch.where(moving, log_e - torch.minimum(masked_mean(log_e, moving), critical), 0.0)
     tested = state.tracked == RADIAL_TESTS
-    active = state.handed_over == 0
     ends = (
         moving.any()
+        & ~rises
         & torch.where(moving, tested, state.tracked < 0).all()
         & (masked_mean(smooth_offset.square(), moving).sqrt() < EQUALIZED_STD)
     )
@@ -207,10 +211,33 @@ def warmup(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
         ends = ends & ~inputs.absent
     log_a = torch.where(tested, torch.where(ends, smooth_offset, EQUALIZATION_RATE * offset) / 2, 0.0)
     s, a = (torch.where(active, value, 0.0).exp() for value in (log_a - offset, log_a))
-    handed_over = torch.where(ends, 1.0, state.handed_over)
     # a host that learns of the end late leaves the same state
-    c = torch.where(active, c, state.sphere_grad_norm)
-    return LayerControls(s, a), state._replace(sphere_grad_norm=c, handed_over=handed_over)
+    after = state._replace(
+        sphere_grad_norm=torch.where(active, c, state.sphere_grad_norm),
+        handed_over=torch.where(active, ends.to(state.handed_over), state.handed_over),
+        largest_lr=torch.where(active, largest_lr(state, lr_gain, moving), state.largest_lr),
+    )
+    return LayerControls(s, a), after
+
+
+def lr_has_risen(state: RuleState, lr_gain: Tensor) -> Tensor:
+    """Whether the λΓ of a layer that the warm-up has acted on is larger than at any step that it acted at; 0-dim bool.
+
+    Args:
+        state: of the rule.
+        lr_gain: λΓ of each row.
+    """
+    return (took_part(state) & (lr_gain > LR_RISE * state.largest_lr)).any()
+
+
+def largest_lr(state: RuleState, lr_gain: Tensor, moving: Tensor) -> Tensor:
+    """The largest λΓ so far, with that of the rows that move, and of those that have moved before."""
+    return torch.maximum(state.largest_lr, torch.where(moving | took_part(state), lr_gain, 0.0).amax())
+
+
+def took_part(state: RuleState) -> Tensor:
+    """Which rows the warm-up has acted on."""
+    return (state.sphere_grad_norm > 0) & (state.tracked > 0)
 
 
 def uniform(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:

@@ -48,7 +48,7 @@ class Rows(NamedTuple):
     """What `decide` reads and writes beside the sums; all None where nothing is decided.
 
     memory: float32 [3, R], the rule's c, radius and tracked (radial tests passed).
-    handed_over: 0-dim float32, of a rule that ends.
+    handed_over: float32 [2], of a rule that ends: whether it has, and the largest λΓ so far.
     controls: float32 [5, R], s, a, p, the learning rate of the param group, and f.
     numel: float32 [R], elements of each row. group_of_row: int32 [R].
     """

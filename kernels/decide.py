@@ -41,6 +41,7 @@ NEAR_ZERO_BY_SIZE, NEAR_ZERO, NEAR_ZERO_AT_MOST = tl.constexpr(0.02), tl.constex
 SMOOTHING = tl.constexpr(0.9)
 EQUALIZATION_RATE = tl.constexpr(0.1)
 EQUALIZED_STD = tl.constexpr(0.1)
+LR_RISE = tl.constexpr(1.0001)
 SHARE_CHANGE = tl.constexpr(0.01)
 TINY = tl.constexpr(2.0**-126)  # sqrt and log take smaller ones for 0 on a GPU
 INFINITY = tl.constexpr(float("inf"))
@@ -50,9 +51,9 @@ class RuleInputs(NamedTuple):
     """What the rules read and write: pointers to one entry per row, unless it says otherwise.
 
     weight_sq, grad_sq (−1: no gradient at this step), weight_dot_grad, weight_dot_momentum, is_new (of the buffer, with
-    dampening): sums. c, radius, tracked: the memory of the rule. handed_over: a pointer to one flag, None where the
-    rule does not end. s, a, p, lr: the controls. lrs, hypers: by param group, see `of_group`. skipped: whether nothing
-    may be remembered, since `found_inf` is set. n_rows: how many rows there are.
+    dampening): sums. c, radius, tracked: the memory of the rule. handed_over: a pointer to one flag, and the largest λΓ
+    behind it; None where the rule does not end. s, a, p, lr: the controls. lrs, hypers: by param group, see `of_group`.
+    skipped: whether nothing may be remembered, since `found_inf` is set. n_rows: how many rows there are.
     """
 
     weight_sq: Any
@@ -151,16 +152,21 @@ def plain(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
 @triton.jit
 def warmup(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
     """All that move have the elr λE★ while a = (E/E★)^(EQUALIZATION_RATE/2), until log E from the smoothed c is within
-    EQUALIZED_STD of log E★ (root mean square)."""
+    EQUALIZED_STD of log E★ (root mean square); again when λΓ has risen, from the next step on where the gradients have
+    not been read at this one."""
     # read by all threads before the sums, which they wait for, and written by one after them
     over = (tl.load(inputs.handed_over) != 0).to(tl.int32)
+    largest = tl.load(inputs.handed_over + 1)
     zero = tl.zeros([ROWS_PER_PASS], tl.float32)
     count, log_e_sum, smooth_sum, veto = zero, zero, zero, zero
-    top = zero - INFINITY
+    top, top_before = zero - INFINITY, zero - INFINITY
     for start in range(0, inputs.n_rows, ROWS_PER_PASS):
         row = load_rows(inputs, start)
         count += row.moving.to(tl.float32)
-        top = tl.maximum(top, tl.where(row.moving, log_lr(inputs, row), -INFINITY))
+        log_gain = log_lr(inputs, row)
+        took_part = (row.c > 0) & (row.passed > 0) & (row.gg != -1.0)
+        top = tl.maximum(top, tl.where(row.moving, log_gain, -INFINITY))
+        top_before = tl.maximum(top_before, tl.where(took_part, log_gain, -INFINITY))
         log_e_sum += log_relative_grad(row)
         smooth_sum += log_smooth_relative_grad(row)
         waiting = tl.where(row.moving, row.passed != RADIAL_TESTS, row.passed >= 0)
@@ -171,6 +177,10 @@ def warmup(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
     critical = -tl.max(top)
     log_target = tl.minimum(tl.sum(log_e_sum) / tl.maximum(n_moving, 1.0), critical)
     smooth_target = tl.minimum(tl.sum(smooth_sum) / tl.maximum(n_moving, 1.0), critical)
+    rises = (tl.exp(tl.max(top_before)) > largest * LR_RISE).to(tl.int32)
+    largest_now = tl.exp(tl.max(tl.maximum(top, top_before)))
+    restarts = over & rises
+    over = over - restarts
 
     squares = zero
     for start in range(0, inputs.n_rows, ROWS_PER_PASS):
@@ -178,9 +188,10 @@ def warmup(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
         offset = tl.where(row.moving, log_smooth_relative_grad(row) - smooth_target, 0.0)
         squares += offset * offset
     is_equalized = tl.sqrt(tl.sum(squares) / tl.maximum(n_moving, 1.0)) < EQUALIZED_STD
-    ends = ((n_moving > 0) & (tl.max(veto) == 0) & is_equalized).to(tl.int32)
-    if (ends != 0) & (over == 0) & (inputs.skipped == 0):
-        tl.store(inputs.handed_over, 1.0)
+    ends = ((n_moving > 0) & (tl.max(veto) == 0) & is_equalized & (rises == 0)).to(tl.int32)
+    if (over == 0) & (inputs.skipped == 0):
+        tl.store(inputs.handed_over, ends.to(tl.float32))
+        tl.store(inputs.handed_over + 1, tl.maximum(largest, largest_now))
 
     for start in range(0, inputs.n_rows, ROWS_PER_PASS):
         row = load_rows(inputs, start)
@@ -189,8 +200,11 @@ def warmup(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
         log_a = tl.where(ends != 0, smooth_offset, EQUALIZATION_RATE * offset) / 2
         log_a = tl.where(only_if(over == 0, row.passed == RADIAL_TESTS), log_a, 0.0)
         s = tl.exp(tl.where(over != 0, 0.0, log_a - offset))
+        c = tl.where(only_if(restarts != 0, row.moving), sphere_grad_norm(row), smooth_c(row))
+        c = tl.where(row.moving, c, 0.0)
         remembers = only_if((over == 0) & (inputs.skipped == 0), row.moving)
-        tl.store(inputs.c + row.at, smooth_c(row), mask=remembers)
+        forgets = only_if((restarts != 0) & (inputs.skipped == 0), row.exist & (row.gg != -1.0))
+        tl.store(inputs.c + row.at, c, mask=remembers | forgets)
         turn = tl.exp(log_target - critical)
         finish_rows(inputs, row, s, tl.exp(log_a), turn, over, PROJECT)
 
@@ -366,8 +380,14 @@ def log_relative_grad(row):
 @triton.jit
 def smooth_c(row):
     """c = ‖g‖·‖w‖, smoothed over the steps; that of this step at the first."""
-    now = tl.sqrt(tl.where(row.moving, row.ww, 1.0)) * tl.sqrt(tl.where(row.moving, row.gg, 1.0))
+    now = sphere_grad_norm(row)
     return tl.where(row.c == 0, now, now + SMOOTHING * (row.c - now))
+
+
+@triton.jit
+def sphere_grad_norm(row):
+    """c = ‖g‖·‖w‖ of the rows that move, 1 elsewhere."""
+    return tl.sqrt(tl.where(row.moving, row.ww, 1.0)) * tl.sqrt(tl.where(row.moving, row.gg, 1.0))
 
 
 @triton.jit

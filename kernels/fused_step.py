@@ -34,7 +34,7 @@ class DecisionInputs(NamedTuple):
     name: of the rule, as in `decide.RULES`; None: SGD, whose layers are measured (and projected) all the same.
     whole: granularity "network". project: whether the radial part of the update is removed.
     scales_weights: whether the rule sets a. ends: whether it sets `handed_over`, after which it does nothing.
-    memory: float32 [3, R], the rule's c, radius and tracked. handed_over: 0-dim float32.
+    memory: float32 [3, R], the rule's c, radius and tracked. handed_over: float32 [2], with the largest λΓ behind it.
     of_update: whether the rule is about the update and not the gradient; its radial part is then removed too.
     """
 

@@ -186,7 +186,7 @@ def test_under_warmup_all_tests_count_by_the_turn_that_all_layers_make(λΓ: flo
     ones = torch.ones(2)
     stats = LayerStats(ones, torch.tensor([1.0, 16.0]), 0 * ones, 0 * ones)  # E = 1 and 4: Ē = 2
     hyper = RowHyper(λΓ / 2 * ones, 0 * ones, 2 * ones, ones, 0 * ones, 100 * ones)
-    state = RuleState(0 * ones, 0 * ones, 3 * ones, torch.tensor(over))
+    state = RuleState(0 * ones, 0 * ones, 3 * ones, torch.tensor(over), torch.tensor(0.0))
     _, after = decide("warmup", stats, state, hyper)
     torch.testing.assert_close(after.tracked, 3 + ones * min(max(min(2 * λΓ, 1) / TEST_TURN, 0.01), 1))
 
@@ -374,7 +374,7 @@ def test_the_radius_of_a_network_that_stays_as_it_is_keeps_its_bits(rule: str) -
     rng = np.random.default_rng(0)
     norms = np.array([2.3, 1.7, 0.4])
     ones, rest = torch.ones(3), torch.tensor(0.0)
-    state = RuleState(torch.zeros(3), torch.tensor(norms).float(), torch.full((3,), 8.0), rest)
+    state = RuleState(torch.zeros(3), torch.tensor(norms).float(), torch.full((3,), 8.0), rest, rest)
     for _ in range(500):
         weight_sq = torch.tensor((norms * (1.01 + rng.normal(size=3) * 1e-3)) ** 2).float()
         stats = LayerStats(weight_sq, ones, torch.zeros(3), torch.zeros(3))

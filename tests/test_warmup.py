@@ -246,7 +246,8 @@ def vectors(
     zeros, ones = torch.zeros(n), torch.ones(n)
     stats = rules.LayerStats(ones, torch.tensor(e).square(), zeros, zeros)
     passed = torch.where(torch.tensor(tested), float(rules.RADIAL_TESTS), 3.0)
-    state = rules.RuleState(zeros if c is None else torch.tensor(c), zeros, passed, torch.zeros(()))
+    smoothed = zeros if c is None else torch.tensor(c)
+    state = rules.RuleState(smoothed, zeros, passed, torch.zeros(()), torch.tensor(lr))
     hyper = rules.RowHyper(lr * ones, zeros, ones, ones, zeros, ones)
     return rules.RuleInputs(stats, state, hyper, ones > 0, ones > 0)
 

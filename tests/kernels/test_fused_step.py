@@ -57,6 +57,7 @@ def test_the_kernel_has_the_constants_of_the_rules() -> None:
         "TINY",
         "EQUALIZATION_RATE",
         "EQUALIZED_STD",
+        "LR_RISE",
         "SHARE_CHANGE",
     )
     constants = {name: getattr(decide_module, name).value for name in names}
@@ -77,6 +78,7 @@ def decisions(draw: st.DrawFn) -> dict[str, Any]:
         "odd": draw(st.sampled_from([0.0, 0.3])),
         "seen": draw(st.booleans()),
         "over": draw(st.booleans()),
+        "largest": draw(st.sampled_from([0.0, 0.5, 1e3])),
         "seed": draw(st.integers(0, 2**20)),
     }
 
@@ -109,7 +111,8 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     zero = torch.zeros(n)
     seen = 10 ** random(n) if case["seen"] else zero
     radius = (1 + random(n).abs()) * (1.0 if case["seen"] else 0.0)
-    state = RuleState(seen, radius, passed, torch.tensor(float(case["over"])))
+    of_all = torch.tensor([float(case["over"]), case["largest"]])
+    state = RuleState(seen, radius, passed, *of_all)
     group = torch.randint(len(case["lrs"]), (n,), generator=generator)
     lr = torch.tensor(case["lrs"])[group]
     hyper = RowHyper(lr, 0.01 * (group + 1), 9.7 - group, 1.0 - 0.1 * group, 0.9 - 0.1 * group, numel)
@@ -117,11 +120,11 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     if absent.all():
         absent[0] = False
 
-    chosen = [vector[~absent].double() for vector in (*stats, *state[:-1], *hyper[:-1])]
+    chosen = [vector[~absent].double() for vector in (*stats, *state[:3], *hyper[:-1])]
     controls, after = specified(
         rule,
         LayerStats(*chosen[:4]),
-        RuleState(*chosen[4:7], state.handed_over.double()),
+        RuleState(*chosen[4:7], *of_all.double()),
         RowHyper(*chosen[7:]),
         granularity=granularity,
         project=project,
@@ -130,7 +133,7 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
 
     sums = torch.stack([*stats, zero])
     sums[1, absent] = -1.0
-    memory, actual_over = torch.stack(state[:-1]), state.handed_over.clone()
+    memory, actual_over = torch.stack(state[:3]), of_all.clone()
     sums, memory, actual_over, group, numel = (
         t.to(DEVICE) for t in (sums, memory, actual_over, group.int(), numel)
     )
@@ -154,13 +157,13 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
                 factors[name][~absent].double(), expected, rtol=3e-5, atol=1e-6, equal_nan=True, msg=name
             )
     for name, kept, before, expected in zip(
-        after._fields, memory.cpu(), torch.stack(state[:-1]), after, strict=False
+        after._fields, memory.cpu(), torch.stack(state[:3]), after, strict=False
     ):
         torch.testing.assert_close(
             kept[~absent].double(), expected, rtol=3e-5, atol=0, equal_nan=True, msg=name
         )
         torch.testing.assert_close(kept[absent], before[absent], rtol=0, atol=0, msg=name)
-    assert actual_over.item() == after.handed_over.item()
+    torch.testing.assert_close(actual_over.cpu().double(), torch.stack(after[3:]), rtol=1e-5, atol=0)
 
 
 def net_and_optimizer(
