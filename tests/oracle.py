@@ -80,6 +80,29 @@ FACTORS: dict[str | None, Callable[[Norms, Norms], Factors]] = {
 KEEPS_NORM = {"angle", "equilibrium", "sphere"}  # rules that bring each weight back to its first norm
 
 
+class Warmup:
+    """The rule "warmup" for layers that have passed all tests: its factors and what it remembers."""
+
+    def __init__(self, gain: float) -> None:
+        self.gain = gain
+        self.c: Array | None = None
+        self.over, self.largest = False, 0.0
+
+    def factors(self, w_norms: Norms, g_norms: Norms, lr: float) -> Factors:
+        w, g, lr_gain = np.array(w_norms), np.array(g_norms), lr * self.gain
+        rises = self.c is not None and lr_gain > 1.0001 * self.largest
+        if self.over and not rises:
+            return no_factors(w_norms, g_norms)
+        c = g * w if self.c is None or self.over else 0.9 * self.c + 0.1 * g * w
+        offset, smooth_offset = (
+            x - min(x.mean(), -np.log(lr_gain)) for x in (np.log(g / w), np.log(c / w**2))
+        )
+        ends = not rises and np.sqrt((smooth_offset**2).mean()) < 0.1
+        self.c, self.over, self.largest = c, ends, max(self.largest, lr_gain)
+        log_a = smooth_offset / 2 if ends else 0.1 * offset / 2
+        return list(zip(np.exp(log_a - offset), np.exp(log_a), strict=True))
+
+
 class Oracle:
     """SGD with a rule, for weights that are all tracked.
 
@@ -111,6 +134,8 @@ class Oracle:
         self.decay_in_gradient = 0.0 if undecayed else weight_decay
         self.buffers: list[Array | None] = [None] * len(self.weights)
         self.radii = self.norms(self.weights)
+        growth = 1 - momentum + 2 * momentum**2 if nesterov else 1 + momentum
+        self.warmup = Warmup((1 - dampening) * np.sqrt(growth / (1 - momentum) ** 3))
 
     def norms(self, tensors: Sequence[Array]) -> list[Array]:
         """The norm that the rule sees, shaped to broadcast against each tensor."""
@@ -152,7 +177,8 @@ class Oracle:
             self.turn(grads, lr)
             return
         updated = []
-        factors = FACTORS[self.rule](self.norms(self.weights), self.norms(grads))
+        norms = self.norms(self.weights), self.norms(grads)
+        factors = self.warmup.factors(*norms, lr) if self.rule == "warmup" else FACTORS[self.rule](*norms)
         for i, (w, g, (s, a)) in enumerate(zip(self.weights, grads, factors, strict=True)):
             w = a * w
             u = self.advance(i, w, self.turn_per_lr(lr) * s * g, store=True)

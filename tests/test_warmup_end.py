@@ -29,8 +29,7 @@ class Event:
         Event.on_host.copy_(self.then)
 
 
-def first_known(monkeypatch: pytest.MonkeyPatch, *, in_step: bool, late: int, set_at: int) -> int:
-    """The step before which the host knows that the flag was set at step `set_at`."""
+def simulated(monkeypatch: pytest.MonkeyPatch, *, in_step: bool, late: int) -> WarmupEndPoll:
     Event.on_device.zero_()
     Event.on_host.zero_()
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -41,6 +40,12 @@ def first_known(monkeypatch: pytest.MonkeyPatch, *, in_step: bool, late: int, se
     watch.flag = SimpleNamespace(is_cuda=True, device=None)  # type: ignore[assignment]
     watch.copy = SimpleNamespace(copy_=lambda *_, **__: None)  # type: ignore[assignment]
     watch.value, watch.in_step = Event.on_host.numpy(), in_step
+    return watch
+
+
+def first_known(monkeypatch: pytest.MonkeyPatch, *, in_step: bool, late: int, set_at: int) -> int:
+    """The step before which the host knows that the flag was set at step `set_at`."""
+    watch = simulated(monkeypatch, in_step=in_step, late=late)
     for step in range(1, 1000):
         if watch.warmup_is_over():
             return step
@@ -60,3 +65,22 @@ def test_ranks_learn_of_it_at_the_same_step(monkeypatch: pytest.MonkeyPatch, set
 def test_a_single_process_learns_of_it_when_the_copy_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     known = [first_known(monkeypatch, in_step=False, late=late, set_at=5) for late in (0, 3)]
     assert known == [STEPS_PER_LOOK + 1, STEPS_PER_LOOK + 4]
+
+
+@pytest.mark.parametrize("late", [0, 3, 1000])
+@pytest.mark.parametrize("in_step", [False, True])
+def test_a_copy_from_before_a_rise_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, in_step: bool, late: int
+) -> None:
+    watch = simulated(monkeypatch, in_step=in_step, late=late)
+    Event.on_device.fill_(1.0)
+    for _ in range(2 * STEPS_PER_LOOK - 1):  # one copy has been made, and may be under way
+        watch.look()
+    watch.ask_again()
+    Event.on_device.zero_()
+    for _ in range(3 * STEPS_PER_LOOK):
+        assert not watch.warmup_is_over()
+        watch.collect()
+        watch.look()
+        Event.on_host.fill_(0.0 if watch.arrival is None or watch.arrival.then == 0 else 1.0)
+    assert not watch.warmup_is_over()
