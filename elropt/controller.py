@@ -450,7 +450,7 @@ def turn(
     if angle is None:
         own = torch.atan2(tangent_sq.sqrt(), stats.weight_sq.sqrt() * (1 - radial))
         angle = masked_mean(torch.where(moving, own.log(), 0.0), moving).exp()
-    inputs = RuleInputs(update, RuleState(zero, radius, one, zero), hyper, directed, moving, whole)
+    inputs = RuleInputs(update, RuleState(zero, radius, one, zero, zero), hyper, directed, moving, whole)
     controls, after = turn_on_sphere(inputs, angle)
     a, p, f = controls.weight_factor, controls.radial, controls.lr_factor
     assert a is not None

@@ -108,9 +108,9 @@ class ELRSGD(Optimizer):
             "warmup" (default): all tracked layers have the same ELR while their weights are rescaled, which
             does not change the network's function, until they have it under plain SGD too (to 10 %); from
             then on it is plain SGD. The ELR is λĒ, Ē the geometric mean, but no more than the critical one,
-            √((1−μ)³/(1+μ)): at 0.023 rad with momentum 0.9, steady gradients double ‖w‖² in a step. The λ that counts
-            is that of the step: what a schedule raises it to after the hand-over, often within 100 steps, is not
-            capped, so rather start at the full λ than with a linear warm-up. No hyper-parameters.
+            √((1−μ)³/(1+μ)): at 0.023 rad with momentum 0.9, steady gradients double ‖w‖² in a step. While a
+            schedule raises λ, as a linear warm-up does, the rule goes on; after the hand-over, often within 100 steps,
+            it starts again when λ (times what momentum makes of it) exceeds the largest so far. No hyper-parameters.
             "uniform": s = Ē/E, Ē the geometric mean: all tracked layers have the same ELR.
             "angle": every tracked layer has the ELR ``lr``, in radians per plain SGD step, and keeps its initial norm.
             "sphere": SGD with learning rate ``lr`` on the unit sphere (Kodryan et al., NeurIPS 2022), norm kept.
@@ -166,7 +166,8 @@ class ELRSGD(Optimizer):
         - parameters flattened by FSDP1 or DeepSpeed ZeRO, and with rules that compare layers one optimizer for each
           parameter, stepped in backward: ValueError, docs/distributed.md.
     State of a parameter: `momentum_buffer`, and with a rule or `project` the float32 tensors `sphere_grad_norm` (c,
-    smoothed), `radius`, `tracked` (radial tests passed, or -1) and `handed_over`.
+    smoothed), `radius`, `tracked` (radial tests passed, or -1), `handed_over` and `largest_lr`
+    (of "warmup", for all: 1 while it has ended; the largest λΓ that it acted at).
 
     Source: derived, docs/theory.md; the model is that of Mehmeti-Göpel & Wand, ICML 2024 (arXiv 2306.00700).
 
@@ -299,7 +300,8 @@ class ELRSGD(Optimizer):
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Never waits for the device, unless torch.amp.GradScaler is used where only some tensors qualify for
-        the kernels, or parameters are sharded (docs/distributed.md); the first step after a state has been loaded or a
+        the kernels, or parameters are sharded (docs/distributed.md), or "warmup" has a learning rate on a GPU (then it
+        is at most 32 steps ahead of the device); the first step after a state has been loaded or a
         group added reads what the rule remembers once. Threads wait for one another.
 
         Args:

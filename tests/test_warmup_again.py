@@ -153,7 +153,8 @@ def test_while_the_lr_does_not_rise_nothing_is_measured(
             optimizer.step()
     assert not measured
     ramped(optimizer, 20, 0.501, 20)
-    optimizer.step()
+    with no_host_reads():
+        optimizer.step()
     assert len(measured) == 1
     assert not is_over(optimizer)
 
@@ -321,3 +322,16 @@ def test_where_the_host_cannot_ask_the_kernels_start_again_a_step_later(
     with torch.no_grad():
         w.copy_(torch.tensor([[1.0], [0.0]]))
     assert step() == pytest.approx(1 / 7, rel=1e-4)  # the critical angle, λE★ = 1
+
+
+@pytest.mark.parametrize("tracked_lr", [None, 0.1])
+def test_what_the_device_is_asked_about_a_tensor_lr(tracked_lr: float | None) -> None:
+    """As on a GPU, where the host does not read it."""
+    _, optimizer, over = trained(range(45), lr=torch.tensor(0.5), tracked_lr=tracked_lr)
+    assert over[-1]
+    (rule_group,) = optimizer._rule_groups or []
+    for lr, risen in [(0.4, False), (0.5, False), (0.501, True)]:
+        optimizer.param_groups[0]["lr"].fill_(lr)
+        with no_host_reads():
+            answer = rule_group._lr_has_risen()
+        assert bool(answer) == risen
