@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from elropt import ELRSGD
 from elropt.rules import RULES as SPECS
 
-from .every_rule import FORMS, has_kernels, needs, skip_without_kernels
+from .every_rule import FORMS, acts_on_update, has_kernels, needs, skip_without_kernels
 from .oracle import Oracle, invariant_gradient
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,7 +88,7 @@ HYPER = [
 @pytest.mark.parametrize("hyper", HYPER, ids=str)
 @pytest.mark.parametrize(
     ("rule", "granularity", "elr_of", "project"),
-    [(*form, p) for form in RULES for p in ((False,) if form[2] == "update" else (False, True))],
+    [(*form, p) for form in RULES for p in (False, True) if not (p and acts_on_update(form[0], form[2]))],
     ids=str,
 )
 @pytest.mark.parametrize(("backend", "dtype"), [(b, d) for b in BACKENDS for d in dtypes_of(b)], ids=str)

@@ -146,6 +146,50 @@ def test_the_angle_is_exact_at_every_step(
                 torch.testing.assert_close(new.norm(), w.norm(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", ["uniform", "angle", "equilibrium"])
+def test_every_group_has_its_own_angle(rule: str, backend: str) -> None:
+    """Those of "uniform" are in proportion to lr; a group that is not tracked is torch's SGD, beside "equilibrium" with
+    the largest angle as its learning rate."""
+    skip_without_kernels(BACKENDS[backend], rule, "update")
+    problem = Problem(torch.float32)
+    hypers: list[dict[str, Any]] = [
+        {"lr": 0.02, "weight_decay": 0.05, "momentum": 0.9},
+        {"lr": 0.05, "weight_decay": 0.01, "momentum": 0.5, "nesterov": True},
+        {"lr": 0.01, "weight_decay": 0.02},
+    ]
+    other = nn.Parameter(problem.random((5,)).float().to(DEVICE))
+    plain = nn.Parameter(other.detach().clone())
+    groups = [
+        {"params": [p], "scale_invariant": True, **hyper}
+        for p, hyper in zip(problem.params, hypers, strict=True)
+    ]
+    groups += [{"params": [other], "scale_invariant": False, "weight_decay": 0.01, "momentum": 0.9}]
+    optimizer = ELRSGD(groups, lr=0.1, rule=rule, elr_of="update", **BACKENDS[backend])
+    settled = [settled_angle(h["lr"], h["weight_decay"], {**h, "lr": 0}) for h in hypers]
+    sgd = torch.optim.SGD(
+        [plain], lr=max(settled) if rule == "equilibrium" else 0.1, weight_decay=0.01, momentum=0.9
+    )
+    lrs = np.array([hyper["lr"] for hyper in hypers])
+    for _ in range(6):
+        before = rows_of(problem.params, "layer")
+        problem.set_gradients()
+        other.grad = problem.random((5,)).to(other)
+        plain.grad = other.grad.clone()
+        of_sgd = [
+            sgd_steps(optimizer, [p], **hyper)[0] for p, hyper in zip(problem.params, hypers, strict=True)
+        ]
+        optimizer.step()
+        sgd.step()
+        turned = angles_between(before, rows_of(problem.params, "layer"))
+        if rule == "uniform":
+            per_lr = np.tan(angles_between(before, rows_of(of_sgd, "layer"))) / lrs
+            np.testing.assert_allclose(np.tan(turned), lrs * np.exp(np.log(per_lr).mean()), rtol=1e-3)
+        else:
+            np.testing.assert_allclose(turned, lrs if rule == "angle" else settled, rtol=1e-5)
+        torch.testing.assert_close(other, plain, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize(("lr", "weight_decay"), [(0.1, 5e-4), (1.0, 1e-4), (0.01, 0.05)])
 def test_equilibrium_turns_as_the_model_settles(lr: float, weight_decay: float, momentum: float) -> None:
