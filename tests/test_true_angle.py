@@ -392,6 +392,26 @@ def test_filters_that_are_not_invariant_one_by_one_turn_by_it(rule: str) -> None
             torch.testing.assert_close(new.norm(), w.norm(), rtol=1e-6, atol=0)
 
 
+def test_what_is_controlled_may_change_between_steps() -> None:
+    problem = Problem()
+    optimizer = ELRSGD([problem.group], lr=0.02, momentum=0.9, rule="angle")
+    start = rows_of(problem.params, "layer")
+    for elr_of in ("gradient", "update", "gradient", "update"):
+        optimizer.param_groups[0]["elr_of"] = elr_of
+        for _ in range(2):
+            before = rows_of(problem.params, "layer")
+            problem.set_gradients()
+            optimizer.step()
+        after = rows_of(problem.params, "layer")
+        turned = angles_between(before, after)
+        if elr_of == "update":
+            np.testing.assert_allclose(turned, 0.02, rtol=1e-5)
+            for w, new in zip(start, after, strict=True):
+                torch.testing.assert_close(new.norm(), w.norm(), rtol=1e-6, atol=0)
+        else:
+            assert turned.max() > 1.2 * turned.min()
+
+
 @every_form
 def test_a_run_goes_on_bit_for_bit_after_a_load(rule: str, granularity: str) -> None:
     net, optimizer = training(rule, granularity, nesterov=True)
