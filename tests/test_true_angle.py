@@ -346,6 +346,37 @@ def test_an_update_without_tangential_part_turns_nothing(rule: str, granularity:
             np.testing.assert_array_less(angles_between(before, rows_of(problem.params, granularity)), 1e-7)
 
 
+@pytest.mark.parametrize("rule", ["uniform", "angle", "equilibrium"])
+def test_what_rounding_leaves_of_a_radial_update_gives_no_direction(rule: str) -> None:
+    problem = Problem(torch.float32)
+    optimizer = ELRSGD(
+        [problem.group], lr=0.02, weight_decay=1e-3, rule=rule, granularity="filter", elr_of="update"
+    )
+    for _ in range(3):
+        for p in problem.params:
+            p.grad = 3 * p.detach()
+        before = rows_of(problem.params, "filter")
+        optimizer.step()
+        np.testing.assert_array_less(angles_between(before, rows_of(problem.params, "filter")), 1e-6)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_all_layers_together_turn_by_the_largest_angle_of_a_group(foreach: bool) -> None:
+    problem = Problem()
+    groups = [
+        {"params": [p], "scale_invariant": True, "lr": lr}
+        for p, lr in zip(problem.params, (0.01, 0.03, 0.02), strict=True)
+    ]
+    options = {"rule": "angle", "granularity": "network", "elr_of": "update", "foreach": foreach}
+    optimizer = ELRSGD(groups, momentum=0.9, **options)
+    for _ in range(3):
+        before = rows_of(problem.params, "network")
+        problem.set_gradients()
+        optimizer.step()
+        turned = angles_between(before, rows_of(problem.params, "network"))
+        np.testing.assert_allclose(turned, 0.03, rtol=1e-5)
+
+
 def training(
     rule: str, granularity: str, net: nn.Sequential | None = None, **options: Any
 ) -> tuple[nn.Sequential, ELRSGD]:

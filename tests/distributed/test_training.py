@@ -26,6 +26,7 @@ import elropt
 from elropt import ELRSGD
 from elropt.run_history import read_run
 from tests.distributed.conftest import Ranks
+from tests.every_rule import needs
 
 STEPS, BATCH, WIDTH = 12, 16, 12
 
@@ -60,7 +61,7 @@ def groups_of(net: nn.Module, whole: nn.Module) -> list[dict[str, Any]]:
 
 def optimizer_for(groups: list[dict[str, Any]], rule: str | None, momentum: float = 0.9) -> ELRSGD:
     lr = 0.02 if rule == "angle" else 0.1
-    return ELRSGD(groups, lr=lr, momentum=momentum, rule=rule)
+    return ELRSGD(groups, lr=lr, momentum=momentum, rule=rule, **needs(rule))
 
 
 def alone(rule: str | None, bare: bool = False, clip: bool = False) -> dict[str, Tensor]:
@@ -208,9 +209,10 @@ def test_sharded_training(four_ranks: Ranks, how: str, rule: str | None) -> None
             torch.testing.assert_close(got[key], want, **tolerance)
 
 
-def test_bare_parameters_of_fsdp_are_tested_as_whole_tensors(two_ranks: Ranks) -> None:
-    expected = alone("uniform", bare=True)
-    for got, _ in two_ranks.run(train_sharded, "fsdp", "uniform", True):
+@pytest.mark.parametrize("rule", ["uniform", "equilibrium"])
+def test_bare_parameters_of_fsdp_are_tested_as_whole_tensors(two_ranks: Ranks, rule: str) -> None:
+    expected = alone(rule, bare=True)
+    for got, _ in two_ranks.run(train_sharded, "fsdp", rule, True):
         for key, want in expected.items():
             torch.testing.assert_close(got[key], want, rtol=2e-4, atol=2e-5)
 
