@@ -75,13 +75,14 @@ def available() -> bool:
     return why_unavailable() is None
 
 
-def has_rule(name: str | None) -> bool:
-    """Whether `FusedStep` can decide by the rule of this name, see `decide.RULES`."""
+def has_rule(name: str | None, *, of_update: bool = False) -> bool:
+    """Whether `FusedStep` can decide by the rule of this name, see `decide.RULES`; with `of_update`, by its form for
+    ``elr_of="update"``."""
     if not available():
         return False
-    from .decide import RULES
+    from .decide import RULES, UPDATE_RULES
 
-    return name in RULES
+    return name in (UPDATE_RULES if of_update else RULES)
 
 
 def can_use(

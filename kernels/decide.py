@@ -2,7 +2,8 @@
 
 A rule is one @jit function, named as in `elropt.rules`. It goes over the rows, ROWS_PER_PASS at a time, as often as it
 must, and hands each block with its factors to `finish_rows`. `RULES` has those of the package; one more is registered
-with ``RULES[name] = function``.
+with ``RULES[name] = function``. `UPDATE_RULES` has those for ``elr_of="update"``, which have functions of their own to
+load rows and to finish them.
 
 Flags are integers: that is what the interpreter makes of a comparison when it broadcasts it (see `only_if`). Sums over
 the rows are float32, lane by lane and then as a tree.
@@ -22,6 +23,7 @@ from .tables import of_group, only_if
 __all__ = [
     "ROWS_PER_PASS",
     "RULES",
+    "UPDATE_RULES",
     "Block",
     "RuleInputs",
     "decide",
@@ -43,6 +45,8 @@ EQUALIZATION_RATE = tl.constexpr(0.1)
 EQUALIZED_STD = tl.constexpr(0.1)
 LR_RISE = tl.constexpr(1.0001)
 SHARE_CHANGE = tl.constexpr(0.01)
+LEAST_TANGENT = tl.constexpr(1e-5)
+LEAST_SHRINK = tl.constexpr(0.1)
 TINY = tl.constexpr(2.0**-126)  # sqrt and log take smaller ones for 0 on a GPU
 INFINITY = tl.constexpr(float("inf"))
 
@@ -50,16 +54,19 @@ INFINITY = tl.constexpr(float("inf"))
 class RuleInputs(NamedTuple):
     """What the rules read and write: pointers to one entry per row, unless it says otherwise.
 
-    weight_sq, grad_sq (−1: no gradient at this step), weight_dot_grad, weight_dot_momentum, is_new (of the buffer, with
-    dampening): sums. c, radius, tracked: the memory of the rule. handed_over: a pointer to one flag, and the largest λΓ
-    behind it; None where the rule does not end. s, a, p, lr: the controls. lrs, hypers: by param group, see `of_group`.
-    skipped: whether nothing may be remembered, since `found_inf` is set. n_rows: how many rows there are.
+    weight_sq, grad_sq (−1: no gradient at this step), weight_dot_grad, weight_dot_momentum, momentum_sq,
+    grad_dot_momentum (these two for ``elr_of="update"``), is_new (of the buffer, with dampening): sums. c, radius,
+    tracked: the memory of the rule. handed_over: a pointer to one flag, and the largest λΓ behind it; None where the
+    rule does not end. s, a, p, lr, f: the controls. lrs, hypers: by param group, see `of_group`. skipped: whether
+    nothing may be remembered, since `found_inf` is set. n_rows: how many rows there are.
     """
 
     weight_sq: Any
     grad_sq: Any
     weight_dot_grad: Any
     weight_dot_momentum: Any
+    momentum_sq: Any
+    grad_dot_momentum: Any
     is_new: Any
     c: Any
     radius: Any
@@ -69,6 +76,7 @@ class RuleInputs(NamedTuple):
     a: Any
     p: Any
     lr: Any
+    f: Any
     numel: Any
     group_of_row: Any
     lrs: Any
@@ -104,6 +112,28 @@ class Block(NamedTuple):
     moving: Any
 
 
+class UpdateBlock(NamedTuple):
+    """A `Block` with what is known of the update u, without this step's decay.
+
+    radial: ⟨w,u⟩/‖w‖². tangent_sq, update_sq: ‖u⊥‖², ‖u‖². decay: the radial part that this step's decay adds to u.
+    lr: of the param group. too_large: whether the gradient is left out. moving: whether w has a direction, and u⊥ too.
+    """
+
+    at: Any
+    exist: Any
+    ww: Any
+    radius: Any
+    passed: Any
+    directed: Any
+    moving: Any
+    radial: Any
+    tangent_sq: Any
+    update_sq: Any
+    decay: Any
+    lr: Any
+    too_large: Any
+
+
 @triton.jit
 def decide(
     sums, rows, lrs, hypers, found_inf, n_rows, RULE: tl.constexpr, WHOLE: tl.constexpr, PROJECT: tl.constexpr
@@ -111,7 +141,7 @@ def decide(
     """The controls of this step, and the memory after it.
 
     sums: see `args.Scratch`. rows, hypers: see `args`. found_inf: where given and not 0, nothing is remembered.
-    RULE: a function of `RULES`. WHOLE: granularity "network". PROJECT: whether p is needed.
+    RULE: a function of `RULES` or `UPDATE_RULES`. WHOLE: granularity "network". PROJECT: whether p is needed.
     Controls that the rule does not need are not written. Source: `elropt.rules`, docs/theory.md §9.
     """
     skipped = 0
@@ -123,6 +153,8 @@ def decide(
         grad_sq=sums + n_rows,
         weight_dot_grad=sums + 2 * n_rows,
         weight_dot_momentum=sums + 3 * n_rows,
+        momentum_sq=sums + 4 * n_rows,
+        grad_dot_momentum=sums + 5 * n_rows,
         is_new=sums + 6 * n_rows,
         c=memory.c,
         radius=memory.radius,
@@ -132,6 +164,7 @@ def decide(
         a=rows.controls + n_rows,
         p=rows.controls + 2 * n_rows,
         lr=rows.controls + 3 * n_rows,
+        f=rows.controls + 4 * n_rows,
         numel=rows.numel,
         group_of_row=rows.group_of_row,
         lrs=lrs,
@@ -228,17 +261,25 @@ def uniform(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
 @triton.jit
 def angle(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
     """A step as long as ŵ = a·w, from the sphere that w began on."""
-    on_sphere(inputs, WHOLE, PROJECT, True)
+    on_sphere(inputs, WHOLE, PROJECT, True, False)
+
+
+@triton.jit
+def equilibrium(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
+    """As `angle`, with the angle √(settling·λ) in the place of λ."""
+    on_sphere(inputs, WHOLE, PROJECT, True, True)
 
 
 @triton.jit
 def sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
     """A step of SGD on the unit sphere: ‖ŵ‖² times that of SGD at ŵ = a·w."""
-    on_sphere(inputs, WHOLE, PROJECT, False)
+    on_sphere(inputs, WHOLE, PROJECT, False, False)
 
 
 @triton.jit
-def on_sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr, IS_ANGLE: tl.constexpr):
+def on_sphere(
+    inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr, IS_ANGLE: tl.constexpr, SETTLES: tl.constexpr
+):
     """Back to the sphere (a = radius/‖w‖), then a step on it. With WHOLE the sphere is that of all rows together."""
     whole_norm, whole_grad_norm, whole_sphere = 1.0, 1.0, 1.0
     fits, renewed = 1, 0
@@ -276,12 +317,107 @@ def on_sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr, IS_ANGLE: tl.c
             zero = tl.zeros([ROWS_PER_PASS], tl.float32)
             sphere_norm, norm, grad_norm = whole_sphere + zero, whole_norm + zero, whole_grad_norm + zero
         a = tl.where(kept, sphere_norm / norm, 1.0)
-        s = tl.where(moving, sphere_norm / grad_norm if IS_ANGLE else sphere_norm * norm, 1.0)
+        s = sphere_norm / grad_norm if IS_ANGLE else sphere_norm * norm
+        if SETTLES:
+            group = group_of(inputs, row)
+            lr = of_group(group, inputs.lrs)
+            s *= per_lr(settling_angle(inputs, group, lr), lr)
+        s = tl.where(moving, s, 1.0)
         tl.store(inputs.radius + row.at, radius, mask=only_if(inputs.skipped == 0, row.exist))
         finish_rows(inputs, row, s, a, None, 0, PROJECT)
 
 
-RULES: dict[str | None, Any] = {None: plain} | {f.__name__: f for f in (warmup, uniform, angle, sphere)}
+@triton.jit
+def uniform_update(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
+    """All that move turn by the geometric mean of their angles; the norm moves as in SGD."""
+    count = tl.zeros([ROWS_PER_PASS], tl.float32)
+    log_u_sum = count
+    for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+        row = load_updates(inputs, start)
+        count += row.moving.to(tl.float32)
+        log_u_sum += log_turn(row, radial_step(row))
+    log_mean = tl.sum(log_u_sum) / tl.maximum(tl.sum(count), 1.0)
+    for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+        row = load_updates(inputs, start)
+        a = radial_step(row)
+        f = tl.where(row.moving, tl.exp(log_mean - log_turn(row, a)), 1.0)
+        finish_updates(inputs, row, row.moving, row.radial, a, f)
+
+
+@triton.jit
+def angle_update(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
+    """All turn by the angle λ and keep their norm."""
+    turn_on_sphere(inputs, WHOLE, False)
+
+
+@triton.jit
+def equilibrium_update(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
+    """All turn by the angle √(settling·λ) and keep their norm."""
+    turn_on_sphere(inputs, WHOLE, True)
+
+
+@triton.jit
+def turn_on_sphere(inputs, WHOLE: tl.constexpr, SETTLES: tl.constexpr):
+    """w' = R·(cos φ·w/‖w‖ − sin φ·u⊥/‖u⊥‖), R the radius and φ the angle. With WHOLE all rows are one, and turn by the
+    largest φ."""
+    zero = tl.zeros([ROWS_PER_PASS], tl.float32)
+    whole_norm, whole_sphere, whole_radial, whole_tangent, whole_turn = 1.0, 1.0, 0.0, 1.0, 0.0
+    fits, renewed = 1, 0
+    if WHOLE:
+        ww_sum, uu_sum, dot_sum, sphere_sum, top = zero, zero, zero, zero, zero
+        for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+            row = load_updates(inputs, start)
+            _, radius = norm_and_radius(row)
+            ww_sum += tl.where(row.moving, row.ww, 0.0)
+            uu_sum += tl.where(row.moving, row.update_sq, 0.0)
+            dot_sum += tl.where(row.moving, row.radial * row.ww, 0.0)
+            sphere_sum += tl.where(row.moving, radius * radius, 0.0)
+            top = tl.maximum(top, tl.where(row.moving, angle_of(inputs, row, SETTLES), 0.0))
+        w_sq, sphere_sq, whole_turn = tl.sum(ww_sum), tl.sum(sphere_sum), tl.max(top)
+        is_usable = (w_sq >= TINY) & (w_sq < INFINITY)
+        whole_radial = tl.sum(dot_sum) / tl.where(is_usable, w_sq, 1.0)
+        tangent_sq = tl.sum(uu_sum) - whole_radial * whole_radial * w_sq
+        fits = (is_usable & (tangent_sq >= TINY) & (tangent_sq < INFINITY) & (sphere_sq < INFINITY)).to(
+            tl.int32
+        )
+        whole_norm = tl.sqrt(tl.where(fits != 0, w_sq, 1.0))
+        whole_tangent = tl.sqrt(tl.where(fits != 0, tangent_sq, 1.0))
+        whole_sphere = tl.sqrt(tl.where(fits != 0, sphere_sq, 1.0))
+        changed = tl.zeros([ROWS_PER_PASS], tl.int32)
+        for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+            row = load_updates(inputs, start)
+            norm, radius = norm_and_radius(row)
+            by = tl.abs(whole_sphere / whole_norm * norm - radius)
+            changed = changed | (row.moving & (by > radius * SHARE_CHANGE)).to(tl.int32)
+        renewed = tl.max(changed)
+
+    for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+        row = load_updates(inputs, start)
+        norm, radius = norm_and_radius(row)
+        tangent = tl.sqrt(tl.where(row.moving, row.tangent_sq, 1.0))
+        sphere_norm, radial, kept, moving = radius, row.radial, row.directed, row.moving
+        turn = angle_of(inputs, row, SETTLES)
+        if WHOLE:
+            moving = only_if(fits != 0, moving)
+            kept = moving
+            radius = tl.where(only_if(renewed != 0, kept), whole_sphere / whole_norm * norm, radius)
+            sphere_norm, norm, tangent = whole_sphere + zero, whole_norm + zero, whole_tangent + zero
+            radial, turn = whole_radial + zero, whole_turn + zero
+        sine, cosine = sine_and_cosine(turn)
+        a = tl.where(kept, sphere_norm / norm, 1.0)
+        f = tl.where(moving, sphere_norm / tangent * per_lr(sine, row.lr), tl.where(kept, 0.0, 1.0))
+        tl.store(inputs.radius + row.at, radius, mask=only_if(inputs.skipped == 0, row.exist))
+        finish_updates(inputs, row, moving, radial, tl.where(moving, cosine * a, a), f)
+
+
+RULES: dict[str | None, Any] = {None: plain} | {
+    f.__name__: f for f in (warmup, uniform, angle, equilibrium, sphere)
+}
+UPDATE_RULES: dict[str | None, Any] = {
+    "uniform": uniform_update,
+    "angle": angle_update,
+    "equilibrium": equilibrium_update,
+}
 
 
 @triton.jit
@@ -312,6 +448,106 @@ def load_rows(inputs, start):
 
 
 @triton.jit
+def load_updates(inputs, start):
+    """The `UpdateBlock` of rows from `start` on (`elropt.rules.update_parts`). An unknown ⟨w,g⟩ counts as 0."""
+    row = load_rows(inputs, start)
+    wm = tl.load(inputs.weight_dot_momentum + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
+    mm = tl.load(inputs.momentum_sq + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
+    gm = tl.load(inputs.grad_dot_momentum + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
+    group = group_of(inputs, row)
+    of_g, of_m = per_grad_of(inputs, row, group), of_group(group, inputs.hypers.per_momenta)
+    has_gradient = row.directed & (row.gg != INFINITY)
+    gg = tl.where(has_gradient, row.gg, 0.0)
+    gm = tl.where(has_gradient, gm, 0.0)
+    wg = tl.where(has_gradient & (row.wg == row.wg), row.wg, 0.0)
+    dot = of_g * wg + of_m * wm
+    radial = dot / tl.where(row.directed, row.ww, 1.0)
+    parts_sq = of_g * of_g * gg + of_m * of_m * mm
+    update_sq = parts_sq + 2 * of_g * of_m * gm
+    tangent_sq = update_sq - radial * dot
+    tangent_sq = tl.where(tangent_sq < 0, 0.0, tangent_sq)
+    moving = row.directed & (tangent_sq >= TINY) & (tangent_sq < INFINITY)
+    moving = moving & (tangent_sq > parts_sq * LEAST_TANGENT) & (parts_sq < INFINITY)
+    decay = of_g * of_group(group, inputs.hypers.decays)
+    lr = tl.zeros_like(row.ww) + of_group(group, inputs.lrs)
+    return UpdateBlock(
+        row.at, row.exist, row.ww, row.radius, row.passed, row.directed,
+        moving, radial, tangent_sq, update_sq, decay, lr, row.directed & (row.gg == INFINITY),
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_updates(inputs, row, moving, radial, a, f):
+    """Store the controls of a block of rows, w' = a·w − λf·u⊥ (`elropt.rules.controls_of_update`), and the radial tests
+    that they have passed."""
+    p = tl.where(moving, radial / a + row.decay, 0.0)
+    tl.store(inputs.s + row.at, tl.where(row.too_large, 0.0, 1.0), mask=row.exist)
+    tl.store(inputs.a + row.at, a, mask=row.exist)
+    tl.store(inputs.p + row.at, p, mask=row.exist)
+    tl.store(inputs.lr + row.at, row.lr, mask=row.exist)
+    tl.store(inputs.f + row.at, f, mask=row.exist)
+    norm = tl.sqrt(tl.where(row.directed, row.ww, 1.0))
+    count_test(inputs, row, row.lr * f * tl.sqrt(row.tangent_sq) / (a * norm))
+
+
+@triton.jit
+def radial_step(row):
+    """What the radial part of the update, the decay in it too, multiplies w by; 1 where w does not move."""
+    a = 1 - row.lr * (row.radial + row.decay)
+    return tl.where(row.moving, tl.maximum(a, LEAST_SHRINK), 1.0)
+
+
+@triton.jit
+def log_turn(row, a):
+    """log of ‖u⊥‖/(a·‖w‖) of the rows that move, 0 elsewhere."""
+    log_w = tl.log(tl.where(row.moving, row.ww, 1.0))
+    return (tl.log(tl.where(row.moving, row.tangent_sq, 1.0)) - log_w) / 2 - tl.log(a)
+
+
+@triton.jit
+def angle_of(inputs, row, SETTLES: tl.constexpr):
+    """What each row is to turn by, in radians."""
+    turn = row.lr
+    if SETTLES:
+        turn = settling_angle(inputs, group_of(inputs, row), row.lr)
+    return turn
+
+
+@triton.jit
+def settling_angle(inputs, group, lr):
+    """√(settling·λ)."""
+    settling = 0.0
+    if inputs.hypers.settlings is not None:
+        settling = of_group(group, inputs.hypers.settlings)
+    return tl.sqrt(settling * lr)
+
+
+@triton.jit
+def per_lr(value, lr):
+    """value/λ, 0 where λ is 0."""
+    return tl.where(lr > 0, value / tl.where(lr > 0, lr, 1.0), 0.0)
+
+
+@triton.jit
+def sine_and_cosine(x):
+    """Of 0 ≤ x < 10⁴, to 2⁻²² of the result or of 2⁻²⁴. (`tl.sin` has a table in local memory.)
+
+    x is taken to |x| ≤ π/4 and there to a polynomial. Source: Cephes, sinf.c.
+    """
+    quarter = (x * 0.6366197723675814 + 0.5).to(tl.int32)
+    turns = quarter.to(tl.float32)
+    x = ((x - turns * 1.5703125) - turns * 4.837512969970703125e-4) - turns * 7.54978995489188e-8
+    z = x * x
+    sine = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * x + x
+    cosine = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z
+    cosine = cosine - z / 2 + 1
+    swaps = (quarter & 1) != 0
+    sine, cosine = tl.where(swaps, cosine, sine), tl.where(swaps, sine, cosine)
+    sine = tl.where((quarter & 2) != 0, -sine, sine)
+    return sine, tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
+
+
+@triton.jit
 def finish_rows(inputs, row, s, a, turn, over, PROJECT: tl.constexpr):
     """Store the controls of a block of rows and the radial tests that they have passed.
 
@@ -332,11 +568,7 @@ def finish_rows(inputs, row, s, a, turn, over, PROJECT: tl.constexpr):
     hypers = inputs.hypers
     if PROJECT:
         group = group_of(inputs, row)
-        per_grad = of_group(group, hypers.per_grads)
-        if hypers.one_minus_dampening is not None:  # a new buffer takes the whole of its first gradient
-            is_new = tl.load(inputs.is_new + row.at, mask=row.exist, other=0.0) != 0
-            is_damped = of_group(group, hypers.one_minus_dampening) != 1.0
-            per_grad = tl.where(only_if(is_damped, is_new), 1.0, per_grad)
+        per_grad = per_grad_of(inputs, row, group)
         wm = tl.load(inputs.weight_dot_momentum + row.at, mask=row.exist, other=0.0)
         square = tl.where(row.directed, weight_factor * row.ww, 1.0)
         radial = per_grad * (grad_factor * wg / square + of_group(group, hypers.decays))
@@ -349,6 +581,18 @@ def finish_rows(inputs, row, s, a, turn, over, PROJECT: tl.constexpr):
         relative = tl.sqrt(tl.where(row.moving, row.gg, 1.0) / tl.where(row.moving, row.ww, 1.0))
         turn = grad_factor / weight_factor * relative * tl.exp(log_lr(inputs, row))
     count_test(inputs, row, turn)
+
+
+@triton.jit
+def per_grad_of(inputs, row, group):
+    """∂u/∂g̃."""
+    hypers = inputs.hypers
+    per_grad = of_group(group, hypers.per_grads)
+    if hypers.one_minus_dampening is not None:  # a new buffer takes the whole of its first gradient
+        is_new = tl.load(inputs.is_new + row.at, mask=row.exist, other=0.0) != 0
+        is_damped = of_group(group, hypers.one_minus_dampening) != 1.0
+        per_grad = tl.where(only_if(is_damped, is_new), 1.0, per_grad)
+    return per_grad
 
 
 @triton.jit

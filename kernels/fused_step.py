@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .args import Factors, Rows, Tables
 from .cooperative import MAX_REGISTERS, cooperative_kernel, max_programs
-from .decide import RULES
+from .decide import RULES, UPDATE_RULES
 from .graph_tables import GraphTables
 from .hyper_arguments import GroupArguments, GroupHyper, HyperArguments
 from .launches import LaunchKey, make_launches
@@ -31,7 +31,8 @@ _NO_FACTORS = Factors()
 class DecisionInputs(NamedTuple):
     """What is decided, and where the rule remembers it.
 
-    name: of the rule, as in `decide.RULES`; None: SGD, whose layers are measured (and projected) all the same.
+    name: of the rule, as in `decide.RULES` (with `of_update`, `decide.UPDATE_RULES`); None: SGD, whose layers are
+        measured (and projected) all the same.
     whole: granularity "network". project: whether the radial part of the update is removed.
     scales_weights: whether the rule sets a. ends: whether it sets `handed_over`, after which it does nothing.
     memory: float32 [3, R], the rule's c, radius and tracked. handed_over: float32 [2], with the largest λΓ behind it.
@@ -155,13 +156,13 @@ class FusedStep:
                 upload(group_of_row, self.device),
             )
             self.decision = {
-                "RULE": RULES[rule.name],
+                "RULE": (UPDATE_RULES if rule.of_update else RULES)[rule.name],
                 "WHOLE": rule.whole,
                 "PROJECT": rule.needs_momentum,
             }
             self.factors = Factors(
                 self.s if rule.name is not None else None,
-                self.a if rule.scales_weights else None,
+                self.a if rule.scales_weights or rule.of_update else None,
                 self.p if rule.needs_momentum else None,
                 self.f if rule.of_update else None,
             )

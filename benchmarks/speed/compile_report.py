@@ -52,6 +52,7 @@ def case(kernel: str, elements: str, loaded: int, stored: int, **changes: Any) -
 
 
 PROJECTED = {"PROJECT": True, "HAS_BUFFERS": True}
+OF_UPDATE = {"of_update": True, **PROJECTED}  # elr_of="update"
 PLAIN = {"grad_factor": None, "weight_factor": None, "radial": None, "SUMS": 0}
 FP32, BF16, FP16, MIXED = "fp32 fp32 fp32", "bf16 bf16 bf16", "fp16 fp16 fp16", "bf16 fp32 fp32"
 CASES = {
@@ -63,11 +64,24 @@ CASES = {
     ),
     "measure fp32, warmup, projected": case("measure", FP32, 12, 0, RULE="warmup", **PROJECTED),
     "measure bf16, angle": case("measure", BF16, 4, 0, RULE="angle"),
+    "measure fp32, equilibrium": case("measure", FP32, 8, 0, RULE="equilibrium"),
+    "measure fp32, uniform of updates, damped, AMP": case(
+        "measure", FP32, 12, 0, RULE="uniform", damped=True, AMP=True, **OF_UPDATE
+    ),
+    "measure fp32, angle of updates": case("measure", FP32, 12, 0, RULE="angle", **OF_UPDATE),
+    "measure fp32, equilibrium of all updates, damped": case(
+        "measure", FP32, 12, 0, RULE="equilibrium", WHOLE=True, damped=True, **OF_UPDATE
+    ),
+    "measure bf16, equilibrium of updates": case("measure", BF16, 6, 0, RULE="equilibrium", **OF_UPDATE),
     "measure bf16, projected": case("measure", BF16, 6, 0, **PROJECTED),
     "measure bf16, fp32 gradients": case("measure", MIXED, 10, 0, HAS_BUFFERS=True),
     "update fp32": case("update", FP32, 12, 8, **PLAIN),
     "update fp32, warmup": case("update", FP32, 12, 8, radial=None),
     "update fp32, projected, damped, AMP": case("update", FP32, 12, 8, SUMS=2, damped=True, AMP=True),
+    "update fp32, of updates, damped, AMP": case(
+        "update", FP32, 12, 8, SUMS=2, damped=True, AMP=True, of_update=True
+    ),
+    "update bf16, of updates": case("update", BF16, 6, 4, SUMS=2, of_update=True),
     "update fp32 without momentum": case("update", FP32, 8, 4, momenta=None, **PLAIN),
     "update bf16": case("update", BF16, 6, 4, **PLAIN),
     "update bf16, warmup": case("update", BF16, 6, 4, radial=None),
@@ -94,6 +108,24 @@ CASES = {
         damped=True,
         rounded=True,
         **PROJECTED,
+    ),
+    "cooperative fp32, equilibrium of updates, damped, AMP": case(
+        "cooperative", FP32, 16, 8, RULE="equilibrium", NESTEROV=False, AMP=True, damped=True, **OF_UPDATE
+    ),
+    "cooperative fp32, angle of all updates": case(
+        "cooperative", FP32, 16, 8, RULE="angle", WHOLE=True, **OF_UPDATE
+    ),
+    "cooperative bf16, fp32 gradients, uniform of updates, damped, AMP, rounded": case(
+        "cooperative",
+        MIXED,
+        10,
+        6,
+        RULE="uniform",
+        NESTEROV=False,
+        AMP=True,
+        damped=True,
+        rounded=True,
+        **OF_UPDATE,
     ),
     "cooperative bf16, warmup": case("cooperative", BF16, 6, 4, RULE="warmup", radial=None),
 }
@@ -134,7 +166,8 @@ def compile_cases() -> Report:
         of_elements = (elements[dtype] for dtype in case.elements.split())
         constexprs = {**constants, **dict(zip("WGM", of_elements, strict=True)), **case.changes}
         if case.kernel != "update" and types["rows"].memory is not None:
-            constexprs["RULE"] = decide.RULES[constexprs["RULE"]]
+            of_update = case.changes.get("of_update")
+            constexprs["RULE"] = (decide.UPDATE_RULES if of_update else decide.RULES)[constexprs["RULE"]]
         signature = {arg: types.get(arg, "constexpr") for arg in function.arg_names}
         values: dict[tuple[int, ...], Any] = {
             (i,): constexprs[arg] for i, arg in enumerate(signature) if signature[arg] == "constexpr"

@@ -46,6 +46,7 @@ RULES = [
     for granularity in spec.granularities
     if granularity != "filter"
 ]
+UPDATE_RULES = [(rule, granularity) for rule, granularity in RULES if rules.RULES[rule].decide_update]
 
 
 def test_the_kernel_has_the_constants_of_the_rules() -> None:
@@ -59,6 +60,8 @@ def test_the_kernel_has_the_constants_of_the_rules() -> None:
         "EQUALIZED_STD",
         "LR_RISE",
         "SHARE_CHANGE",
+        "LEAST_TANGENT",
+        "LEAST_SHRINK",
     )
     constants = {name: getattr(decide_module, name).value for name in names}
     assert constants == {name: getattr(rules, name) for name in names}
@@ -69,10 +72,12 @@ def test_the_kernel_has_the_constants_of_the_rules() -> None:
 @st.composite
 def decisions(draw: st.DrawFn) -> dict[str, Any]:
     n = draw(st.sampled_from([1, 2, 7, 255, 256, 257, 600]))
+    of_update = draw(st.booleans())
     return {
         "n": n,
-        "rule": draw(st.sampled_from(RULES)),
-        "project": draw(st.booleans()),
+        "rule": draw(st.sampled_from(UPDATE_RULES if of_update else RULES)),
+        "of_update": of_update,
+        "project": not of_update and draw(st.booleans()),
         "lrs": draw(st.lists(st.sampled_from([0.0, 1e-3, 0.1, 30.0]), min_size=1, max_size=3)),
         "spread": draw(st.sampled_from([0.0, 0.01, 1.0, 4.0])),
         "odd": draw(st.sampled_from([0.0, 0.3])),
@@ -86,7 +91,7 @@ def decisions(draw: st.DrawFn) -> dict[str, Any]:
 @settings(deadline=None, max_examples=80 if INTERPRETED else 30)
 @given(decisions())
 def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
-    n, (rule, granularity), project = case["n"], case["rule"], case["project"]
+    n, (rule, granularity), project, of_update = (case[k] for k in ("n", "rule", "project", "of_update"))
     generator = torch.Generator().manual_seed(case["seed"])
 
     def random(*shape: int) -> Tensor:
@@ -103,11 +108,16 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     dot_grad = torch.where(
         torch.isfinite(weight_sq * grad_sq), cosine * (weight_sq * grad_sq).sqrt(), torch.nan
     )
-    stats = LayerStats(weight_sq, grad_sq, dot_grad, weight_sq.clamp(max=1e6) * random(n))
+    momentum_sq = 10 ** (case["spread"] * random(n))
+    dot_momentum = 0.3 * torch.sin(random(n)) * (weight_sq.clamp(max=1e6) * momentum_sq).sqrt()
+    grad_dot_momentum = 0.9 * torch.sin(3 * random(n)) * (grad_sq * momentum_sq).sqrt()
+    stats = LayerStats(weight_sq, grad_sq, dot_grad, dot_momentum, momentum_sq, grad_dot_momentum)
     passed = torch.full((n,), float(RADIAL_TESTS))
     passed[sometimes(case["odd"])] = 3.0
     passed[sometimes(case["odd"])] = 7.7
     passed[sometimes(case["odd"] / 2)] = -1.0
+    if of_update:
+        dot_grad[(passed == RADIAL_TESTS) & sometimes(0.5)] = torch.nan  # not measured
     zero = torch.zeros(n)
     seen = 10 ** random(n) if case["seen"] else zero
     radius = (1 + random(n).abs()) * (1.0 if case["seen"] else 0.0)
@@ -115,19 +125,23 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     state = RuleState(seen, radius, passed, *of_all)
     group = torch.randint(len(case["lrs"]), (n,), generator=generator)
     lr = torch.tensor(case["lrs"])[group]
-    hyper = RowHyper(lr, 0.01 * (group + 1), 9.7 - group, 1.0 - 0.1 * group, 0.9 - 0.1 * group, numel)
+    hyper = RowHyper(
+        lr, 0.01 * (group + 1), 9.7 - group, 1.0 - 0.1 * group, 0.9 - 0.1 * group, numel,
+        settling=0.002 * (group + 1),
+    )  # fmt: skip
     absent = sometimes(case["odd"])
     if absent.all():
         absent[0] = False
 
-    chosen = [vector[~absent].double() for vector in (*stats, *state[:3], *hyper[:-1])]
+    chosen = [vector[~absent].double() for vector in (*stats, *state[:3], *hyper[:6], hyper.settling)]
     controls, after = specified(
         rule,
-        LayerStats(*chosen[:4]),
-        RuleState(*chosen[4:7], *of_all.double()),
-        RowHyper(*chosen[7:]),
+        LayerStats(*chosen[:6]),
+        RuleState(*chosen[6:9], *of_all.double()),
+        RowHyper(*chosen[9:15], settling=chosen[15]),
         granularity=granularity,
         project=project,
+        of_update=of_update,
         absent=(seen[absent] > 0).any() if absent.any() else None,
     )
 
@@ -137,24 +151,32 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     sums, memory, actual_over, group, numel = (
         t.to(DEVICE) for t in (sums, memory, actual_over, group.int(), numel)
     )
-    actual = torch.full((4, n), torch.nan, device=DEVICE)
+    actual = torch.full((5, n), torch.nan, device=DEVICE)
     per_group = range(len(case["lrs"]))
     hypers = Hypers(
         decays=tuple(0.01 * (i + 1) for i in per_group),
         gains=tuple(9.7 - i for i in per_group),
         per_grads=tuple(1.0 - 0.1 * i for i in per_group),
         per_momenta=tuple(0.9 - 0.1 * i for i in per_group),
+        settlings=tuple(0.002 * (i + 1) for i in per_group),
     )
+    functions = decide_module.UPDATE_RULES if of_update else decide_module.RULES
     decide[(1,)](
         sums, Rows(memory, actual_over, actual, numel, group), tuple(case["lrs"]), hypers, None, n,
-        RULE=decide_module.RULES[rule], WHOLE=granularity == "network", PROJECT=project,
+        RULE=functions[rule], WHOLE=granularity == "network", PROJECT=project or of_update,
     )  # fmt: skip
 
-    factors = dict(zip(["grad_factor", "weight_factor", "radial"], actual.cpu(), strict=False))
+    names = ["grad_factor", "weight_factor", "radial", "lr", "lr_factor"]
+    factors = dict(zip(names, actual.cpu(), strict=True))
     for name, expected in controls._asdict().items():
         if expected is not None:
             torch.testing.assert_close(
-                factors[name][~absent].double(), expected, rtol=3e-5, atol=1e-6, equal_nan=True, msg=name
+                factors[name][~absent].double(),
+                expected.double(),
+                rtol=3e-5,
+                atol=1e-6,
+                equal_nan=True,
+                msg=name,
             )
     for name, kept, before, expected in zip(
         after._fields, memory.cpu(), torch.stack(state[:3]), after, strict=False
