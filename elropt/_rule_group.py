@@ -162,7 +162,8 @@ class RuleGroup:
         backends = {group.backend for group in groups}
         devices = {group.params[0].device for group in groups}
         on_one_device = len(devices) == 1 and (not self.has_rule or devices == {self.device})
-        if backends == {kernels} and on_one_device and not self.shards and kernels.has_rule(self.rule):
+        has_rule = kernels.has_rule(self.rule, of_update=self.of_update)
+        if backends == {kernels} and on_one_device and not self.shards and has_rule:
             with torch.inference_mode(False):
                 triton_step = self._new_triton_step(groups)
             return RuleGroupPlan(present, (), triton_step, triton_step.launches.plan(grads))
@@ -257,6 +258,7 @@ class RuleGroup:
                 self.spec.ends,
                 self.memory.packed,
                 self.memory.warmup,
+                self.of_update,
             )
         return TritonStep(
             self.groups,

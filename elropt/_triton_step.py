@@ -13,7 +13,15 @@ from torch import Tensor
 
 from . import kernels
 from ._eager_step import Group, LayerMeasurements, upload
-from ._group_values import has_tensor_decay, lr_limit, lr_of, momentum_coefficients, protects
+from ._group_values import (
+    decay_of,
+    has_tensor_decay,
+    lr_limit,
+    lr_of,
+    momentum_coefficients,
+    protects,
+    settling_of,
+)
 from ._rule_memory import State
 from .rules import LayerControls, LayerStats
 
@@ -139,7 +147,7 @@ class TritonStep:
             lrs = [_kernel_lr(lr, device) for lr in lrs]
         values = list(map(_HYPERS, self.groups))
         if values != self._values:
-            self._hypers = tuple(_kernel_hyper(*of_group) for of_group in values)
+            self._hypers = tuple(map(_kernel_hyper, self.groups))
             # a tensor may change in place
             has_tensors = any(isinstance(value, Tensor) for of_group in values for value in of_group)
             self._values = None if has_tensors else values
@@ -188,15 +196,12 @@ class TritonStep:
             return None
         numbers = np.concatenate([np.arange(r[0], r[0] + r[1]) for r in self.rows if r is not None])
         rows = upload(numbers, launches.device)
-        controls = LayerControls(
-            launches.s[rows] if decision.name is not None else None,
-            launches.a[rows] if decision.scales_weights else None,
-            launches.p[rows] if decision.project else None,
-        )
+        factors = launches.factors
+        controls = LayerControls(*(None if factor is None else factor[rows] for factor in factors))
         lrs: list[float | Tensor] = [
             0.0 if row is None or row[1] == 0 else launches.lrs[row[0]].clone() for row in self.rows
         ]
-        stats = LayerStats(*launches.sums[:4, rows])
+        stats = LayerStats(*launches.sums[: 6 if decision.of_update else 4, rows])
         return LayerMeasurements(
             self.params, self.row_counts, lrs, per_filter, stats, controls, tracked[rows]
         )
@@ -214,10 +219,9 @@ def _kernel_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
     return float(lr)
 
 
-def _kernel_hyper(
-    momentum: float, dampening: float, weight_decay: float, nesterov: bool
-) -> kernels.GroupHyper:
+def _kernel_hyper(group: Mapping[str, Any]) -> kernels.GroupHyper:
     """What the kernels need of a param group, but for its learning rate."""
-    momentum, dampening = float(momentum), float(dampening)
-    coefficients = momentum_coefficients(momentum, dampening, nesterov, has_buffer=True)
-    return kernels.GroupHyper(momentum, dampening, float(weight_decay), *coefficients)
+    momentum, dampening = float(group["momentum"]), float(group["dampening"])
+    coefficients = momentum_coefficients(momentum, dampening, group["nesterov"], has_buffer=True)
+    decays = float(decay_of(group)), float(settling_of(group))
+    return kernels.GroupHyper(momentum, dampening, decays[0], *coefficients, decays[1])

@@ -449,7 +449,8 @@ def load_rows(inputs, start):
 
 @triton.jit
 def load_updates(inputs, start):
-    """The `UpdateBlock` of rows from `start` on (`elropt.rules.update_parts`). An unknown ⟨w,g⟩ counts as 0."""
+    """The `UpdateBlock` of rows from `start` on (`elropt.rules.update_parts`). ⟨w,g⟩ counts as 0 once the radial tests
+    are over: then w is not read."""
     row = load_rows(inputs, start)
     wm = tl.load(inputs.weight_dot_momentum + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
     mm = tl.load(inputs.momentum_sq + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
@@ -459,7 +460,9 @@ def load_updates(inputs, start):
     has_gradient = row.directed & (row.gg != INFINITY)
     gg = tl.where(has_gradient, row.gg, 0.0)
     gm = tl.where(has_gradient, gm, 0.0)
-    wg = tl.where(has_gradient & (row.wg == row.wg), row.wg, 0.0)
+    # Known by chance after the radial tests: then no bit may depend on it.
+    is_dot_known = (row.passed != RADIAL_TESTS) & (row.wg == row.wg)
+    wg = tl.where(has_gradient & is_dot_known, row.wg, 0.0)
     dot = of_g * wg + of_m * wm
     radial = dot / tl.where(row.directed, row.ww, 1.0)
     parts_sq = of_g * of_g * gg + of_m * of_m * mm

@@ -47,6 +47,8 @@ RULES = [
     if granularity != "filter"
 ]
 UPDATE_RULES = [(rule, granularity) for rule, granularity in RULES if rules.RULES[rule].decide_update]
+# equilibrium acts on the gradient as angle does
+GRADIENT_RULES = [(rule, granularity) for rule, granularity in RULES if rule != "equilibrium"]
 
 
 def test_the_kernel_has_the_constants_of_the_rules() -> None:
@@ -116,8 +118,6 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     passed[sometimes(case["odd"])] = 3.0
     passed[sometimes(case["odd"])] = 7.7
     passed[sometimes(case["odd"] / 2)] = -1.0
-    if of_update:
-        dot_grad[(passed == RADIAL_TESTS) & sometimes(0.5)] = torch.nan  # not measured
     zero = torch.zeros(n)
     seen = 10 ** random(n) if case["seen"] else zero
     radius = (1 + random(n).abs()) * (1.0 if case["seen"] else 0.0)
@@ -134,6 +134,10 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
         absent[0] = False
 
     chosen = [vector[~absent].double() for vector in (*stats, *state[:3], *hyper[:6], hyper.settling)]
+    if of_update:
+        chosen[2] = torch.where(
+            passed[~absent] == RADIAL_TESTS, torch.nan, chosen[2]
+        )  # the kernels do not need it
     controls, after = specified(
         rule,
         LayerStats(*chosen[:6]),
@@ -226,9 +230,22 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(step_module, "max_programs", lambda device: 0)
 
 
+UPDATE_OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
+    ("uniform", "layer", {"elr_of": "update"}),
+    ("uniform", "layer", {"elr_of": "update", "flagged": True, "nesterov": True}),
+    ("angle", "layer", {"elr_of": "update", "flagged": True, "momentum": 0.0}),
+    ("angle", "network", {"elr_of": "update", "dampening": 0.3}),
+    ("equilibrium", "layer", {"flagged": True, "dampening": 0.3}),
+    ("equilibrium", "network", {"elr_of": "gradient", "flagged": True}),
+]
+
+
 @pytest.mark.usefixtures("launches")
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("rule", "granularity"), RULES, ids=str)
+@pytest.mark.parametrize(
+    ("rule", "granularity", "options"),
+    [*((*rule, options) for rule in GRADIENT_RULES for options in OPTIONS), *UPDATE_OPTIONS],
+    ids=str,
+)
 def test_twelve_steps_agree_with_the_reference(
     rule: str | None, granularity: str, options: dict[str, Any]
 ) -> None:
@@ -250,7 +267,7 @@ def test_twelve_steps_agree_with_the_reference(
 
 @pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("options", [{"flagged": True}, {"project": True, "dampening": 0.3}], ids=str)
-@pytest.mark.parametrize(("rule", "granularity"), [*RULES[1:4], RULES[-1]], ids=str)
+@pytest.mark.parametrize(("rule", "granularity"), [*GRADIENT_RULES[1:4], GRADIENT_RULES[-1]], ids=str)
 def test_rows_of_several_chunks_agree_with_the_reference(
     rule: str, granularity: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +406,34 @@ def test_24_bytes_once_the_norm_is_carried(rule: str) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("rule", ["uniform", "angle", "equilibrium"])
+def test_28_bytes_on_the_update_once_the_norm_is_carried(rule: str) -> None:
+    net, optimizer = net_and_optimizer(True, flagged=True, rule=rule, elr_of="update", lr=0.01)
+    backward(net, 0)
+    optimizer.step()
+    assert bytes_of_step(net, optimizer, 1) == {"layer": 28, "head": 20}
+    with torch.no_grad():
+        optimizer.state[net[0].weight]["momentum_buffer"].mul_(0.5)
+    assert bytes_of_step(net, optimizer, 2)["layer"] == 32  # somebody wrote to it
+    assert bytes_of_step(net, optimizer, 3)["layer"] == 28
+    params = [net[0].weight]
+    grads = [p.grad for p in params]
+    assert kernels.bytes_moved(params, grads, grads, measure="momentum") == 28 * params[0].numel()
+
+
+@interpreted
+def test_on_the_update_the_radial_tests_read_weights_and_failed_layers_are_never_read_again() -> None:
+    net, optimizer = net_and_optimizer(
+        True, rule="uniform", elr_of="update", lr=1.0
+    )  # each test counts in full
+    backward(net, 0)
+    optimizer.step()
+    counts = [bytes_of_step(net, optimizer, step) for step in range(1, RADIAL_TESTS + 2)]
+    assert [c["layer"] for c in counts] == [32] * (RADIAL_TESTS - 1) + [28] * 2
+    assert counts[-1]["head"] == 20
+
+
+@interpreted
 def test_28_bytes_with_project() -> None:
     net, optimizer = net_and_optimizer(True, flagged=True, rule="uniform", project=True)
     backward(net, 0)
@@ -449,15 +494,15 @@ def test_a_write_that_no_version_counter_sees_is_noticed_one_step_late() -> None
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk", [16, 4096])
-@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("options", [{}, {"project": True}, {"elr_of": "update"}], ids=str)
 def test_the_carried_sums_are_those_that_would_be_measured(
-    project: bool, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of what is stored: rounded."""
     monkeypatch.setattr(tables, "CHUNK", chunk)
     results = []
     for forget in (False, True):
-        net, optimizer = net_and_optimizer(True, flagged=True, rule="uniform", project=project, dtype=dtype)
+        net, optimizer = net_and_optimizer(True, flagged=True, rule="uniform", dtype=dtype, **options)
         for step in range(4):
             generator = torch.Generator().manual_seed(step)
             for p in net.parameters():
@@ -620,8 +665,20 @@ def test_a_launch_for_each_combination_of_dtypes() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("options", [*OPTIONS[:3], {"maximize": True, "momentum": 0.0}], ids=str)
-@pytest.mark.parametrize(("rule", "granularity"), RULES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "granularity", "options"),
+    [
+        *(
+            (*rule, options)
+            for rule in GRADIENT_RULES[1:]
+            for options in [*OPTIONS[:3], {"maximize": True, "momentum": 0.0}]
+        ),
+        ("uniform", "layer", {"elr_of": "update", "maximize": True}),
+        ("angle", "network", {"elr_of": "update", "momentum": 0.0}),
+        ("equilibrium", "layer", {"dampening": 0.3}),
+    ],
+    ids=str,
+)
 def test_the_cooperative_kernel_computes_the_same(
     rule: str, granularity: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -656,7 +713,8 @@ def test_the_cooperative_kernel_computes_the_same(
             with bytes_touched(tensors) as touched:
                 optimizer.step()
             extra = 4 if options.get("dampening") else 0  # one element of m, to see whether it is new
-            if options.get("project"):  # m again, from the cache
+            of_update = options.get("elr_of") == "update" or rule == "equilibrium"
+            if (options.get("project") or of_update) and len(tensors) == 3:  # m again, from the cache
                 extra += 4 * w.numel()
             assert sum(touched.values()) == (4 + 4 + 4 + (8 if len(tensors) == 3 else 0)) * w.numel() + extra
         else:
