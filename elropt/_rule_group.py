@@ -253,7 +253,7 @@ class RuleGroup:
             decision = kernels.DecisionInputs(
                 self.rule,
                 self.granularity == "network",
-                self.project,
+                self._acts_on_dot,
                 self.spec.scales_weights,
                 self.spec.ends,
                 self.memory.packed,
@@ -422,7 +422,7 @@ class RuleGroup:
         triton_step.step(
             plan.triton_plan,
             active=active,
-            read_all=read_all or self._acts_on_dot,
+            read_all=read_all,
             grad_scale=grad_scale,
             found_inf=found_inf,
         )

@@ -56,8 +56,8 @@ def cooperative_kernel(
     scratch.gate goes up by one at every step: every program waits for that, so all of them have to run at once
     (`launch_cooperative_grid`, at most `max_programs`). Under the interpreter it would wait forever.
 
-    Bytes per element: read w, g and m, write w and m: 20 in float32 (12 without momentum). With PROJECT, all of it in
-    float32, m is read once more, from the cache: 24.
+    Bytes per element: read w, g and m, write w and m: 20 in float32 (12 without momentum). With PROJECT or
+    `scratch.of_momentum`, all of it in float32, m is read once more, from the cache: 24.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
@@ -71,10 +71,11 @@ def cooperative_kernel(
     w = _load(w_first, lanes, left, full, CHUNK)
     g = _load(g_first, lanes, left, full, CHUNK)
     # w, g and m in float32 do not fit beside the decision: m is then read twice, the second time from the cache
-    KEEPS_M: tl.constexpr = PROJECT & (
+    NEEDS_M: tl.constexpr = (PROJECT | (scratch.of_momentum is not None)) & HAS_BUFFERS
+    KEEPS_M: tl.constexpr = NEEDS_M & (
         W.primitive_bitwidth + G.primitive_bitwidth + M.primitive_bitwidth < 96
     )
-    if PROJECT & HAS_BUFFERS:
+    if NEEDS_M:
         m = _load(m_first, lanes, left, full, CHUNK)
     if grad_scale is not None:
         g = (1.0 / tl.load(grad_scale)) * g.to(tl.float32)
@@ -88,7 +89,7 @@ def cooperative_kernel(
         tl.store(partial, tl.sum(wide_w * wide_w))
         tl.store(partial + 1, tl.sum(wide_g * wide_g))
         tl.store(partial + 2, tl.sum(wide_w * wide_g))
-        if PROJECT & HAS_BUFFERS:
+        if NEEDS_M:
             wide_m = m.to(tl.float32)
             tl.store(partial + 3, tl.sum(wide_w * wide_m))
             if scratch.of_momentum is not None:

@@ -141,7 +141,8 @@ def decide(
     """The controls of this step, and the memory after it.
 
     sums: see `args.Scratch`. rows, hypers: see `args`. found_inf: where given and not 0, nothing is remembered.
-    RULE: a function of `RULES` or `UPDATE_RULES`. WHOLE: granularity "network". PROJECT: whether p is needed.
+    RULE: a function of `RULES` or `UPDATE_RULES`. WHOLE: granularity "network". PROJECT: whether p is needed, or for
+    `UPDATE_RULES`, which always need it, whether ⟨w,g⟩ counts even after the radial tests.
     Controls that the rule does not need are not written. Source: `elropt.rules`, docs/theory.md §9.
     """
     skipped = 0
@@ -333,12 +334,12 @@ def uniform_update(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
     count = tl.zeros([ROWS_PER_PASS], tl.float32)
     log_u_sum = count
     for start in range(0, inputs.n_rows, ROWS_PER_PASS):
-        row = load_updates(inputs, start)
+        row = load_updates(inputs, start, PROJECT)
         count += row.moving.to(tl.float32)
         log_u_sum += log_turn(row, radial_step(row))
     log_mean = tl.sum(log_u_sum) / tl.maximum(tl.sum(count), 1.0)
     for start in range(0, inputs.n_rows, ROWS_PER_PASS):
-        row = load_updates(inputs, start)
+        row = load_updates(inputs, start, PROJECT)
         a = radial_step(row)
         f = tl.where(row.moving, tl.exp(log_mean - log_turn(row, a)), 1.0)
         finish_updates(inputs, row, row.moving, row.radial, a, f)
@@ -347,17 +348,17 @@ def uniform_update(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
 @triton.jit
 def angle_update(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
     """All turn by the angle λ and keep their norm."""
-    turn_on_sphere(inputs, WHOLE, False)
+    turn_on_sphere(inputs, WHOLE, PROJECT, False)
 
 
 @triton.jit
 def equilibrium_update(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
     """All turn by the angle √(settling·λ) and keep their norm."""
-    turn_on_sphere(inputs, WHOLE, True)
+    turn_on_sphere(inputs, WHOLE, PROJECT, True)
 
 
 @triton.jit
-def turn_on_sphere(inputs, WHOLE: tl.constexpr, SETTLES: tl.constexpr):
+def turn_on_sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr, SETTLES: tl.constexpr):
     """w' = R·(cos φ·w/‖w‖ − sin φ·u⊥/‖u⊥‖), R the radius and φ the angle. With WHOLE all rows are one, and turn by the
     largest φ."""
     zero = tl.zeros([ROWS_PER_PASS], tl.float32)
@@ -366,7 +367,7 @@ def turn_on_sphere(inputs, WHOLE: tl.constexpr, SETTLES: tl.constexpr):
     if WHOLE:
         ww_sum, uu_sum, dot_sum, sphere_sum, top = zero, zero, zero, zero, zero
         for start in range(0, inputs.n_rows, ROWS_PER_PASS):
-            row = load_updates(inputs, start)
+            row = load_updates(inputs, start, PROJECT)
             _, radius = norm_and_radius(row)
             ww_sum += tl.where(row.moving, row.ww, 0.0)
             uu_sum += tl.where(row.moving, row.update_sq, 0.0)
@@ -385,14 +386,14 @@ def turn_on_sphere(inputs, WHOLE: tl.constexpr, SETTLES: tl.constexpr):
         whole_sphere = tl.sqrt(tl.where(fits != 0, sphere_sq, 1.0))
         changed = tl.zeros([ROWS_PER_PASS], tl.int32)
         for start in range(0, inputs.n_rows, ROWS_PER_PASS):
-            row = load_updates(inputs, start)
+            row = load_updates(inputs, start, PROJECT)
             norm, radius = norm_and_radius(row)
             by = tl.abs(whole_sphere / whole_norm * norm - radius)
             changed = changed | (row.moving & (by > radius * SHARE_CHANGE)).to(tl.int32)
         renewed = tl.max(changed)
 
     for start in range(0, inputs.n_rows, ROWS_PER_PASS):
-        row = load_updates(inputs, start)
+        row = load_updates(inputs, start, PROJECT)
         norm, radius = norm_and_radius(row)
         tangent = tl.sqrt(tl.where(row.moving, row.tangent_sq, 1.0))
         sphere_norm, radial, kept, moving = radius, row.radial, row.directed, row.moving
@@ -448,9 +449,9 @@ def load_rows(inputs, start):
 
 
 @triton.jit
-def load_updates(inputs, start):
-    """The `UpdateBlock` of rows from `start` on (`elropt.rules.update_parts`). ⟨w,g⟩ counts as 0 once the radial tests
-    are over: then w is not read."""
+def load_updates(inputs, start, PROJECT: tl.constexpr):
+    """The `UpdateBlock` of rows from `start` on (`elropt.rules.update_parts`). Unless PROJECT, ⟨w,g⟩ counts as 0 once
+    the radial tests are over: then w is not read."""
     row = load_rows(inputs, start)
     wm = tl.load(inputs.weight_dot_momentum + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
     mm = tl.load(inputs.momentum_sq + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
@@ -460,9 +461,10 @@ def load_updates(inputs, start):
     has_gradient = row.directed & (row.gg != INFINITY)
     gg = tl.where(has_gradient, row.gg, 0.0)
     gm = tl.where(has_gradient, gm, 0.0)
-    # Known by chance after the radial tests: then no bit may depend on it.
-    is_dot_known = (row.passed != RADIAL_TESTS) & (row.wg == row.wg)
-    wg = tl.where(has_gradient & is_dot_known, row.wg, 0.0)
+    wg = tl.where(has_gradient, row.wg, 0.0)
+    if not PROJECT:
+        before = tl.load(inputs.tracked + row.at, mask=row.exist, other=-1.0)
+        wg = tl.where(before < RADIAL_TESTS, wg, 0.0)
     dot = of_g * wg + of_m * wm
     radial = dot / tl.where(row.directed, row.ww, 1.0)
     parts_sq = of_g * of_g * gg + of_m * of_m * mm

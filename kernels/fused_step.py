@@ -36,7 +36,8 @@ class DecisionInputs(NamedTuple):
     whole: granularity "network". project: whether the radial part of the update is removed.
     scales_weights: whether the rule sets a. ends: whether it sets `handed_over`, after which it does nothing.
     memory: float32 [3, R], the rule's c, radius and tracked. handed_over: float32 [2], with the largest λΓ behind it.
-    of_update: whether the rule is about the update and not the gradient; its radial part is then removed too.
+    of_update: whether the rule is about the update and not the gradient. Its radial part is then removed anyhow, and
+        `project` says that ⟨w,g⟩ counts even after the radial tests.
     """
 
     name: str | None
@@ -158,7 +159,7 @@ class FusedStep:
             self.decision = {
                 "RULE": (UPDATE_RULES if rule.of_update else RULES)[rule.name],
                 "WHOLE": rule.whole,
-                "PROJECT": rule.needs_momentum,
+                "PROJECT": rule.project,
             }
             self.factors = Factors(
                 self.s if rule.name is not None else None,
@@ -273,7 +274,7 @@ class FusedStep:
                     tables_of_launch,
                     launch.scratch,
                     self.n_rows,
-                    read_all=int(unknown or read_all or (rule.project and not rule.of_update)),
+                    read_all=int(unknown or read_all or rule.project),
                     read_momentum=int(unknown),
                     **amp,
                     n_deciding=self.n_deciding,

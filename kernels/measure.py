@@ -261,7 +261,8 @@ def finish(
                 _add_partials(
                     scratch.of_momentum, scratch.sums + 4 * n_rows + row, first, n_chunks, n_rows, 2
                 )
-            if PROJECT & HAS_BUFFERS & (hypers.one_minus_dampening is not None):
+            NEEDS_NEW: tl.constexpr = PROJECT | (scratch.of_momentum is not None)
+            if NEEDS_NEW & HAS_BUFFERS & (hypers.one_minus_dampening is not None):
                 m = tl.load(m_address.to(tl.pointer_type(M)), mask=m_address != 0, other=0.0)
                 new = is_new(m.to(tl.float32))
                 tl.store(scratch.sums + 6 * n_rows + row, new.to(tl.float32))

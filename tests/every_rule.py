@@ -30,7 +30,7 @@ def acts_on_update(rule: str | None, elr_of: str | None = None) -> bool:
 
 def has_kernels(rule: str | None, elr_of: str | None = None) -> bool:
     """Whether the Triton kernels can compute it."""
-    return kernels.has_rule(rule) and not acts_on_update(rule, elr_of)
+    return kernels.has_rule(rule, of_update=acts_on_update(rule, elr_of))
 
 
 def skip_without_kernels(options: dict[str, Any], rule: str | None, elr_of: str | None = None) -> None:

@@ -52,7 +52,7 @@ def case(kernel: str, elements: str, loaded: int, stored: int, **changes: Any) -
 
 
 PROJECTED = {"PROJECT": True, "HAS_BUFFERS": True}
-OF_UPDATE = {"of_update": True, **PROJECTED}  # elr_of="update"
+OF_UPDATE = {"of_update": True, "HAS_BUFFERS": True}  # elr_of="update"
 PLAIN = {"grad_factor": None, "weight_factor": None, "radial": None, "SUMS": 0}
 FP32, BF16, FP16, MIXED = "fp32 fp32 fp32", "bf16 bf16 bf16", "fp16 fp16 fp16", "bf16 fp32 fp32"
 CASES = {

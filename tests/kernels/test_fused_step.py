@@ -79,7 +79,7 @@ def decisions(draw: st.DrawFn) -> dict[str, Any]:
         "n": n,
         "rule": draw(st.sampled_from(UPDATE_RULES if of_update else RULES)),
         "of_update": of_update,
-        "project": not of_update and draw(st.booleans()),
+        "project": draw(st.booleans()),
         "lrs": draw(st.lists(st.sampled_from([0.0, 1e-3, 0.1, 30.0]), min_size=1, max_size=3)),
         "spread": draw(st.sampled_from([0.0, 0.01, 1.0, 4.0])),
         "odd": draw(st.sampled_from([0.0, 0.3])),
@@ -94,6 +94,8 @@ def decisions(draw: st.DrawFn) -> dict[str, Any]:
 @given(decisions())
 def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     n, (rule, granularity), project, of_update = (case[k] for k in ("n", "rule", "project", "of_update"))
+    if of_update and project and granularity == "layer":
+        granularity = "filter"  # which needs ⟨w,g⟩ at every step
     generator = torch.Generator().manual_seed(case["seed"])
 
     def random(*shape: int) -> Tensor:
@@ -134,17 +136,13 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
         absent[0] = False
 
     chosen = [vector[~absent].double() for vector in (*stats, *state[:3], *hyper[:6], hyper.settling)]
-    if of_update:
-        chosen[2] = torch.where(
-            passed[~absent] == RADIAL_TESTS, torch.nan, chosen[2]
-        )  # the kernels do not need it
     controls, after = specified(
         rule,
         LayerStats(*chosen[:6]),
         RuleState(*chosen[6:9], *of_all.double()),
         RowHyper(*chosen[9:15], settling=chosen[15]),
         granularity=granularity,
-        project=project,
+        project=project and not of_update,
         of_update=of_update,
         absent=(seen[absent] > 0).any() if absent.any() else None,
     )
@@ -167,7 +165,8 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     functions = decide_module.UPDATE_RULES if of_update else decide_module.RULES
     decide[(1,)](
         sums, Rows(memory, actual_over, actual, numel, group), tuple(case["lrs"]), hypers, None, n,
-        RULE=functions[rule], WHOLE=granularity == "network", PROJECT=project or of_update,
+        RULE=functions[rule], WHOLE=granularity == "network",
+        PROJECT=granularity == "filter" if of_update else project,
     )  # fmt: skip
 
     names = ["grad_factor", "weight_factor", "radial", "lr", "lr_factor"]
