@@ -26,9 +26,9 @@ class WarmupEndPoll:
 
     On the CPU the flag is read in memory. On a GPU, every `STEPS_PER_LOOK` steps, `look` enqueues a copy of it into
     pinned memory. The first step after the copy has arrived knows the answer; steps before it measure without effect.
-    With `in_step` the answer must be known at the same step in every run and on all ranks, which measure together: then
-    the next `look` waits for the copy of the one before, and steps from there on know the answer. Where the flag has no
-    data (`is_readable`), the warm-up never ends.
+    With `in_step` the answer is known at the same step on all ranks, which measure together, and in every run: the next
+    `look` waits for the copy of the one before, and steps from there on know the answer. Where the flag has no data
+    (`is_readable`), the warm-up never ends.
 
     `warmup_is_over` only asks. A step calls `collect` at its beginning, and `look` once it has measured.
     """
@@ -96,8 +96,8 @@ class WarmupEndPoll:
 class LargestLrs:
     """The largest λΓ that each param group has had at a step of the warm-up, as far as the host can read the lr.
 
-    `rules.lr_has_risen` decides whether the warm-up starts again. The host must have every step at which that may be
-    so measured; it knows them by this. `has_risen` only asks; a step calls `follow`.
+    `rules.lr_has_risen` decides on the device whether the warm-up starts again, and needs measured layers for it. This
+    says at which steps the host has to measure. `has_risen` only asks; a step calls `follow`.
 
     Args:
         groups: the param groups.
@@ -140,7 +140,7 @@ class LargestLrs:
         return [_read(lr_gain(group)) for group in self.groups]
 
     def _exceeds(self, now: Sequence[float | None]) -> bool:
-        # before the device finds so, in float32
+        # half as strict as the device, which decides in float32
         rise = (1 + LR_RISE) / 2
         return any(
             lr is not None and before is not None and lr > rise * before

@@ -167,7 +167,7 @@ class ELRSGD(Optimizer):
           parameter, stepped in backward: ValueError, docs/distributed.md.
     State of a parameter: `momentum_buffer`, and with a rule or `project` the float32 tensors `sphere_grad_norm` (c,
     smoothed), `radius`, `tracked` (radial tests passed, or -1), `handed_over` and `largest_lr`
-    (of "warmup", for all: 1 while it has ended; the largest λΓ that it acted at).
+    (the same for all parameters: 1 while "warmup" is over; the largest λΓ that it acted at).
 
     Source: derived, docs/theory.md; the model is that of Mehmeti-Göpel & Wand, ICML 2024 (arXiv 2306.00700).
 
