@@ -185,7 +185,8 @@ def after_the_hand_over() -> tuple[list[int], float]:
     sharded = [distribute_tensor(w, mesh, (Shard(0),)) for w in weights]
     optimizer = make(list(sharded), {"rule": "warmup", "momentum": 0.0, "lr": 1e-4})
     counts = []
-    for _ in range(4):
+    for lr in (*[1e-4] * 4, 5e-5, *[2e-4] * 3):
+        optimizer.param_groups[0]["lr"] = lr
         for w in sharded:
             whole = w.full_tensor().double().numpy()
             grad = torch.from_numpy(invariant_gradient(np.ones(whole.shape) * np.arange(1, 5))(whole)).float()
@@ -196,8 +197,8 @@ def after_the_hand_over() -> tuple[list[int], float]:
     return counts, float(optimizer.state[sharded[0]]["handed_over"])
 
 
-def test_nothing_is_reduced_after_the_hand_over(two_ranks: Ranks) -> None:
-    assert two_ranks.run(after_the_hand_over) == [([1, 0, 0, 0], 1.0)] * 2
+def test_nothing_is_reduced_after_the_hand_over_unless_the_lr_rises(two_ranks: Ranks) -> None:
+    assert two_ranks.run(after_the_hand_over) == [([1, 0, 0, 0, 0, 1, 1, 0], 1.0)] * 2
 
 
 def watches() -> list[bool]:
