@@ -10,7 +10,7 @@ import numbers
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ._eager_step import Group, measure, update_groups, upload
+from ._group_values import lr_of
 from ._state_dict import params_by_index
 from ._unwrap import type_name, unwrap
 from .backend import UpdateOptions, choose_backend
@@ -125,9 +126,7 @@ def control(
         raise ValueError(
             "this optimizer is controlled already: keep what control returned, and call its remove() first"
         )
-    controller = Controller(holder, rule, granularity, check_tracked(holder, tracked) or frozenset())
-    controller.register(base)
-    return controller
+    return Controller(base, holder, rule, granularity, check_tracked(holder, tracked) or frozenset())
 
 
 class Controller:
@@ -137,99 +136,90 @@ class Controller:
         rule, granularity: as given.
     """
 
-    def __init__(self, holder: Optimizer, rule: str, granularity: str, tracked: frozenset[Tensor]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, holder: Optimizer, rule: str, granularity: str, tracked: frozenset[Tensor]
+    ) -> None:
         self.rule = rule
         self.granularity = granularity
-        self._is_angle = RULES[rule].lr_unit == "rad per step"
         self._tracked = set(tracked)
         self._rows: _Rows | None = None
-        self._angles: tuple[list[float], Tensor] | None = None  # numbers, and as a vector on the device
-        self._pending: list[
-            tuple[_Rows, list[Tensor]]
-        ] = []  # copies of the weights, of steps that have begun
+        self._pending: list[_Snapshot] = []  # of the steps that have begun
         self._loading: Mapping[str, Any] = {}
         self._warned = False
-        self._handles: list[Any] = []
         self._holder = weakref.ref(holder)
-        if not self._find_tracked(holder):
+        found = self._find_tracked(holder)
+        if not found:
             raise ValueError(
                 "nothing is tracked: no param group has scale_invariant=True and no layer was given. Make the "
                 "optimizer with elropt.param_groups(model, *inputs), or pass "
                 "tracked=elropt.find_scale_invariant(model, *inputs)"
             )
-        self._check(holder, stacklevel=4)
-
-    def remove(self) -> None:
-        """End the control: the next step is the base optimizer's own, and its state is its own again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._pending.clear()
-        holder = self._holder()
-        if holder is not None:
-            _take_radii(holder, [p for group in holder.param_groups for p in group["params"]])
-
-    def register(self, optimizer: Optimizer) -> None:
-        """Put the hooks around its steps; `control` does that."""
-        holder = self._holder()
-        assert holder is not None
+        _check_base(holder)
+        _check_params(found, holder, rule)
+        self._check_lrs(found, stacklevel=4)
         after = optimizer.register_step_post_hook(self._after)
         # the hooks of others, such as an average of the weights, are to see the weights that the step ends with
         hooks: Any = optimizer._optimizer_step_post_hooks
         hooks.move_to_end(after.id, last=False)
         self._handles = [
-            optimizer.register_step_pre_hook(self._before),
             after,
+            optimizer.register_step_pre_hook(self._before),
+            holder.register_state_dict_pre_hook(self._return_radii, prepend=True),
             holder.register_state_dict_post_hook(self._after_state_dict, prepend=True),
             holder.register_load_state_dict_pre_hook(self._before_load),
             holder.register_load_state_dict_post_hook(self._after_load, prepend=True),
         ]
+
+    def remove(self) -> None:
+        """End the control: the next step is the base optimizer's own, and its state is its own again."""
+        for handle in self._handles:
+            handle.remove()
+        self._pending.clear()
+        holder = self._holder()
+        if holder is not None:
+            _take_radii(holder, [p for group in holder.param_groups for p in group["params"]])
 
     @torch.compiler.disable()
     def _before(self, optimizer: Optimizer, *_: object) -> None:
         """Keep a copy of the tracked weights, and take the radii out of the state: many optimizers ask whether the
         state of a parameter is empty to know their first step."""
         holder = _holder(optimizer)
-        self._check(holder, stacklevel=6)
+        _check_base(holder)
+        params = self._find_tracked(holder)
+        self._check_lrs(params, stacklevel=6)
         with torch.inference_mode(False), torch.no_grad():
-            # where a step calls the hooked step of its base class, both are controlled; steps that failed are forgotten
-            depth = sum(getattr(vars(kind).get("step"), "hooked", False) for kind in type(optimizer).__mro__)
-            self._pending = self._pending[max(0, len(self._pending) - depth + 1) :]
-            params = self._find_tracked(holder)
             if self._rows is None or not self._rows.are_of(params):
+                _check_params(params, holder, self.rule)
                 self._return_radii(holder)
                 self._rows = _Rows(list(params), per_filter=self.granularity == "filter")
-            rows = self._rows
-            if not rows.params:
-                return
-            rows.take_radii(holder)
-            weights = [local(p).detach() for p in rows.params]
-            copies = [torch.empty_like(w) for w in weights]
-            torch._foreach_copy_(copies, weights)
-            if self._is_angle:
-                self._angles = rows.by_row([params[p]["lr"] for p in rows.params], self._angles)
-            self._pending.append((rows, copies))
+            # a step may call the hooked step of its base class: both are controlled; what failed is forgotten
+            depth = sum(getattr(vars(kind).get("step"), "hooked", False) for kind in type(optimizer).__mro__)
+            self._pending = self._pending[max(0, len(self._pending) - depth + 1) :]
+            self._rows.take_radii(holder)
+            self._pending.append(
+                _Snapshot(self._rows, self._rows.copies(), self._rows.by_row(self._angles(params)))
+            )
 
     @torch.compiler.disable()
     def _after(self, optimizer: Optimizer, *_: object) -> None:
         """Replace what the base optimizer has made of the tracked weights."""
         if not self._pending:
             return
-        rows, copies = self._pending.pop()
+        rows, copies, angle = self._pending.pop()
         with torch.inference_mode(False), torch.no_grad():
-            weights = [local(p).detach() for p in rows.params]
-            torch._foreach_sub_(weights, copies)  # Δ
-            try:
-                angle = None if self._angles is None else self._angles[1]
-                rows.turn(copies, weights, angle, whole=self.granularity == "network")
-            finally:  # if anything fails, these weights are as before the step
-                torch._foreach_copy_(weights, copies)
+            rows.turn(copies, angle, whole=self.granularity == "network")
         rows.return_radii(_holder(optimizer))
 
-    def _return_radii(self, optimizer: Optimizer) -> None:
+    def _angles(self, params: Mapping[Tensor, Mapping[str, Any]]) -> list[float | Tensor] | None:
+        """Of each parameter of the rows; None: the rule has no angle of its own."""
+        if self._rows is None or not _lr_is_angle(self.rule):
+            return None
+        return [_lr_of(params[p]) for p in self._rows.params]
+
+    def _return_radii(self, holder: Optimizer) -> None:
         """After a step that failed they are not in the state."""
         if self._rows is not None:
-            self._rows.return_radii(optimizer, only_missing=True)
+            self._rows.return_radii(holder, only_missing=True)
 
     def _after_state_dict(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         """torch.distributed.checkpoint wants a state of all parameters or of none: where the base optimizer keeps
@@ -271,56 +261,89 @@ class Controller:
                     found[p] = group
         return found
 
-    def _check(self, optimizer: Optimizer, stacklevel: int) -> None:
-        """Refuse what cannot be controlled. Reads no tensor.
-
-        Raises:
-            ValueError: names the value, what is allowed and the remedy.
-        """
-        if isinstance(optimizer, ELRSGD) and any(
-            g["rule"] is not None or g["project"] for g in optimizer.param_groups
-        ):
-            raise ValueError(
-                "this ELRSGD has a rule of its own: use that one alone, or make it with rule=None, project=False"
-            )
-        for p, group in self._find_tracked(optimizer).items():
-            check_placement(p, self.rule, inside_zero=False)
-            if not p.is_floating_point():
-                raise ValueError(
-                    f"a tracked parameter of shape {tuple(p.shape)} is {p.dtype}; only real floating-point parameters "
-                    "can be tracked: put it into a group with scale_invariant=False"
-                )
-            if group.get("differentiable"):
-                raise ValueError(
-                    "differentiable=True: the control of a step does not take part in autograd; use "
-                    "differentiable=False"
-                )
-            radius = optimizer.state.get(p, {}).get(RADIUS)
-            if radius is not None and radius.dtype != torch.float32:
-                raise ValueError(
-                    f"the {RADIUS} of a parameter of shape {tuple(p.shape)} is {radius.dtype}, not float32: it was "
-                    "loaded without control; call elropt.control before load_state_dict"
-                )
-            if self._is_angle:
-                self._check_lr(group.get("lr"), stacklevel + 1)
-
-    def _check_lr(self, lr: object, stacklevel: int) -> None:
-        if isinstance(lr, Tensor) and lr.numel() == 1:
+    def _check_lrs(self, params: Mapping[Tensor, Mapping[str, Any]], stacklevel: int) -> None:
+        """Refuse angles out of range, and warn once of large ones. Reads no tensor."""
+        if not _lr_is_angle(self.rule):
             return
-        if not isinstance(lr, numbers.Real) or not 0 <= float(lr) <= math.pi / 2:
+        for group in {id(group): group for group in params.values()}.values():
+            lr = _lr_of(group)
+            if isinstance(lr, Tensor) and lr.numel() == 1:
+                continue
+            if not isinstance(lr, numbers.Real) or not 0 <= float(lr) <= math.pi / 2:
+                raise ValueError(
+                    f"lr={lr!r} of a group with tracked layers is not valid: rule={self.rule!r} turns these by lr "
+                    "radians per step, from 0 to π/2; set the lr of this group (0.01 to begin with), or use "
+                    "another rule"
+                )
+            if float(lr) > LARGE_ANGLE and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"rule={self.rule!r} is to turn every tracked layer by lr={float(lr):g} radians per step. More "
+                    f"than {LARGE_ANGLE} is hardly ever wanted: give the tracked layers a param group with an lr of "
+                    "its own, 0.01 to begin with",
+                    UserWarning,
+                    stacklevel=stacklevel,
+                )
+
+
+def _check_base(holder: Optimizer) -> None:
+    """Refuse an optimizer that has a rule of its own, and CUDA graphs."""
+    if isinstance(holder, ELRSGD) and any(g["rule"] is not None or g["project"] for g in holder.param_groups):
+        raise ValueError(
+            "this ELRSGD has a rule of its own: use that one alone, or make it with rule=None, project=False"
+        )
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the control of a step cannot be captured in a CUDA graph: capture forward and backward alone, and call "
+            "optimizer.step() after the replay"
+        )
+
+
+def _check_params(params: Mapping[Tensor, Mapping[str, Any]], holder: Optimizer, rule: str) -> None:
+    """Refuse tracked parameters that no rule can take, and options of their groups that would be ignored."""
+    for p, group in params.items():
+        check_placement(p, rule, inside_zero=False)
+        if not p.is_floating_point():
             raise ValueError(
-                f"lr={lr!r} of a group with tracked layers is not valid: rule='angle' turns these by lr radians per "
-                "step, from 0 to π/2; set the lr of this group (0.01 to begin with), or use rule='uniform'"
+                f"a tracked parameter of shape {tuple(p.shape)} is {p.dtype}; only real floating-point parameters can "
+                "be tracked: put it into a group with scale_invariant=False"
             )
-        if float(lr) > LARGE_ANGLE and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"rule='angle' is to turn every tracked layer by lr={float(lr):g} radians per step. More than "
-                f"{LARGE_ANGLE} is hardly ever wanted: give the tracked layers a param group with an lr of its own, "
-                "0.01 to begin with",
-                UserWarning,
-                stacklevel=stacklevel,
+        if group.get("differentiable"):
+            raise ValueError(
+                "differentiable=True: the control of a step does not take part in autograd; use differentiable=False"
             )
+        if group.get("tracked_lr") is not None and not isinstance(holder, ELRSGD):
+            raise ValueError(
+                f"tracked_lr={group['tracked_lr']} is an option of ELRSGD: for other optimizers set the lr of the "
+                "group with the tracked layers, group['lr'], and leave tracked_lr out"
+            )
+        radius = holder.state.get(p, {}).get(RADIUS)
+        if radius is not None and radius.dtype != torch.float32:
+            raise ValueError(
+                f"the {RADIUS} of a parameter of shape {tuple(p.shape)} is {radius.dtype}, not float32: it was loaded "
+                "without control; call elropt.control before load_state_dict"
+            )
+
+
+def _lr_is_angle(rule: str) -> bool:
+    return RULES[rule].lr_unit == "rad per step"
+
+
+def _lr_of(group: Mapping[str, Any]) -> Any:
+    """As it is now; of an ELRSGD that of its tracked layers."""
+    return lr_of(group) if group.get("tracked_lr") is not None else group.get("lr")
+
+
+class _Snapshot(NamedTuple):
+    """What is kept during a step.
+
+    weights: copies of the tracked weights, on this rank.
+    angle: of each row; None: the rule finds it from the step.
+    """
+
+    rows: _Rows
+    weights: list[Tensor]
+    angle: Tensor | None
 
 
 class _Rows:
@@ -344,6 +367,7 @@ class _Rows:
             np.repeat([torch.finfo(p.dtype).eps for p in self.params], self.counts).astype(np.float32),
             self.device,
         )
+        self._sent: tuple[list[float], Tensor] = [], self.radius
 
     def _by_param(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.params, self.radius.split(self.counts), strict=True))
@@ -370,32 +394,49 @@ class _Rows:
             if not only_missing or RADIUS not in optimizer.state.get(p, {}):
                 optimizer.state[p][RADIUS] = own
 
-    def by_row(
-        self, lrs: Sequence[float | Tensor], before: tuple[list[float], Tensor] | None
-    ) -> tuple[list[float], Tensor]:
-        """[R] float32 on the device, of one value per parameter, and the numbers. `before`: what this returned last."""
-        numbers_ = [0.0 if isinstance(lr, Tensor) else float(lr) for lr in lrs]
-        if before is not None and before[0] == numbers_ and len(before[1]) == len(self.radius):
-            vector = before[1]
-        else:
-            vector = upload(np.repeat(numbers_, self.counts).astype(np.float32), self.device)
+    def copies(self) -> list[Tensor]:
+        """Of the weights as they are now."""
+        weights = [local(p).detach() for p in self.params]
+        copies = [torch.empty_like(w) for w in weights]
+        if weights:
+            torch._foreach_copy_(copies, weights)
+        return copies
+
+    def by_row(self, lrs: Sequence[float | Tensor] | None) -> Tensor | None:
+        """One value per parameter as a vector, [R] float32 on the device. Numbers are sent if they have changed."""
+        if lrs is None:
+            return None
+        values = [0.0 if isinstance(lr, Tensor) else float(lr) for lr in lrs]
+        if values != self._sent[0]:
+            self._sent = values, upload(np.repeat(values, self.counts).astype(np.float32), self.device)
+        vector = self._sent[1]
         if any(isinstance(lr, Tensor) for lr in lrs):
             vector = vector.clone()
             for part, lr in zip(vector.split(self.counts), lrs, strict=True):
                 if isinstance(lr, Tensor):
                     part.copy_(local(lr).detach().reshape(()), non_blocking=True)
-        return numbers_, vector
+        return vector
 
-    def turn(
-        self, weights: list[Tensor], changes: list[Tensor], angle: Tensor | None, *, whole: bool
-    ) -> None:
-        """Turn `weights`, as they were before a step that changes them by `changes`, in place."""
-        groups = self._groups(weights, changes)
-        stats = measure(
-            groups, self.device, per_filter=self.per_filter, with_momentum=False, reductions=self.reductions
-        )
-        controls, radius = turn(stats, self.radius, angle, self.eps, whole=whole)
-        update_groups(groups, controls, per_filter=self.per_filter)
+    def turn(self, weights: list[Tensor], angle: Tensor | None, *, whole: bool) -> None:
+        """Turn the parameters from where they were before the step, `weights`, in the direction that it took. If that
+        fails they are where they were."""
+        if not weights:
+            return
+        changes = [local(p).detach() for p in self.params]
+        torch._foreach_sub_(changes, weights)
+        try:
+            groups = self._groups(weights, changes)
+            stats = measure(
+                groups,
+                self.device,
+                per_filter=self.per_filter,
+                with_momentum=False,
+                reductions=self.reductions,
+            )
+            controls, radius = turn(stats, self.radius, angle, self.eps, whole=whole)
+            update_groups(groups, controls, per_filter=self.per_filter)
+        finally:
+            torch._foreach_copy_(changes, weights)
         self.radius.copy_(radius)
         for own, (_, part) in zip(self.radii, self._by_param(), strict=True):
             if own.device != self.device:

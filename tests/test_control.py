@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import elropt
 from elropt import ELRSGD, kernels
 from elropt.controller import RADIUS, control
 from tests.nets import backward, bn_mlp, invariant_weights, train
+from tests.test_host_reads import no_host_reads
 
 Make = Callable[..., torch.optim.Optimizer]
 BASES: dict[str, Make] = {
@@ -492,6 +496,18 @@ def errors() -> Iterator[Any]:
         lambda: control(adamw(), tracked=[nn.Parameter(torch.ones(2))]),
     )
     yield case(
+        "complex",
+        ValueError,
+        "only real",
+        lambda: control(adamw(params=[nn.Parameter(torch.ones(2, 2, dtype=torch.cfloat))], **flagged)),
+    )
+    yield case(
+        "tracked_lr",
+        ValueError,
+        "is an option of ELRSGD.*group",
+        lambda: control(adamw(**flagged, tracked_lr=0.1)),
+    )
+    yield case(
         "elrsgd",
         ValueError,
         "has a rule of its own.*rule=None",
@@ -586,3 +602,139 @@ def test_a_wrapper_that_moves_the_weights_too() -> None:
     assert sum(RADIUS in held for held in base.state_dict()["state"].values()) == 3
     handle.remove()
     control(base)
+
+
+def test_reads_nothing_back_to_the_host() -> None:
+    for rule in ("angle", "uniform"):
+        net, optimizer = controlled("SGD", 0.02, rule=rule)
+        for step in range(2):
+            backward(net, step)
+            with no_host_reads():
+                optimizer.step()
+
+
+def test_in_inference_mode() -> None:
+    net, optimizer = controlled()
+    for step in range(3):
+        before = [w.detach().clone() for w in invariant_weights(net)]
+        backward(net, step)
+        with torch.inference_mode(step == 1):
+            optimizer.step()
+        for a, b in zip(before, invariant_weights(net), strict=True):
+            assert float(angles(a, b)) == pytest.approx(0.01, rel=1e-5)
+
+
+@pytest.mark.parametrize("recorder_first", [True, False])
+def test_recorder_sees_the_angle_of_the_rule(recorder_first: bool, tmp_path: Path) -> None:
+    net = bn_mlp(3)
+    optimizer = BASES["AdamW"](groups_of(net))
+    if not recorder_first:
+        control(optimizer)
+    with elropt.Recorder(optimizer, tmp_path / "run.jsonl", every=1):
+        if recorder_first:
+            control(optimizer)
+        train(net, optimizer, range(2))
+        table = elropt.layer_stats(optimizer)
+    tracked = table["tracked"].astype(bool)
+    assert tracked.sum() == 3
+    assert table["angle"][tracked] == pytest.approx([0.01] * 3, rel=1e-5)
+    assert abs(table["radial_update"][tracked]).max() < 1e-6
+
+
+def test_what_is_saved_after_a_step_that_failed() -> None:
+    w = nn.Parameter(torch.randn(20, 10))
+    optimizer: Any = Halving([{"params": [w], "scale_invariant": True}], lr=0.01)
+    control(optimizer)
+    optimizer.fails = False
+    for fails in (False, True):
+        optimizer.fails = fails
+        w.grad = torch.randn_like(w)
+        with pytest.raises(RuntimeError, match="out of memory") if fails else contextlib.nullcontext():
+            optimizer.step()
+    assert RADIUS in optimizer.state_dict()["state"][0]
+
+
+def test_if_control_itself_fails_the_tracked_weights_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, optimizer = controlled()
+    train(net, optimizer, range(1))
+    before = [w.detach().clone() for w in invariant_weights(net)]
+    backward(net, 1)
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("elropt.controller.measure", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, invariant_weights(net), strict=True))
+    train(net, optimizer, range(1, 2))
+    for a, b in zip(before, invariant_weights(net), strict=True):
+        assert float(angles(a, b)) == pytest.approx(0.01, rel=1e-5)
+
+
+class Retriever(nn.Module):
+    """Pairs of a key and a value, then a key: which value stands beside it? The queries and keys are normalized."""
+
+    def __init__(self, vocabulary: int = 16, width: int = 32) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.places = nn.Parameter(torch.randn(9, width) * 0.02)
+        self.mix = nn.Conv1d(width, width, 2, padding=1, groups=width, bias=False)
+        self.mix_norm = nn.BatchNorm1d(width)
+        self.norm = nn.RMSNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tokens(x) + self.places
+        h = h + self.mix_norm(self.mix(h.mT)[..., : h.shape[1]]).mT
+        n = self.norm(h)
+        q, k = (F.rms_norm(project(n), (n.shape[-1],)) for project in (self.query, self.key))
+        attention = (3 * q @ k.mT / n.shape[-1] ** 0.5).softmax(-1)
+        return self.head(self.norm(h + self.out(attention @ self.value(n))))[:, -1]
+
+    @staticmethod
+    def batch(seed: int, size: int = 64) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        keys = torch.rand(size, 8, generator=generator).argsort(1)[:, :4]
+        values = torch.randint(8, 16, (size, 4), generator=generator)
+        which = torch.randint(4, (size, 1), generator=generator)
+        pairs = torch.stack([keys, values], 2).flatten(1)
+        return torch.cat([pairs, keys.gather(1, which)], 1), values.gather(1, which)[:, 0]
+
+    def train_controlled(self, tracked: list[str], lr: float = 0.03, steps: int = 150) -> float:
+        """The loss on new data after training with learning rates that fall linearly to 0."""
+        named = dict(self.named_parameters())
+        groups = [
+            {"params": [named.pop(name) for name in tracked], "lr": lr, "scale_invariant": True},
+            {"params": list(named.values()), "lr": 3e-3},
+        ]
+        optimizer = torch.optim.AdamW(groups)
+        control(optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        for step in range(steps):
+            x, y = self.batch(step)
+            optimizer.zero_grad()
+            F.cross_entropy(self(x), y).backward()
+            optimizer.step()
+            schedule.step()
+        x, y = self.batch(-1, 2000)
+        with torch.no_grad():
+            return F.cross_entropy(self.eval()(x), y).item()
+
+
+def test_the_number_of_dimensions_does_not_say_what_is_invariant() -> None:
+    """It takes the embedding, the positions, the head, the values for invariant. Held at their first norms they cannot
+    do what they are for."""
+    losses = []
+    for by_ndim in (False, True):
+        torch.manual_seed(0)
+        net = Retriever()
+        found = elropt.find_scale_invariant(net, net.batch(0)[0])
+        measured = [name for name, kind in found.items() if kind]
+        matrices = [name for name, p in net.named_parameters() if p.ndim >= 2]
+        assert set(measured) == {"query.weight", "key.weight", "mix.weight"}
+        assert set(matrices) > set(measured)
+        losses.append(net.train_controlled(matrices if by_ndim else measured))
+    assert losses[0] < 0.5 * losses[1]
