@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,17 +14,14 @@ from torch import Tensor
 from ._group_values import (
     decay_of,
     has_lr_by_row,
-    lr_limit,
     lr_of,
     lr_ratio,
-    lr_ratio_by_row,
     momentum_coefficients,
-    protects,
     settling_of,
 )
 from ._validate import check_step_tensors
 from .backend import Backend, UpdateOptions, choose_backend
-from .rules import LayerControls, LayerStats, RowHyper, RuleState, decide
+from .rules import LayerControls, LayerStats, RowHyper, RuleState, decide, diffusion
 from .sharding import Reductions, Shard, local, local_grad, sum_over_shards
 
 __all__ = [
@@ -76,7 +75,7 @@ class Group(NamedTuple):
     row_counts: list[int]
     options: UpdateOptions
     backend: Backend
-    lr_ratio: float | Tensor = 1.0
+    lr_ratio: float = 1.0
     settling: float | Tensor | list[float] = 0.0
 
     def rows_here(self, *, per_filter: bool) -> list[tuple[int, int]]:
@@ -87,7 +86,7 @@ class Group(NamedTuple):
             (0, count)
             if shard is None or count == 0
             else (shard.first, shard.count)
-            if per_filter
+            if per_filter and count > 1
             else (0, min(shard.count, 1))
             for count, shard in zip(self.row_counts, self.shards, strict=True)
         ]
@@ -116,13 +115,11 @@ def tensors_with_gradients(
     Raises:
         RuntimeError: a gradient or a buffer that cannot be applied; names it and the remedy.
     """
-    limit = lr_limit(groups)
     runs: list[list[tuple[Any, ...]]] = []
     key_before: object = None
     for group, counts in zip(groups, row_counts, strict=True):
-        options = _options_in_common(group, limit)
-        lr, decay, settling = lr_of(group, limit), decay_of(group), settling_of(group)
-        ratio = lr_ratio_by_row(group, limit)
+        options = _options_in_common(group)
+        lr, decay, settling = lr_of(group), decay_of(group), settling_of(group)
         for p, count in zip(group["params"], counts, strict=True):
             grad = p.grad
             if grad is None:
@@ -131,7 +128,7 @@ def tensors_with_gradients(
             if key != key_before:
                 runs.append([])
                 key_before = key
-            runs[-1].append((p, grad, count, lr, decay, settling, ratio, group))
+            runs[-1].append((p, grad, count, lr, decay, settling, group))
     return [_group_of(shards, state, per_filter, *map(list, zip(*run, strict=True))) for run in runs]
 
 
@@ -145,7 +142,6 @@ def _group_of(
     lrs: list[float | Tensor],
     decays: list[float | Tensor],
     settlings: list[float | Tensor],
-    ratios: list[float | Tensor],
     groups: list[Mapping[str, Any]],
 ) -> Group:
     """Of tensors on one device: `groups` are the param groups of each."""
@@ -188,7 +184,7 @@ def _group_of(
             tensor_decay=isinstance(group["weight_decay"], Tensor),
             lr_by_row=has_lr_by_row(group),
         ),
-        _scalar(ratios[0], device),
+        lr_ratio(group) if has_lr_by_row(group) else 1.0,
         _common(settlings, device),
     )
 
@@ -202,6 +198,7 @@ def measure_decide_update(
     granularity: str = "layer",
     project: bool = False,
     of_update: bool = False,
+    protect: bool = False,
     absent: Tensor | None = None,
     rows: slice | Tensor = slice(None),
     reductions: Reductions | None = None,
@@ -213,7 +210,7 @@ def measure_decide_update(
     Args:
         groups: what to update.
         state, hyper: the rule's memory and the groups' hyper-parameters, by row.
-        rule, granularity, project: as in `ELRSGD`. of_update: ``elr_of="update"``.
+        rule, granularity, project: as in `ELRSGD`. of_update, protect: see `RuleKey`.
         absent: whether rows that took part earlier have no gradient now (0-dim bool; None: no).
         rows: which of all rows these are, where this rank has only parts of tensors.
         reductions: what makes the sums of all rows those of whole tensors.
@@ -229,7 +226,7 @@ def measure_decide_update(
         state.radius.device,
         per_filter=per_filter,
         with_momentum=project,
-        with_update=of_update,
+        with_update=of_update or protect,
         with_dot=with_dot,
         rows=rows,
         reductions=reductions,
@@ -242,6 +239,7 @@ def measure_decide_update(
         granularity=granularity,
         project=project,
         of_update=of_update,
+        protect=protect,
         absent=absent,
         with_tests=with_tests,
     )
@@ -265,23 +263,32 @@ def measure(
     sums = [torch.empty(6 if with_update else 4, 0, dtype=torch.float32, device=device)]
     for group in groups:
         here = group.rows_here(per_filter=per_filter)
-        measured = [i for i, (_, count) in enumerate(here) if count]
-        part = torch.zeros(len(sums[0]), 0, dtype=torch.float32, device=device)
-        if measured:
+        parts = [torch.zeros(len(sums[0]), 0, dtype=torch.float32, device=device)]
+        for by_filter, indices in _alike(here, group.row_counts, per_filter=per_filter):
             part = group.backend.measure(
-                [group.params[i] for i in measured],
-                [group.grads[i] for i in measured],
-                [group.momentum_buffers[i] for i in measured] if with_momentum else None,
-                per_filter=per_filter,
+                [group.params[i] for i in indices],
+                [group.grads[i] for i in indices],
+                [group.momentum_buffers[i] for i in indices] if with_momentum else None,
+                per_filter=by_filter,
                 with_dot=with_dot,
                 with_update=with_update,
             )
             if group.options.maximize:
                 part[2::3].neg_()  # ⟨w,g⟩, ⟨g,m⟩
-            part = part.to(device, non_blocking=True)
+            parts.append(part.to(device, non_blocking=True))
+        part = parts[-1] if len(parts) <= 2 else torch.cat(parts, dim=1)
         sums += _with_rows_elsewhere(part, here, group.row_counts)
     total = sum_over_shards(torch.cat(sums, dim=1), reductions, rows, with_momentum=with_momentum)
     return LayerStats(*total)
+
+
+def _alike(
+    rows: Sequence[tuple[int, int]], row_counts: Sequence[int], *, per_filter: bool
+) -> list[tuple[bool, list[int]]]:
+    """The tensors with rows, in runs of neighbours that have a row per filter, or one each."""
+    measured = [i for i, (_, count) in enumerate(rows) if count]
+    runs = itertools.groupby(measured, lambda i: per_filter and row_counts[i] > 1)
+    return [(by_filter, list(run)) for by_filter, run in runs]
 
 
 def _with_rows_elsewhere(
@@ -335,10 +342,11 @@ def values_of_rows(groups: Sequence[Group]) -> list[tuple[Any, ...]]:
             group.options.momentum,
             group.options.dampening,
             group.options.nesterov,
-            0.0 if isinstance(group.lr_ratio, Tensor) else group.lr_ratio,
+            group.lr_ratio,
             group.row_counts,
             [m is not None for m in group.momentum_buffers],
             [p.numel() for p in group.owners],
+            [math.sqrt(p.numel()) if p.dim() < 2 else 0.0 for p in group.owners],
         )
         for group in groups
     ]
@@ -349,15 +357,16 @@ def hyper_of_rows(values: Sequence[tuple[Any, ...]], device: torch.device) -> Ro
     columns = [
         (
             *(lr, decay),
-            *momentum_coefficients(*of_momentum, has_buffer=has_buffer),
-            *(numel / count, ratio, settling, count),
+            *momentum_coefficients(momentum, *others, has_buffer=has_buffer),
+            *(numel / count, ratio, settling, diffusion(momentum), least_size, count),
         )
-        for lrs, decays, settlings, *of_momentum, ratio, counts, have_buffers, numels in values
-        for lr, decay, settling, count, has_buffer, numel in zip(
+        for lrs, decays, settlings, momentum, *others, ratio, counts, have_buffers, numels, least_sizes in values
+        for lr, decay, settling, count, has_buffer, numel, least_size in zip(
             *(v if isinstance(v, list) else [v] * len(counts) for v in (lrs, decays, settlings)),
             counts,
             have_buffers,
             numels,
+            least_sizes,
             strict=True,
         )
         if count
@@ -386,19 +395,19 @@ def _common(values: list[Any], device: torch.device) -> float | Tensor | list[fl
     return values if any(value != values[0] for value in values) else values[0]
 
 
-def _options_in_common(group: Mapping[str, Any], limit: float | Tensor | None) -> tuple[Any, ...]:
+def _options_in_common(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What neighbouring groups must have in common to be updated together. Numbers lr and decay may differ, tensors
     must be the same object. Only on the CPU, and not with `foreach=True`: elsewhere the bits of a tensor may depend on
     its neighbours."""
     lr, decay = group["lr"], group["weight_decay"]
     values: tuple[object, ...] = ()
     if isinstance(lr, Tensor) or isinstance(decay, Tensor):
-        values = id(lr), id(decay), lr_ratio(group), group.get("scale_invariant"), protects(group)
+        values = id(lr), id(decay), lr_ratio(group), group.get("scale_invariant")
     if group["fused"] or group["foreach"] or not all(p.is_cpu for p in group["params"]):
         values = (id(group),)
     return (
         values,
-        None if not has_lr_by_row(group) else id(group) if limit is not None else lr_ratio(group),
+        lr_ratio(group) if has_lr_by_row(group) else 1.0,
         group["momentum"],
         group["dampening"],
         group["nesterov"],

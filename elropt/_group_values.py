@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -21,12 +19,10 @@ __all__ = [
     "has_lr_by_row",
     "has_tensor_decay",
     "lr_gain",
-    "lr_limit",
     "lr_of",
     "lr_ratio",
-    "lr_ratio_by_row",
+    "may_be_tracked",
     "momentum_coefficients",
-    "protects",
     "rule_key",
     "set_reference_lr",
     "settling_of",
@@ -34,29 +30,39 @@ __all__ = [
 
 
 class RuleKey(NamedTuple):
-    """What param groups that are decided together have in common. of_update: ``elr_of="update"``."""
+    """What param groups that are decided together have in common. of_update: ``elr_of="update"``. protect: whether the
+    rule also acts on what is not tracked."""
 
     rule: str | None
     granularity: str
     project: bool
     of_update: bool
+    protect: bool
 
 
 def rule_key(group: Mapping[str, Any]) -> RuleKey:
     """The `RuleKey` of a param group."""
-    of_update = (group["elr_of"] or RULES[group["rule"]].elr_of) == "update"
-    return RuleKey(group["rule"], group["granularity"], group["project"], of_update)
+    spec = RULES[group["rule"]]
+    of_update = (group["elr_of"] or spec.elr_of) == "update"
+    protect = spec.settles and group["protect"] is not False
+    return RuleKey(group["rule"], group["granularity"], group["project"], of_update, protect)
+
+
+def may_be_tracked(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a rule may take a parameter for scale-invariant. Never one without entries, or of a lazy module that has
+    not run yet."""
+    wanted = group.get("scale_invariant")
+    if is_lazy(p) or p.numel() == 0 or wanted is False:
+        return False
+    return wanted is True or (p.dim() >= 2 and p.is_floating_point())
 
 
 def count_rows(p: Tensor, group: Mapping[str, Any]) -> int:
-    """Rows of a parameter in the rule's vectors; 0 if the rule never concerns it: nothing depends on a tensor without
-    entries, or on one of a lazy module that has not run yet."""
-    if is_lazy(p) or p.numel() == 0:
-        return 0
-    wanted = group.get("scale_invariant")
-    if wanted is False or (wanted is None and (p.dim() < 2 or not p.is_floating_point())):
-        return 0
-    return p.shape[0] if group["granularity"] == "filter" and p.dim() > 0 else 1
+    """Rows of a parameter in the rule's vectors; 0 if the rule never concerns it."""
+    if may_be_tracked(p, group):
+        return p.shape[0] if group["granularity"] == "filter" and p.dim() > 0 else 1
+    is_protected = rule_key(group).protect and not is_lazy(p) and p.numel() > 0 and p.is_floating_point()
+    return int(is_protected)
 
 
 def lr_ratio(group: Mapping[str, Any]) -> float:
@@ -64,53 +70,11 @@ def lr_ratio(group: Mapping[str, Any]) -> float:
     return 1.0 if group["tracked_lr"] is None else group["tracked_lr"] / group["reference_lr"]
 
 
-def lr_of(group: Mapping[str, Any], limit: float | Tensor | None = None) -> float | Tensor:
-    """λ of a group: that of the tracked layers, if the group says that its parameters are scale-invariant; else at most
-    `limit`, of `lr_limit`."""
-    if group.get("scale_invariant"):
-        return group["lr"] if group["tracked_lr"] is None else group["lr"] * lr_ratio(group)
-    return group["lr"] if limit is None or not protects(group) else _smaller(group["lr"], limit)
-
-
-def lr_ratio_by_row(group: Mapping[str, Any], limit: float | Tensor | None = None) -> float | Tensor:
-    """The λ of the layers that are found to be tracked over `lr_of` the group, in groups that do not say which are."""
-    if not has_lr_by_row(group):
-        return 1.0
-    lr, rest = group["lr"], lr_of(group, limit)
-    if isinstance(lr, Tensor) or isinstance(rest, Tensor):
-        lr, rest = torch.as_tensor(lr), torch.as_tensor(rest)
-        return lr_ratio(group) * torch.where(rest > 0, lr / rest, 1.0)
-    return lr_ratio(group) * (lr / rest if rest > 0 else 1.0)
-
-
-def protects(group: Mapping[str, Any]) -> bool:
-    """Whether the learning rate of the group's untracked parameters is limited, see `lr_limit`."""
-    return RULES[group["rule"]].settles and group["protect"] is not False
-
-
-def lr_limit(groups: Sequence[Mapping[str, Any]]) -> float | Tensor | None:
-    """Of the untracked parameters beside the layers of rule "equilibrium": the largest angle that these turn by. Groups
-    that share a rule; None: there is no such layer, or nothing to protect. Reads no tensor."""
-    if not any(map(protects, groups)):
-        return None
-    angles = [
-        (settling_of(group) * group["lr"] * lr_ratio(group)) ** 0.5
-        for group in groups
-        if any(count_rows(p, group) for p in group["params"])
-    ]
-    return functools.reduce(_larger, angles) if angles else None
-
-
-def _smaller(a: float | Tensor, b: float | Tensor) -> float | Tensor:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
-    return min(a, b)
-
-
-def _larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
-    return max(a, b)
+def lr_of(group: Mapping[str, Any]) -> float | Tensor:
+    """λ of a group: that of the tracked layers, if the group says that its parameters are scale-invariant."""
+    if group["tracked_lr"] is None or not group.get("scale_invariant"):
+        return group["lr"]
+    return group["lr"] * lr_ratio(group)
 
 
 def decay_of(group: Mapping[str, Any]) -> float | Tensor:
@@ -149,8 +113,7 @@ def lr_gain(group: Mapping[str, Any]) -> float | Tensor:
 
 def has_lr_by_row(group: Mapping[str, Any]) -> bool:
     """Whether only the device knows which of a group's layers have a learning rate of their own."""
-    has_two = group["tracked_lr"] is not None or protects(group)
-    return has_two and group.get("scale_invariant") is None
+    return group["tracked_lr"] is not None and group.get("scale_invariant") is None
 
 
 def has_tensor_decay(groups: Sequence[Mapping[str, Any]]) -> bool:

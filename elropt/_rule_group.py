@@ -21,7 +21,7 @@ from ._eager_step import (
     upload,
     values_of_rows,
 )
-from ._group_values import count_rows, has_lr_by_row, lr_gain, rule_key
+from ._group_values import count_rows, has_lr_by_row, lr_gain, may_be_tracked, rule_key
 from ._rule_memory import RuleMemory, State
 from ._triton_step import TritonStep
 from ._warmup_end import LargestLrs, WarmupEndPoll, is_readable
@@ -103,7 +103,7 @@ class RuleGroup:
         self.groups = list(groups)
         self.number = number
         key = rule_key(self.groups[0])
-        self.rule, self.granularity, self.project, self.of_update = key
+        self.rule, self.granularity, self.project, self.of_update, self.protect = key
         self.spec = RULES[self.rule]
         self.per_filter = self.granularity == "filter"
         self.has_lr_by_row = any(map(has_lr_by_row, self.groups))
@@ -113,14 +113,14 @@ class RuleGroup:
         self.params = list(self.row_counts)
         self._row_counts = [[self.row_counts[p] for p in group["params"]] for group in self.groups]
         self._has_tests = any(
-            any(counts) and not group.get("scale_invariant")
-            for group, counts in zip(self.groups, self._row_counts, strict=True)
+            not group.get("scale_invariant") and any(may_be_tracked(p, group) for p in group["params"])
+            for group in self.groups
         )
         self.device = next((p.device for p, count in self.row_counts.items() if count), torch.device("cpu"))
         self.has_rule = (self.rule is not None or self.project) and any(self.row_counts.values())
         self.memory = RuleMemory(self.groups, self.row_counts, state, self.device, is_kept=self.has_rule)
         self.shards: dict[Tensor, Shard | None] = {
-            p: shard_of(p, by_rows=self.per_filter and count > 0)
+            p: shard_of(p, by_rows=self.per_filter and count > 1)
             for p, count in self.row_counts.items()
             if is_dtensor(p)
         }
@@ -162,8 +162,7 @@ class RuleGroup:
         backends = {group.backend for group in groups}
         devices = {group.params[0].device for group in groups}
         on_one_device = len(devices) == 1 and (not self.has_rule or devices == {self.device})
-        has_rule = kernels.has_rule(self.rule, of_update=self.of_update)
-        if backends == {kernels} and on_one_device and not self.shards and has_rule:
+        if backends == {kernels} and on_one_device and not self.shards and self._has_kernels():
             with torch.inference_mode(False):
                 triton_step = self._new_triton_step(groups)
             return RuleGroupPlan(present, (), triton_step, triton_step.launches.plan(grads))
@@ -184,6 +183,9 @@ class RuleGroup:
         return tensors_with_gradients(
             self.groups, self._row_counts, self.shards, state, per_filter=self.per_filter
         )
+
+    def _has_kernels(self) -> bool:
+        return kernels.has_rule(self.rule, of_update=self.of_update) and not self.protect
 
     def is_detached(self, state: State) -> bool:
         """Whether `state` holds something else than the memory of this rule group."""
@@ -214,7 +216,7 @@ class RuleGroup:
             self.device,
             per_filter=self.per_filter,
             with_momentum=self.project,
-            with_update=self.of_update,
+            with_update=self.of_update or self.protect,
             rows=rows,
             reductions=self._reductions,
         )
@@ -322,9 +324,7 @@ class RuleGroup:
         hyper = self._cached("hyper", values, lambda: hyper_of_rows(values, self.device))
         if not self.has_lr_by_row:
             hyper = hyper._replace(lr_ratio=None)
-        tensors = [
-            (group.options.lr, group.options.weight_decay, group.settling, group.lr_ratio) for group in groups
-        ]
+        tensors = [(group.options.lr, group.options.weight_decay, group.settling) for group in groups]
         if any(isinstance(value, Tensor) for of_group in tensors for value in of_group):
             names = [
                 name
@@ -336,7 +336,7 @@ class RuleGroup:
             first = 0
             for group, of_group in zip(groups, tensors, strict=True):
                 count = sum(group.row_counts)
-                for name, value in zip(names, of_group, strict=False):
+                for name, value in zip(names, of_group, strict=True):
                     if isinstance(value, Tensor):
                         vectors[name][first : first + count] = value
                 first += count

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._group_values import lr_gain
+from ._group_values import lr_gain, may_be_tracked
 from ._warmup_end import is_readable
 from .rules import RADIAL_TESTS, ROW_STATE, RuleState
 
@@ -52,6 +52,9 @@ class RuleMemory:
     ) -> None:
         self.counts = {p: n for p, n in row_counts.items() if n}
         self.flagged = {p for group in groups if group.get("scale_invariant") for p in group["params"]}
+        self.never_tracked = {
+            p for group in groups for p in group["params"] if row_counts[p] and not may_be_tracked(p, group)
+        }
         self.packed = torch.zeros(
             len(ROW_STATE), sum(self.counts.values()), dtype=torch.float32, device=device
         )
@@ -73,6 +76,8 @@ class RuleMemory:
                 of_all[key].copy_(torch.maximum(of_all[key], held[key].to(device)))
             if p in self.flagged:
                 views["tracked"].fill_(RADIAL_TESTS)
+            if p in self.never_tracked:
+                views["tracked"].fill_(-1)
             if is_kept:
                 self._leave(state, p, views)
             first += count
@@ -110,7 +115,7 @@ class RuleMemory:
     def tests_left(self) -> dict[Tensor, int]:
         """How many more steps test the rows of each parameter that has tests left. Reads the memory if it was found."""
         if not self.was_found or not is_readable(self.rows.tracked):
-            return {p: RADIAL_TESTS for p in self.counts if p not in self.flagged}
+            return dict.fromkeys(self.counts.keys() - self.flagged - self.never_tracked, RADIAL_TESTS)
         passed = self.rows.tracked.cpu().numpy()
         done = np.split((passed < 0) | (passed == RADIAL_TESTS), np.cumsum(list(self.counts.values()))[:-1])
         return {p: RADIAL_TESTS for p, rows in zip(self.counts, done, strict=True) if not rows.all()}

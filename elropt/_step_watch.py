@@ -216,7 +216,7 @@ def _row_counts(optimizer: Optimizer) -> tuple[dict[Tensor, int], set[Tensor]]:
         for p in group["params"]:
             if isinstance(optimizer, ELRSGD):
                 counts[p] = count_rows(p, group)
-                if group["granularity"] == "filter":
+                if group["granularity"] == "filter" and counts[p] > 1:
                     per_filter.add(p)
             elif not is_lazy(p) and p.is_floating_point():
                 counts[p] = int(p.numel() > 0 and (p.dim() >= 2 or group.get("scale_invariant") is True))

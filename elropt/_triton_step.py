@@ -13,15 +13,7 @@ from torch import Tensor
 
 from . import kernels
 from ._eager_step import Group, LayerMeasurements, upload
-from ._group_values import (
-    decay_of,
-    has_tensor_decay,
-    lr_limit,
-    lr_of,
-    momentum_coefficients,
-    protects,
-    settling_of,
-)
+from ._group_values import decay_of, has_tensor_decay, lr_of, momentum_coefficients, settling_of
 from ._rule_memory import State
 from .rules import LayerControls, LayerStats
 
@@ -63,7 +55,7 @@ class TritonStep:
         # what the launches, or the choice of this backend, depend on
         self.options = list(map(_LAUNCH_OPTIONS, groups))
         self.present_terms = _present_terms(map(_HYPERS, groups))
-        self.has_own_lrs = any(group["tracked_lr"] is not None or protects(group) for group in groups)
+        self.has_own_lrs = any(group["tracked_lr"] is not None for group in groups)
         self.params = [p for group in tensors for p in group.params]
         self.row_counts = [count for group in tensors for count in group.row_counts]
         grads = [g for group in tensors for g in group.grads]
@@ -139,10 +131,7 @@ class TritonStep:
             grad_scale = grad_scale.to(device, non_blocking=True)
         if found_inf is not None:
             found_inf = found_inf.to(device, non_blocking=True)
-        lrs = [group["lr"] for group in self.groups]
-        if self.has_own_lrs:
-            limit = lr_limit(self.groups)
-            lrs = [lr_of(group, limit) for group in self.groups]
+        lrs = list(map(lr_of, self.groups)) if self.has_own_lrs else [group["lr"] for group in self.groups]
         if set(map(type, lrs)) != {float}:
             lrs = [_kernel_lr(lr, device) for lr in lrs]
         values = list(map(_HYPERS, self.groups))

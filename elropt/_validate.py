@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ._group_values import count_rows, has_lr_by_row, rule_key
+from ._group_values import count_rows, has_lr_by_row, may_be_tracked, rule_key
 from .rules import RULES
 from .sharding import check_placement
 
@@ -97,8 +97,8 @@ def validate_choices(group: Mapping[str, Any]) -> None:
         raise ValueError(f"protect={protect!r} is not valid: True, False, or None (the rule's own)")
     if protect and not RULES[rule].settles:
         raise ValueError(
-            f"protect=True has no meaning for rule={rule!r}: it limits the learning rate of untracked parameters to "
-            "the angle of rule='equilibrium'; leave it out, or give them a smaller lr of their own in their param group"
+            f"protect=True has no meaning for rule={rule!r}: it holds untracked parameters back where they would move "
+            "further than the angle of rule='equilibrium'; leave it out, or give them a smaller lr in their param group"
         )
     if RULES[rule].settles and dampening >= 1:
         raise ValueError(
@@ -181,9 +181,7 @@ def check_params(group: Mapping[str, Any], *, inside_zero: bool) -> None:
             else "fused=True needs groups that say which layers are tracked (scale_invariant, see "
             "elropt.param_groups); bare parameters take foreach=True or fused=None"
         )
-        tracked_lr = group["tracked_lr"]
-        what = f"rule={rule!r} (protect)" if tracked_lr is None else f"tracked_lr={tracked_lr}"
-        raise ValueError(f"{what} with {reason}")
+        raise ValueError(f"tracked_lr={group['tracked_lr']} with {reason}")
     params = params if isinstance(params, list | tuple) else [params]
     check_decay({**group, "params": params})
     for p in map(_bare, params):
@@ -204,7 +202,7 @@ def check_decay(group: Mapping[str, Any]) -> None:
     decay = group["weight_decay"]
     if not RULES[group["rule"]].settles or isinstance(decay, Tensor) or decay != 0:
         return
-    if any(isinstance(p, Tensor) and count_rows(p, group) for p in map(_bare, group["params"])):
+    if any(isinstance(p, Tensor) and may_be_tracked(p, group) for p in map(_bare, group["params"])):
         raise ValueError(
             f"rule={group['rule']!r} turns layers by the angle at which weight decay balances their growth, but "
             "weight_decay=0 has no such angle: give weight_decay=5e-4, say (also in elropt.param_groups), or use "
@@ -276,15 +274,17 @@ def refuse_one_of_many(groups: Sequence[Mapping[str, Any]]) -> None:
     """
     if torch._C._current_graph_task_id() == -1:
         return
-    rule, granularity = groups[0]["rule"], groups[0]["granularity"]
+    rule, granularity, _, _, protect = rule_key(groups[0])
     compares = RULES[rule].compares_layers or granularity == "network"
-    if compares and sum(count_rows(p, group) > 0 for group in groups for p in group["params"]) == 1:
+    if (compares or protect) and sum(
+        count_rows(p, group) > 0 for group in groups for p in group["params"]
+    ) == 1:
         others = " or ".join(repr(name) for name, spec in RULES.items() if name and not spec.compares_layers)
         raise ValueError(
-            f"rule={rule!r}, granularity={granularity!r} compares layers, but this optimizer has one, and is stepped "
+            f"rule={rule!r}, granularity={granularity!r}, protect={protect} compares layers, but this optimizer has one, and is stepped "
             "inside of the backward pass, as if each parameter had an optimizer of its own: give all parameters to "
             f"one optimizer that is stepped afterwards, or use rule={others} with granularity='layer' or "
-            "'filter', or rule=None"
+            "'filter' and protect=False, or rule=None"
         )
 
 

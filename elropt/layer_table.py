@@ -347,7 +347,7 @@ def _parameter_names(optimizer: Optimizer) -> dict[Tensor, str]:
 def _row_names(records: list[LayerMeasurements], names: dict[Tensor, str]) -> Iterator[tuple[Tensor, str]]:
     for record in records:
         for p, count in zip(record.params, record.row_counts, strict=True):
-            if record.per_filter and count:
+            if record.per_filter and count > 1:
                 yield from ((p, f"{names[p]}[{i}]") for i in range(count))
             elif count:
                 yield p, names[p]

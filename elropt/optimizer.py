@@ -20,9 +20,9 @@ from . import kernels
 from ._eager_step import LayerMeasurements
 from ._group_values import (
     angle_of,
-    count_rows,
     has_lr_by_row,
     has_tensor_decay,
+    may_be_tracked,
     rule_key,
     set_reference_lr,
 )
@@ -116,7 +116,7 @@ class ELRSGD(Optimizer):
             "sphere": SGD with learning rate ``lr`` on the unit sphere (Kodryan et al., NeurIPS 2022), norm kept.
             "equilibrium": every tracked layer turns, from the first step on, by the angle at which SGD with this lr,
             weight decay and momentum would settle, √(2·lr·weight_decay/(1+μ)), and keeps its norm. All other parameters
-            take at most this angle as their learning rate (`protect`). Needs ``weight_decay > 0`` for tracked layers.
+            are held back where they would move further (`protect`). Needs ``weight_decay > 0`` for tracked layers.
             None: plain SGD.
             In "angle" and "sphere" with ``elr_of="gradient"`` the stored weight is one step ahead of its sphere: each
             step first brings it back (a = radius/‖w‖), then moves it; its direction is exactly that of training on the
@@ -135,9 +135,9 @@ class ELRSGD(Optimizer):
             momentum and without its radial part, so layers turn by the same angle, measured from the weight before and
             after: the geometric mean ("uniform"), ``lr`` radians ("angle"), the angle of the equilibrium. None: the
             rule's own, "update" for "equilibrium" and "gradient" for the others.
-        protect: beside "equilibrium", whether parameters that are not tracked take at most the angle of the tracked
-            layers as their learning rate: they are what breaks first when lr is large. None: True with that rule.
-            In groups that do not say which layers are tracked this needs ``fused=None`` or False.
+        protect: beside "equilibrium", whether parameters that are not tracked (head, gains, biases) are held back: in
+            relation to their size they move by at most the angle of the tracked layers times √((1−μ)/(1+μ)). They are
+            what breaks first when lr is large. None: True with that rule.
         stochastic_rounding: a seed: bfloat16 parameters are rounded up or down with the probabilities that keep their
             mean, so that updates smaller than half their last digit are not lost. Repeatable; Triton kernels only.
             None: to the nearest. Other dtypes are not concerned.
@@ -508,7 +508,11 @@ class ELRSGD(Optimizer):
     def _warn_of_large_angle(self, group: Mapping[str, Any], lr: float, stacklevel: int) -> None:
         """Warn once, where lr is an angle. The angle of "sphere", lr·‖g‖·‖w‖, is only known on the device."""
         angle = None if self._warned_of_angle else angle_of(group, lr)
-        if angle is None or angle <= LARGE_ANGLE or not any(count_rows(p, group) for p in group["params"]):
+        if (
+            angle is None
+            or angle <= LARGE_ANGLE
+            or not any(may_be_tracked(p, group) for p in group["params"])
+        ):
             return
         self._warned_of_angle = True
         remedy = "SGD's lr has another unit: keep it for all other parameters and give tracked_lr=0.01 to begin with"

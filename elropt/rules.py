@@ -79,6 +79,10 @@ class RowHyper(NamedTuple):
     numel: Tensor
     lr_ratio: Tensor | None = None  # of the λ of rows that are tracked to `lr`; None: 1
     settling: Tensor | None = None  # φ²/λ at the equilibrium of SGD, for "equilibrium" alone; see `settling`
+    diffusion: Tensor | None = None  # with `protect`, see `diffusion`
+    least_size: Tensor | None = (
+        None  # with `protect`: what counts as ‖w‖ at least, √n of vectors and 0 of others
+    )
 
 
 class RuleInputs(NamedTuple):
@@ -102,6 +106,7 @@ def decide(
     granularity: str = "layer",
     project: bool = False,
     of_update: bool = False,
+    protect: bool = False,
     absent: Tensor | None = None,
     with_tests: bool = True,
 ) -> tuple[LayerControls, RuleState]:
@@ -109,6 +114,7 @@ def decide(
 
     `of_update` is ``elr_of="update"``: it needs all of `stats`. There ⟨w,g⟩ of a layer whose radial tests are over
     counts as 0, whether it was measured or not; that of a filter, which need not be invariant alone, is needed.
+    `protect` has `hold_back` act on the rows that are not tracked, and needs all of `stats` too.
     `absent` (0-dim bool) says whether rows that took part in earlier steps are missing from these vectors, `with_tests`
     whether a row may have radial tests before it.
 
@@ -157,6 +163,10 @@ def decide(
     if project:
         radial = radial_coefficient(stats, hyper, controls.grad_factor, controls.weight_factor)
         controls = controls._replace(radial=torch.where(directed & torch.isfinite(radial), radial, 0.0))
+    if protect:
+        held_back = hold_back(stats, hyper, directed, tracked)
+        f = held_back if controls.lr_factor is None else controls.lr_factor * held_back
+        controls = controls._replace(lr_factor=f)
     if own_lr is not None:
         own_lr = own_lr if controls.lr_factor is None else own_lr * controls.lr_factor
         controls = controls._replace(lr_factor=own_lr)
@@ -370,6 +380,29 @@ def settling_angle(hyper: RowHyper) -> Tensor:
     """√(settling·λ), the angle of "equilibrium", in radians."""
     assert hyper.settling is not None
     return (hyper.settling * hyper.lr).sqrt()
+
+
+def hold_back(stats: LayerStats, hyper: RowHyper, directed: Tensor, tracked: Tensor) -> Tensor:
+    """f ≤ 1 of rows that are not tracked, 1 elsewhere: beside layers that turn by φ no other parameter moves further,
+    in relation to its size, than φ·`diffusion`.
+
+    The size is ‖w‖, for vectors (gains, biases) at least that of a vector of ones; φ is the largest of a layer. What
+    moves less than that is plain SGD. Found by measurement, docs/results.md.
+    """
+    assert hyper.diffusion is not None
+    assert hyper.least_size is not None
+    _, _, update_sq = update_parts(stats, hyper)
+    angle = torch.where(directed, settling_angle(hyper), 0.0).amax()
+    size = torch.maximum(stats.weight_sq.sqrt(), hyper.least_size)
+    f = angle * hyper.diffusion * size / (hyper.lr * update_sq.sqrt())
+    holds = (tracked <= 0) & directed.any() & (f < 1)
+    return torch.where(holds, f, 1.0)
+
+
+def diffusion(momentum: float) -> float:
+    """√((1−μ)/(1+μ)): steps of this length, made by momentum of independent gradients, lead as far in the long run as
+    independent steps of length 1. Derived, docs/theory.md §9."""
+    return math.sqrt(max(1 - momentum, 0.0) / (1 + momentum))
 
 
 def settling(momentum: float, dampening: float, nesterov: bool, *, of_update: bool) -> float:
