@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._group_values import (
     decay_of,
+    diffusion_of,
     has_lr_by_row,
     lr_of,
     lr_ratio,
@@ -21,7 +22,7 @@ from ._group_values import (
 )
 from ._validate import check_step_tensors
 from .backend import Backend, UpdateOptions, choose_backend
-from .rules import LayerControls, LayerStats, RowHyper, RuleState, decide, diffusion
+from .rules import LayerControls, LayerStats, RowHyper, RuleState, decide
 from .sharding import Reductions, Shard, local, local_grad, sum_over_shards
 
 __all__ = [
@@ -65,6 +66,7 @@ class Group(NamedTuple):
         backend: who computes it, see `choose_backend`.
         lr_ratio: of the learning rate of the rows that are found to be tracked to `lr`.
         settling: as `options.weight_decay`, of rule "equilibrium"; 0 for others.
+        diffusion: with `RuleKey.protect`, see `elropt.rules.diffusion`.
     """
 
     owners: list[Tensor]
@@ -77,6 +79,7 @@ class Group(NamedTuple):
     backend: Backend
     lr_ratio: float = 1.0
     settling: float | Tensor | list[float] = 0.0
+    diffusion: float = 0.0
 
     def rows_here(self, *, per_filter: bool) -> list[tuple[int, int]]:
         """For each tensor the (first, count) of its rows that this rank has a part of."""
@@ -186,6 +189,7 @@ def _group_of(
         ),
         lr_ratio(group) if has_lr_by_row(group) else 1.0,
         _common(settlings, device),
+        diffusion_of(group),
     )
 
 
@@ -343,6 +347,7 @@ def values_of_rows(groups: Sequence[Group]) -> list[tuple[Any, ...]]:
             group.options.dampening,
             group.options.nesterov,
             group.lr_ratio,
+            group.diffusion,
             group.row_counts,
             [m is not None for m in group.momentum_buffers],
             [p.numel() for p in group.owners],
@@ -357,10 +362,10 @@ def hyper_of_rows(values: Sequence[tuple[Any, ...]], device: torch.device) -> Ro
     columns = [
         (
             *(lr, decay),
-            *momentum_coefficients(momentum, *others, has_buffer=has_buffer),
-            *(numel / count, ratio, settling, diffusion(momentum), least_size, count),
+            *momentum_coefficients(*of_momentum, has_buffer=has_buffer),
+            *(numel / count, ratio, settling, diffusion, least_size, count),
         )
-        for lrs, decays, settlings, momentum, *others, ratio, counts, have_buffers, numels, least_sizes in values
+        for lrs, decays, settlings, *of_momentum, ratio, diffusion, counts, have_buffers, numels, least_sizes in values
         for lr, decay, settling, count, has_buffer, numel, least_size in zip(
             *(v if isinstance(v, list) else [v] * len(counts) for v in (lrs, decays, settlings)),
             counts,

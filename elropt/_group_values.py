@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .rules import RULES, growth_gain, settling
+from .rules import RULES, diffusion, growth_gain, settling
 
 __all__ = [
     "RuleKey",
     "angle_of",
     "count_rows",
     "decay_of",
+    "diffusion_of",
     "has_lr_by_row",
     "has_tensor_decay",
     "lr_gain",
@@ -92,6 +93,14 @@ def settling_of(group: Mapping[str, Any]) -> float | Tensor:
         return 0.0
     factor = settling(group["momentum"], group["dampening"], group["nesterov"], of_update=key.of_update)
     return factor * group["weight_decay"]
+
+
+def diffusion_of(group: Mapping[str, Any]) -> float:
+    """See `elropt.rules.diffusion`; 0 for rules that protect nothing."""
+    key = rule_key(group)
+    if not key.protect:
+        return 0.0
+    return diffusion(group["momentum"], group["dampening"], group["nesterov"], of_update=key.of_update)
 
 
 def angle_of(group: Mapping[str, Any], lr: float) -> float | None:

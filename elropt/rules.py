@@ -399,21 +399,30 @@ def hold_back(stats: LayerStats, hyper: RowHyper, directed: Tensor, tracked: Ten
     return torch.where(holds, f, 1.0)
 
 
-def diffusion(momentum: float) -> float:
-    """√((1−μ)/(1+μ)): steps of this length, made by momentum of independent gradients, lead as far in the long run as
-    independent steps of length 1. Derived, docs/theory.md §9."""
-    return math.sqrt(max(1 - momentum, 0.0) / (1 + momentum))
-
-
 def settling(momentum: float, dampening: float, nesterov: bool, *, of_update: bool) -> float:
     """φ²/(λω) at the equilibrium of SGD with weight decay, φ the angle that the update turns a weight by: 2Q/S, with S
     and Q the sums of the coefficients that momentum gives to successive gradients, and of their squares. Without
     Nesterov momentum 2·(1−d)/(1+μ). For independent gradients, without Nesterov momentum for all. Not `of_update`: 2/S,
     the square of the ELR of plain SGD steps that turn it so. Derived, docs/theory.md §7."""
+    total_, squares = momentum_sums(momentum, dampening, nesterov)
+    return 2 * (squares if of_update else 1.0) / total_
+
+
+def diffusion(momentum: float, dampening: float, nesterov: bool, *, of_update: bool) -> float:
+    """√Q/S, with S and Q as for `settling`, √((1−μ)/(1+μ)) without Nesterov momentum: updates of this length, made by
+    momentum of independent gradients, lead as far in the long run as independent steps of length 1. Not `of_update`:
+    Q/S, where the length 1 is that of plain SGD steps. Derived, docs/theory.md §9."""
+    total_, squares = momentum_sums(momentum, dampening, nesterov)
+    return (math.sqrt(squares) if of_update else squares) / total_
+
+
+def momentum_sums(momentum: float, dampening: float, nesterov: bool) -> tuple[float, float]:
+    """S and Q: of the coefficients that an update gives to the gradients of all steps before, and of their squares."""
     μ, k = momentum, 1 - dampening if momentum else 1.0
-    total_coefficient = k / (1 - μ)
+    if μ >= 1:
+        return math.inf, math.inf
     squares = (1 + μ) ** 2 + μ**4 / (1 - μ**2) if nesterov else k**2 / (1 - μ**2)
-    return 2 * (squares if of_update else 1.0) / total_coefficient
+    return k / (1 - μ), squares
 
 
 def on_sphere(

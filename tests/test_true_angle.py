@@ -149,8 +149,7 @@ def test_the_angle_is_exact_at_every_step(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rule", ["uniform", "angle", "equilibrium"])
 def test_every_group_has_its_own_angle(rule: str, backend: str) -> None:
-    """Those of "uniform" are in proportion to lr; a group that is not tracked is torch's SGD, beside "equilibrium" with
-    the largest angle as its learning rate."""
+    """Those of "uniform" are in proportion to lr; a group that is not tracked is torch's SGD."""
     skip_without_kernels(BACKENDS[backend], rule, "update")
     problem = Problem(torch.float32)
     hypers: list[dict[str, Any]] = [
@@ -165,11 +164,10 @@ def test_every_group_has_its_own_angle(rule: str, backend: str) -> None:
         for p, hyper in zip(problem.params, hypers, strict=True)
     ]
     groups += [{"params": [other], "scale_invariant": False, "weight_decay": 0.01, "momentum": 0.9}]
-    optimizer = ELRSGD(groups, lr=0.1, rule=rule, elr_of="update", **BACKENDS[backend])
+    protect = False if rule == "equilibrium" else None
+    optimizer = ELRSGD(groups, lr=0.1, rule=rule, elr_of="update", protect=protect, **BACKENDS[backend])
     settled = [settled_angle(h["lr"], h["weight_decay"], {**h, "lr": 0}) for h in hypers]
-    sgd = torch.optim.SGD(
-        [plain], lr=max(settled) if rule == "equilibrium" else 0.1, weight_decay=0.01, momentum=0.9
-    )
+    sgd = torch.optim.SGD([plain], lr=0.1, weight_decay=0.01, momentum=0.9)
     lrs = np.array([hyper["lr"] for hyper in hypers])
     for _ in range(6):
         before = rows_of(problem.params, "layer")
