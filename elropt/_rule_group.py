@@ -162,7 +162,8 @@ class RuleGroup:
         backends = {group.backend for group in groups}
         devices = {group.params[0].device for group in groups}
         on_one_device = len(devices) == 1 and (not self.has_rule or devices == {self.device})
-        if backends == {kernels} and on_one_device and not self.shards and self._has_kernels():
+        has_rule = kernels.has_rule(self.rule, of_update=self.of_update, protect=self.protect)
+        if backends == {kernels} and on_one_device and not self.shards and has_rule:
             with torch.inference_mode(False):
                 triton_step = self._new_triton_step(groups)
             return RuleGroupPlan(present, (), triton_step, triton_step.launches.plan(grads))
@@ -183,9 +184,6 @@ class RuleGroup:
         return tensors_with_gradients(
             self.groups, self._row_counts, self.shards, state, per_filter=self.per_filter
         )
-
-    def _has_kernels(self) -> bool:
-        return kernels.has_rule(self.rule, of_update=self.of_update) and not self.protect
 
     def is_detached(self, state: State) -> bool:
         """Whether `state` holds something else than the memory of this rule group."""
@@ -261,6 +259,7 @@ class RuleGroup:
                 self.memory.packed,
                 self.memory.warmup,
                 self.of_update,
+                self.protect,
             )
         return TritonStep(
             self.groups,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import kernels
 from ._eager_step import Group, LayerMeasurements, upload
-from ._group_values import decay_of, has_tensor_decay, lr_of, momentum_coefficients, settling_of
+from ._group_values import decay_of, diffusion_of, has_tensor_decay, lr_of, momentum_coefficients, settling_of
 from ._rule_memory import State
 from .rules import LayerControls, LayerStats
 
@@ -212,5 +212,5 @@ def _kernel_hyper(group: Mapping[str, Any]) -> kernels.GroupHyper:
     """What the kernels need of a param group, but for its learning rate."""
     momentum, dampening = float(group["momentum"]), float(group["dampening"])
     coefficients = momentum_coefficients(momentum, dampening, group["nesterov"], has_buffer=True)
-    decays = float(decay_of(group)), float(settling_of(group))
-    return kernels.GroupHyper(momentum, dampening, decays[0], *coefficients, decays[1])
+    decay, settling = float(decay_of(group)), float(settling_of(group))
+    return kernels.GroupHyper(momentum, dampening, decay, *coefficients, settling, diffusion_of(group))

@@ -395,7 +395,7 @@ def hold_back(stats: LayerStats, hyper: RowHyper, directed: Tensor, tracked: Ten
     angle = torch.where(directed, settling_angle(hyper), 0.0).amax()
     size = torch.maximum(stats.weight_sq.sqrt(), hyper.least_size)
     f = angle * hyper.diffusion * size / (hyper.lr * update_sq.sqrt())
-    holds = (tracked <= 0) & directed.any() & (f < 1)
+    holds = (tracked <= 0) & (angle > 0) & (f < 1)
     return torch.where(holds, f, 1.0)
 
 

@@ -75,10 +75,10 @@ def available() -> bool:
     return why_unavailable() is None
 
 
-def has_rule(name: str | None, *, of_update: bool = False) -> bool:
+def has_rule(name: str | None, *, of_update: bool = False, protect: bool = False) -> bool:
     """Whether `FusedStep` can decide by the rule of this name, see `decide.RULES`; with `of_update`, by its form for
-    ``elr_of="update"``."""
-    if not available():
+    ``elr_of="update"``, which alone can `protect` what is not tracked."""
+    if not available() or (protect and not of_update):
         return False
     from .decide import RULES, UPDATE_RULES
 

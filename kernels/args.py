@@ -51,6 +51,7 @@ class Rows(NamedTuple):
     handed_over: float32 [2], of a rule that ends: whether it has, and the largest λΓ so far.
     controls: float32 [5, R], s, a, p, the learning rate of the param group, and f.
     numel: float32 [R], elements of each row. group_of_row: int32 [R].
+    least_size: float32 [R], what counts as ‖w‖ at least, where rows that are not tracked are held back.
     """
 
     memory: Tensor | None = None
@@ -58,13 +59,14 @@ class Rows(NamedTuple):
     controls: Tensor | None = None
     numel: Tensor | None = None
     group_of_row: Tensor | None = None
+    least_size: Tensor | None = None
 
 
 class Hypers(NamedTuple):
     """The hyper-parameters of all param groups but for their learning rates; None where a launch needs none.
 
-    one_minus_dampening: 1−d; None if d is 0 in every group. gains, per_grads, per_momenta, settlings: see `GroupHyper`;
-    settlings is None if all are 0.
+    one_minus_dampening: 1−d; None if d is 0 in every group. gains, per_grads, per_momenta, settlings,
+    diffusions: see `GroupHyper`; the last two are None if all are 0.
     """
 
     momenta: Values | None = None
@@ -74,6 +76,7 @@ class Hypers(NamedTuple):
     per_grads: Values | None = None
     per_momenta: Values | None = None
     settlings: Values | None = None
+    diffusions: Values | None = None
 
 
 class Factors(NamedTuple):

@@ -79,6 +79,7 @@ class RuleInputs(NamedTuple):
     f: Any
     numel: Any
     group_of_row: Any
+    least_size: Any
     lrs: Any
     hypers: Any
     skipped: Any
@@ -168,6 +169,7 @@ def decide(
         f=rows.controls + 4 * n_rows,
         numel=rows.numel,
         group_of_row=rows.group_of_row,
+        least_size=rows.least_size,
         lrs=lrs,
         hypers=hypers,
         skipped=skipped,
@@ -391,6 +393,10 @@ def turn_on_sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr, SETTLES: 
             by = tl.abs(whole_sphere / whole_norm * norm - radius)
             changed = changed | (row.moving & (by > radius * SHARE_CHANGE)).to(tl.int32)
         renewed = tl.max(changed)
+    limit = 0.0
+    PROTECTS: tl.constexpr = SETTLES & (inputs.least_size is not None)
+    if PROTECTS:
+        limit = largest_angle(inputs)
 
     for start in range(0, inputs.n_rows, ROWS_PER_PASS):
         row = load_updates(inputs, start, PROJECT)
@@ -407,6 +413,8 @@ def turn_on_sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr, SETTLES: 
         sine, cosine = sine_and_cosine(turn)
         a = tl.where(kept, sphere_norm / norm, 1.0)
         f = tl.where(moving, sphere_norm / tangent * per_lr(sine, row.lr), tl.where(kept, 0.0, 1.0))
+        if PROTECTS:
+            f = held_back(inputs, row, limit, f)
         tl.store(inputs.radius + row.at, radius, mask=only_if(inputs.skipped == 0, row.exist))
         finish_updates(inputs, row, moving, radial, tl.where(moving, cosine * a, a), f)
 
@@ -516,6 +524,36 @@ def angle_of(inputs, row, SETTLES: tl.constexpr):
     if SETTLES:
         turn = settling_angle(inputs, group_of(inputs, row), row.lr)
     return turn
+
+
+@triton.jit
+def largest_angle(inputs):
+    """Of the rows with a direction, by rule "equilibrium"; 0 without any."""
+    top = tl.zeros([ROWS_PER_PASS], tl.float32)
+    for start in range(0, inputs.n_rows, ROWS_PER_PASS):
+        row = load_rows(inputs, start)
+        group = group_of(inputs, row)
+        top = tl.maximum(
+            top, tl.where(row.directed, settling_angle(inputs, group, of_group(group, inputs.lrs)), 0.0)
+        )
+    return tl.max(top)
+
+
+@triton.jit
+def held_back(inputs, row, limit, f):
+    """`f`, less in rows that are not tracked and would move further than `limit` allows (`elropt.rules.hold_back`)."""
+    gg = tl.load(inputs.grad_sq + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
+    mm = tl.load(inputs.momentum_sq + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
+    gm = tl.load(inputs.grad_dot_momentum + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
+    group = group_of(inputs, row)
+    of_g, of_m = per_grad_of(inputs, row, group), of_group(group, inputs.hypers.per_momenta)
+    update_sq = of_g * of_g * gg + 2 * of_g * of_m * gm + of_m * of_m * mm
+    least = tl.load(inputs.least_size + row.at, mask=row.exist, other=0.0)
+    size = tl.maximum(tl.sqrt(row.ww), least)
+    length = of_group(group, inputs.lrs) * tl.sqrt(tl.where(update_sq > 0, update_sq, 0.0))
+    allowed = limit * of_group(group, inputs.hypers.diffusions) * size
+    holds = only_if(limit > 0, (row.passed <= 0) & row.exist & (allowed < length))
+    return tl.where(holds, allowed / tl.where(holds, length, 1.0), f)
 
 
 @triton.jit

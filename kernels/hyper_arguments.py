@@ -27,7 +27,7 @@ class GroupHyper(NamedTuple):
 
     gain, per_grad and per_momentum are what a rule needs to know of the momentum: how it makes ‖w‖² grow
     (`elropt.rules.growth_gain`), ∂u/∂g̃ and ∂u/∂m. settling: φ²/λ of the angle φ that SGD would settle at; 0 where the
-    rule does not ask for it.
+    rule does not ask for it. diffusion: see `elropt.rules`; 0 where nothing is held back.
     """
 
     momentum: float
@@ -37,6 +37,7 @@ class GroupHyper(NamedTuple):
     per_grad: float
     per_momentum: float
     settling: float = 0.0
+    diffusion: float = 0.0
 
 
 class GroupArguments(NamedTuple):
@@ -143,7 +144,8 @@ class HyperArguments:
 
 def _columns(h: GroupHyper) -> tuple[float, ...]:
     """In the order of `Hypers`."""
-    return h.momentum, 1 - h.dampening, h.weight_decay, h.gain, h.per_grad, h.per_momentum, h.settling
+    of_update = h.gain, h.per_grad, h.per_momentum, h.settling, h.diffusion
+    return h.momentum, 1 - h.dampening, h.weight_decay, *of_update
 
 
 def _arguments_of(lrs: Values, every: Hypers, hypers: Sequence[GroupHyper]) -> GroupArguments:
@@ -152,6 +154,8 @@ def _arguments_of(lrs: Values, every: Hypers, hypers: Sequence[GroupHyper]) -> G
         every = every._replace(one_minus_dampening=None)
     if all(h.settling == 0 for h in hypers):
         every = every._replace(settlings=None)
+    if all(h.diffusion == 0 for h in hypers):
+        every = every._replace(diffusions=None)
     without_momentum = every._replace(momenta=None)
     update = Hypers(
         every.momenta,

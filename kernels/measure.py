@@ -123,9 +123,10 @@ def measure_kernel(
     of `n_deciding` rows decides (0: nobody does); it may be one of another launch, with its own table.
 
     Unless `read_all` is set, w is read only of rows that are in their radial tests: otherwise Σ w² is what the
-    update of the step before left in the partials, and Σ w·g is NaN. Rows that failed these tests, and all rows after
-    the hand-over of the warm-up, are not read; their sums are NaN. `read_momentum`: 0 where the update has left
-    Σ w·m too; for Σ m² and Σ g·m, m is read wherever g is. Gradients are divided by `grad_scale`, if there is one.
+    update of the step before left in the partials, and Σ w·g is NaN. Rows that failed these tests (unless they are held
+    back, see `args.Rows`), and all rows after the hand-over of the warm-up, are not read; their sums are NaN.
+    `read_momentum`: 0 where the update has left Σ w·m too; for Σ m² and Σ g·m, m is read wherever g is. Gradients are
+    divided by `grad_scale`, if there is one.
 
     Bytes per element: read g (4 in float32), m where asked for (8), w unless its norm is known (12).
     Source: derived, docs/theory.md: the sums that its quantities are made of.
@@ -137,6 +138,8 @@ def measure_kernel(
         over = False if rows.handed_over is None else tl.load(rows.handed_over) != 0
         wanted = (read_all != 0) | ((passed >= 0) & (over == 0))
         read_w = (read_all != 0) | (wanted & (passed < RADIAL_TESTS))
+        if rows.least_size is not None:  # a rule that does not end
+            wanted = True
     OF_MOMENTUM: tl.constexpr = scratch.of_momentum is not None
     if OF_MOMENTUM:
         read_m = wanted & (m_address != 0)

@@ -117,13 +117,10 @@ class Fuzz(RuleBasedStateMachine):
         self.optimizer = ELRSGD([{"params": params, **flag}], **self.possible(hyper), **self.backend)
 
     def possible(self, hyper: dict[str, Any]) -> dict[str, Any]:
-        """What this backend takes: the kernels have no rule with a learning rate of its own for layers that it finds,
-        which is how "equilibrium" protects the others."""
-        if "fused" not in self.backend:
-            return hyper
-        if not has_kernels(hyper["rule"], hyper["elr_of"]):
+        """What this backend takes."""
+        if "fused" in self.backend and not has_kernels(hyper["rule"], hyper["elr_of"]):
             return {**hyper, "rule": "uniform", "granularity": "layer", "elr_of": None}
-        return {**hyper, "protect": False if needs(hyper["rule"]) else None}
+        return hyper
 
     def new_parameter(self, shape: tuple[int, ...], seed: int) -> nn.Parameter:
         values = torch.empty(shape, dtype=self.dtype, device=DEVICE)
