@@ -22,6 +22,7 @@ from ._eager_step import Group, measure, update_groups, upload
 from ._group_values import lr_of
 from ._state_dict import params_by_index
 from ._unwrap import type_name, unwrap
+from ._validate import refuse_flattened
 from .backend import UpdateOptions, choose_backend
 from .layer_table import Tracked, check_tracked
 from .optimizer import ELRSGD, LARGE_ANGLE
@@ -38,7 +39,7 @@ from .rules import (
     update_parts,
     usable,
 )
-from .sharding import check_placement, local, reductions, shard_of
+from .sharding import check_placement, is_zero, local, reductions, shard_of
 
 __all__ = ["RADIUS", "Controller", "control", "turn"]
 
@@ -154,6 +155,7 @@ class Controller:
                 "optimizer with elropt.param_groups(model, *inputs), or pass "
                 "tracked=elropt.find_scale_invariant(model, *inputs)"
             )
+        self._given = {id(p): p.dim() != 1 for group in holder.param_groups for p in group["params"]}
         _check_base(holder)
         _check_params(found, holder, rule)
         self._check_lrs(found, stacklevel=4)
@@ -189,6 +191,7 @@ class Controller:
         self._check_lrs(params, stacklevel=6)
         with torch.inference_mode(False), torch.no_grad():
             if self._rows is None or not self._rows.are_of(params):
+                self._check_replaced(params, holder)
                 _check_params(params, holder, self.rule)
                 self._return_radii(holder)
                 self._rows = _Rows(list(params), per_filter=self.granularity == "filter")
@@ -261,6 +264,16 @@ class Controller:
                     found[p] = group
         return found
 
+    def _check_replaced(self, params: Mapping[Tensor, Mapping[str, Any]], holder: Optimizer) -> None:
+        """Refuse to go on where others have put other parameters into the optimizer."""
+        groups = [{**group, "rule": self.rule, "project": False} for group in holder.param_groups]
+        refuse_flattened(groups, self._given)
+        if not params:
+            raise ValueError(
+                "none of the tracked layers is in the optimizer any more: its parameters have been replaced. Call "
+                "elropt.control after that (after fully_shard, after the optimizer is made), or remove() the control"
+            )
+
     def _check_lrs(self, params: Mapping[Tensor, Mapping[str, Any]], stacklevel: int) -> None:
         """Refuse angles out of range, and warn once of large ones. Reads no tensor."""
         if not _lr_is_angle(self.rule):
@@ -287,7 +300,7 @@ class Controller:
 
 
 def _check_base(holder: Optimizer) -> None:
-    """Refuse an optimizer that has a rule of its own, and CUDA graphs."""
+    """Refuse an optimizer that has a rule of its own or holds the layers of one rank alone, and CUDA graphs."""
     if isinstance(holder, ELRSGD) and any(g["rule"] is not None or g["project"] for g in holder.param_groups):
         raise ValueError(
             "this ELRSGD has a rule of its own: use that one alone, or make it with rule=None, project=False"
@@ -302,7 +315,7 @@ def _check_base(holder: Optimizer) -> None:
 def _check_params(params: Mapping[Tensor, Mapping[str, Any]], holder: Optimizer, rule: str) -> None:
     """Refuse tracked parameters that no rule can take, and options of their groups that would be ignored."""
     for p, group in params.items():
-        check_placement(p, rule, inside_zero=False)
+        check_placement(p, rule, inside_zero=is_zero(holder))
         if not p.is_floating_point():
             raise ValueError(
                 f"a tracked parameter of shape {tuple(p.shape)} is {p.dtype}; only real floating-point parameters can "

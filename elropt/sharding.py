@@ -27,6 +27,7 @@ __all__ = [
     "check_placement",
     "is_dtensor",
     "is_inside_zero",
+    "is_zero",
     "like",
     "local",
     "local_grad",
@@ -34,6 +35,8 @@ __all__ = [
     "shard_of",
     "sum_over_shards",
 ]
+
+ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
 @dataclass(frozen=True)
@@ -214,12 +217,17 @@ def all_reduce_rows(sums: Tensor, needed: Reductions | None) -> None:
         sums[:, columns] = part.to(sums.device)
 
 
+def is_zero(value: object) -> bool:
+    """Whether it is a `ZeroRedundancyOptimizer`, which deals out the layers to the ranks."""
+    module = sys.modules.get(ZERO)
+    return module is not None and isinstance(value, module.ZeroRedundancyOptimizer)
+
+
 def is_inside_zero() -> bool:
     """Whether a `ZeroRedundancyOptimizer` is making this optimizer, for the layers of one rank."""
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = None if module is None else sys._getframe(1)
-    while module is not None and frame is not None:
-        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+    frame = sys._getframe(1) if ZERO in sys.modules else None
+    while frame is not None:
+        if is_zero(frame.f_locals.get("self")):
             return True
         frame = frame.f_back
     return False

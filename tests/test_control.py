@@ -447,7 +447,7 @@ def test_the_kernels_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
                 patch.setattr("elropt.controller.choose_backend", lambda *_, **__: kernels)
             for granularity in ("layer", "filter"):
                 net, optimizer = controlled("SGD", 0.02, granularity=granularity)
-                train(net, optimizer, range(2))
+                train(net, optimizer, range(1))
                 results.append([w.detach() for w in invariant_weights(net)])
     for one, other in zip(results[:2], results[2:], strict=True):
         for a, b in zip(one, other, strict=True):
@@ -778,3 +778,34 @@ def test_the_code_of_the_docs_runs() -> None:
     model(torch.randn(16, 8)).square().mean().backward()
     namespace["optimizer"].step()
     assert float(angles(before, weight)) == pytest.approx(0.01, rel=1e-5)
+
+
+def test_parameters_that_were_replaced_are_not_left_to_the_base_unnoticed() -> None:
+    """As by sharding after control, and flattened as by DeepSpeed."""
+    _, optimizer = controlled("AdamW")
+    tracked = list(optimizer.param_groups[0]["params"])
+    other = torch.optim.AdamW([{"params": list(tracked)}], lr=0.01)
+    control(other, tracked=tracked)
+    other.param_groups[0]["params"] = [nn.Parameter(p.detach().clone()) for p in tracked]
+    with pytest.raises(ValueError, match="have been replaced"):
+        other.step()
+    for group in optimizer.param_groups:
+        group["params"] = [nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))]
+    with pytest.raises(ValueError, match="replaced by flattened ones"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("lr", "accuracy"), [(0.1, 0.02), (0.03, 0.1)])
+def test_bfloat16_weights(lr: float, accuracy: float) -> None:
+    """The rounding of the weights is what limits the angle."""
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(200, 100, dtype=torch.bfloat16) * 0.05)
+    optimizer = torch.optim.AdamW([{"params": [w], "scale_invariant": True}], lr=lr)
+    control(optimizer)
+    radius = w.detach().double().norm()
+    for _ in range(20):
+        before = w.detach().clone()
+        w.grad = torch.randn_like(w)
+        optimizer.step()
+        assert float(angles(before, w)) == pytest.approx(lr, rel=accuracy)
+    assert float(w.detach().double().norm() / radius) == pytest.approx(1, rel=2e-3)

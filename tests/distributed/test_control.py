@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tests.distributed.conftest import Ranks
 from tests.distributed.test_training import agree, groups_of, ln_mlp, loss_of, whole
 
 STEPS = 6
-CASES = [(base, granularity) for base in ("AdamW", "SGD") for granularity in ("layer", "filter", "network")]
+CASES = [("AdamW", "layer"), ("AdamW", "filter"), ("SGD", "network")]
 
 
 def make(base: str, granularity: str, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -126,3 +127,22 @@ def flattened(base: str, full: bool) -> bool:
 @pytest.mark.parametrize("base", ["AdamW", "SGD"])
 def test_flattened_and_full_state(two_ranks: Ranks, base: str, full: bool) -> None:
     assert all(two_ranks.run(flattened, base, full))
+
+
+def inside_zero() -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    net = ln_mlp()
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, lr=0.01)
+    with pytest.raises(ValueError, match="rule='angle'") as caught:
+        elropt.control(optimizer, tracked=[net[0].weight])
+    return str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_an_optimizer_that_deals_out_the_layers_is_refused(two_ranks: Ranks) -> None:
+    for message in two_ranks.run(inside_zero):
+        assert "ZeroRedundancyOptimizer" in message
+        assert "fully_shard" in message
