@@ -47,17 +47,14 @@ WIDE = Grids(
     radians=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
     adamw=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
 )
-IMAGES = Grids(
-    sgd=(0.1, 0.3, 1.0),
+RESIDUAL = Grids(
+    sgd=(0.03, 0.1, 0.3, 1.0),
     equilibrium=(0.1, 0.3, 1.0, 3.0),
     radians=(0.003, 0.01, 0.03, 0.1),
-    adamw=(0.003, 0.01, 0.03),
-)
-TEXT = Grids(
-    sgd=(0.03, 0.1, 0.3),
-    equilibrium=(0.3, 1.0, 3.0),
-    radians=(0.01, 0.03, 0.1),
     adamw=(0.001, 0.003, 0.01, 0.03),
+)
+SHORT = Grids(
+    sgd=(0.03, 0.1, 0.3), equilibrium=(0.3, 1.0, 3.0), radians=(0.01, 0.03, 0.1), adamw=(0.003, 0.01, 0.03)
 )
 TINY = Grids((0.1, 0.3), (0.1, 0.3), (0.003, 0.01), (0.003, 0.01))
 
@@ -87,10 +84,14 @@ def tiny(device: str) -> list[Plan]:
 
 
 def small(device: str) -> list[Plan]:
-    """A deep MLP with all methods; thin conv nets and GPTs, each with fewer and shorter grids: an hour on one core."""
-    by_layer = ("angle", "angle-update", "equilibrium-gradient", "equilibrium", "equilibrium+linear")
-    on_images = methods(IMAGES, (*PEERS, *BEHIND, *by_layer, "equilibrium-filter"))
-    on_text = methods(TEXT, (*PEERS, *BEHIND, "angle-update", "equilibrium"))
+    """A deep MLP with all methods; thin conv nets and a GPT, with fewer and shorter grids: an hour on one core.
+
+    "gpt-4" is left out: in so few steps it stays at chance with SGD at 0.1 and with AdamW at 0.003 and 0.01.
+    """
+    update = ("angle-update", "equilibrium")
+    on_resnet = (*PEERS, *BEHIND, "angle", *update, "equilibrium+linear", "equilibrium-filter")
+    on_plain = ("sgd", "sgd+linear", "adamw", "muon", "muonh", *update)
+    on_text = ("sgd+linear", "adamw", "adamw+linear", "muon", *BEHIND, "equilibrium")
     recipe = {"image_size": 16, "limit": 10_000, "batch_size": 128, "epochs": 6, "augment": True}
     resnet, plain = (
         comparison.small_cifar(net, device, weight_decay=DECAY, **recipe)
@@ -99,10 +100,9 @@ def small(device: str) -> list[Plan]:
     mlp = comparison.digits_mlp(30, device, weight_decay=DECAY)
     return [
         Plan([mlp], methods(WIDE, (*PEERS, *BEHIND, *OURS)), 2, 3),
-        Plan([resnet], on_images, 1, 2),
-        Plan([text("olmo-4", device, 250)], on_text, 1, 2),
-        Plan([plain], on_images, 1, 2),
-        Plan([text("gpt-4", device, 250)], on_text, 1, 2),
+        Plan([resnet], methods(RESIDUAL, on_resnet), 1, 2),
+        Plan([text("olmo-4", device, 150)], methods(SHORT, on_text), 1, 2),
+        Plan([plain], methods(SHORT, on_plain), 1, 2),
     ]
 
 
