@@ -3,8 +3,8 @@
     python -m benchmarks.speed.recording --out runs/recording-cpu.json
 
 A 30-layer BN-MLP trains on digits, batches of 128, one thread, with torch's SGD (momentum) and with AdamW: without a
-Recorder, with one that records every 100th step, and with one that records every step. Each has a net of its own. They
-take turns of 100 training steps, in another order each turn. Times are CPU time of this process, which other processes
+Recorder, with one that records every 100th step, and with one that records every step: three in turns of 100 training
+steps, in another order each turn, on the same net. Times are CPU time of this process, which other processes
 disturb less than they disturb the clock. A row has, as [20 %, 50 %, 80 %] quantiles over the turns:
 
 - `share`: (time of the turn) / (time of the same turn without a Recorder) − 1;
@@ -56,17 +56,22 @@ class Turn(NamedTuple):
 class Run:
     """A training run that goes on from turn to turn."""
 
-    def __init__(self, net: str, optimizer: str, every: int | None, folder: Path) -> None:
+    def __init__(self, net: str, optimizer: str, folder: Path) -> None:
         torch.manual_seed(0)
         digits = data.load("digits")
         self.images, self.labels = digits.train_x.float() / 8 - 1, digits.train_y
         self.net = models.build(net, in_shape=digits.in_shape, classes=digits.classes)
         self.optimizer: Optimizer = OPTIMIZERS[optimizer](self.net.named_parameters())
-        if every is not None:
-            Recorder(self.optimizer, folder / f"{net}-{optimizer}-{every}.jsonl", every=every)
+        self.folder = folder
 
-    def turn(self) -> Turn:
-        """Train for `STEPS` steps."""
+    def turn(self, every: int | None) -> Turn:
+        """Train for `STEPS` steps, with a Recorder if `every` is a number."""
+        if every is None:
+            return self.steps()
+        with Recorder(self.optimizer, self.folder / f"{every}.jsonl", every=every):
+            return self.steps()
+
+    def steps(self) -> Turn:
         training, stepping = np.zeros(STEPS), np.zeros(STEPS)
         for i in range(STEPS):
             started = time.process_time()
@@ -83,12 +88,13 @@ class Run:
 def rows_of(net: str, optimizer: str, turns: int) -> list[Row]:
     """A row for each Recorder."""
     with tempfile.TemporaryDirectory() as folder, progress_bar(Console()) as progress:
-        runs = {name: Run(net, optimizer, every, Path(folder)) for name, every in EVERY.items()}
-        for run in runs.values():
-            run.turn()
+        run = Run(net, optimizer, Path(folder))
+        run.turn(1)
         task = progress.add_task(f"{net}, {optimizer}", total=turns)
         samples = take_turns(
-            {name: run.turn for name, run in runs.items()}, turns, lambda _: progress.advance(task)
+            {name: partial(run.turn, every) for name, every in EVERY.items()},
+            turns,
+            lambda _: progress.advance(task),
         )
     return [
         {
