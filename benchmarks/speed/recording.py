@@ -2,14 +2,14 @@
 
     python -m benchmarks.speed.recording --out runs/recording-cpu.json
 
-A 30-layer BN-MLP trains on digits, batches of 128, one thread, with torch's SGD (momentum) and with AdamW. Three kinds of
-training steps take turns, step by step, in another order each turn, all on the same net: without a Recorder (`none`),
+A 30-layer BN-MLP trains on digits, batches of 128, one thread, with torch's SGD (momentum) and with AdamW. Three kinds
+of training steps take turns, step by step, in another order each turn, all on the same net: without a Recorder (`none`),
 with one that does not record this step (`waiting`), and with one that does (`recorded`). Times are CPU time of this
 process, which other processes disturb less than they disturb the clock. A row has
 
 - `us`: [20 %, 50 %, 80 %] quantiles of microseconds of a training step: forward, backward and `optimizer.step()`;
-- `added_us`: the median of what such a step takes more than the step without a Recorder of the same turn, in microseconds
-  of `optimizer.step()`, with its 95 % interval (bootstrap);
+- `added_us`: the median of what such a step takes more than the step without a Recorder of the same turn, in
+  microseconds of `optimizer.step()`, with its 95 % interval (bootstrap);
 - `cost`: what follows for a run that records every 100th step, and every step: the mean of `added_us` over its steps as
   a share of the median training step without a Recorder.
 """
