@@ -423,9 +423,7 @@ RULES: dict[str | None, Any] = {None: plain} | {
     f.__name__: f for f in (warmup, uniform, angle, equilibrium, sphere)
 }
 UPDATE_RULES: dict[str | None, Any] = {
-    "uniform": uniform_update,
-    "angle": angle_update,
-    "equilibrium": equilibrium_update,
+    f.__name__.removesuffix("_update"): f for f in (uniform_update, angle_update, equilibrium_update)
 }
 
 
