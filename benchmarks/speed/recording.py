@@ -3,7 +3,7 @@
     python -m benchmarks.speed.recording --out runs/recording-cpu.json
 
 A 30-layer BN-MLP trains on digits, batches of 128, one thread, with torch's SGD (momentum) and with AdamW. Three kinds
-of training steps take turns, step by step, in another order each turn, all on the same net: without a Recorder (`none`),
+of training steps take turns, step by step, in another order each turn, on the same net: without a Recorder (`none`),
 with one that does not record this step (`waiting`), and with one that does (`recorded`). Times are CPU time of this
 process, which other processes disturb less than they disturb the clock. A row has
 
