@@ -7,6 +7,7 @@ import copy
 import math
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,6 +163,43 @@ def test_hyperball_is_a_turn_by_this_angle(angle: float, cosine: float, n: int, 
     want = turned(w[None], -u[None], angle, torch.tensor(radius, dtype=torch.float64))[0]
     torch.testing.assert_close(hyperball, want, rtol=1e-9, atol=1e-9 * radius)
     assert math.atan2(η * sine, 1 - η * cosine) == pytest.approx(angle, rel=1e-9)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.floats(0, 1.5),
+    st.integers(-6, 6),
+    st.integers(-6, 6),
+    st.floats(-30, 1),
+    st.integers(0, 99),
+    st.booleans(),
+)
+def test_any_change_of_any_weight(
+    angle: float, weight: int, length: int, radial: float, seed: int, per_filter: bool
+) -> None:
+    """`radial`: the part of the change along the weight over the part across it."""
+    generator = torch.Generator().manual_seed(seed)
+    w, other = torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64)
+    w *= 10.0**weight
+    granularity = "filter" if per_filter else "layer"
+    flat = rows(w, granularity)
+    unit = flat / flat.norm(dim=1, keepdim=True)
+    across = rows(other, granularity)
+    across -= (across * unit).sum(1, keepdim=True) * unit
+    across /= across.norm(dim=1, keepdim=True)
+    change = 10.0**length * (across + radial * unit)
+    p = nn.Parameter(w.clone())
+    optimizer = torch.optim.SGD([{"params": [p], "scale_invariant": True}], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        control(optimizer, granularity=granularity)
+        optimizer.param_groups[0]["lr"] = angle
+        p.grad = -change.reshape(w.shape) / max(angle, 1e-300)
+        optimizer.step()
+    radius = flat.norm(dim=1, keepdim=True)
+    error = (rows(p, granularity) - turned(flat, change, angle, radius)).norm(dim=1) / radius.squeeze(1)
+    if angle > 0 and bool(p.grad.isfinite().all()):
+        assert float(error.max()) < 1e-6 + 1e-6 * radial**2 * angle
 
 
 def test_control_of_adamw_is_adamh() -> None:
