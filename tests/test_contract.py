@@ -61,7 +61,6 @@ def run_both(
     hyper = {"rule": rule, "granularity": granularity, **needs(rule, 0.05), **hyper}
     group = {"params": params, **({"scale_invariant": True} if flagged else {})}
     optimizer = ELRSGD([group], lr=lr, **hyper, **BACKENDS[backend])
-    hyper.pop("protect", None)
     oracle = Oracle([w.double().numpy() for w in weights], flagged=flagged, **hyper)
     for _ in range(steps):
         for p, gradient in zip(params, gradients, strict=True):
@@ -128,8 +127,6 @@ def test_weights_that_are_found_to_be_invariant_turn_alike(backend: str, rule: s
     """There decay enters the momentum, and the update leaves its radial part out."""
     skip_without_kernels(BACKENDS[backend], rule, "update")
     hyper = {"momentum": 0.9, "weight_decay": 0.05, "elr_of": "update"}
-    if needs(rule) and backend == "triton":  # which cannot protect what it does not know to be untracked
-        hyper["protect"] = False
     ours, expected = run_both(backend, torch.float32, rule, granularity, 5, 0.01, flagged=False, **hyper)
     assert_same(ours, expected, TOLERANCES[torch.float32], (backend, rule, granularity))
 

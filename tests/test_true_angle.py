@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from elropt import ELRSGD, dynamics, param_groups
+from elropt import ELRSGD, dynamics, effective_lrs, param_groups
 
 from .every_rule import FORMS, skip_without_kernels
 from .nets import backward, bn_mlp, invariant_weights
@@ -551,6 +551,29 @@ def test_a_scaled_loss_gives_the_same_steps(rule: str, granularity: str) -> None
                 assert str(optimizer.state_dict()["state"]) == str(before[1])
         results.append(list(net.parameters()))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_report_after_an_overflow_is_of_the_unscaled_gradients(backend: str) -> None:
+    """Which torch.amp.GradScaler leaves scaled where it lets the optimizer skip the step."""
+    skip_without_kernels(BACKENDS[backend], "uniform", "update")
+    elrs = []
+    for scale in (1.0, 1024.0):
+        problem = Problem(torch.float32)
+        optimizer = ELRSGD(
+            [problem.group], lr=0.1, momentum=0.9, rule="uniform", elr_of="update", **BACKENDS[backend]
+        )
+        for step in range(3):
+            problem.set_gradients()
+            if step == 2:
+                for p in problem.params:
+                    assert p.grad is not None
+                    p.grad *= scale
+                optimizer.grad_scale = torch.tensor(scale, device=DEVICE)  # type: ignore[attr-defined]
+                optimizer.found_inf = torch.tensor(1.0, device=DEVICE)  # type: ignore[attr-defined]
+            optimizer.step()
+        elrs.append(list(effective_lrs(optimizer).values()))
+    np.testing.assert_allclose(elrs[1], elrs[0], rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=60)
