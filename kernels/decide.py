@@ -547,7 +547,7 @@ def held_back(inputs, row, limit, f):
     of_g, of_m = per_grad_of(inputs, row, group), of_group(group, inputs.hypers.per_momenta)
     update_sq = of_g * of_g * gg + 2 * of_g * of_m * gm + of_m * of_m * mm
     least = tl.load(inputs.least_size + row.at, mask=row.exist, other=0.0)
-    size = tl.maximum(tl.sqrt(row.ww), least)
+    size = tl.maximum(tl.sqrt(tl.where(row.ww > 0, row.ww, 0.0)), least)
     length = of_group(group, inputs.lrs) * tl.sqrt(tl.where(update_sq > 0, update_sq, 0.0))
     allowed = limit * of_group(group, inputs.hypers.diffusions) * size
     holds = only_if(limit > 0, (row.passed <= 0) & row.exist & (allowed < length))
