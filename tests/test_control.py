@@ -167,7 +167,7 @@ def test_hyperball_is_a_turn_by_this_angle(angle: float, cosine: float, n: int, 
 
 @settings(deadline=None, max_examples=100)
 @given(
-    st.floats(0, 1.5),
+    st.floats(1e-6, 1.5),
     st.integers(-6, 6),
     st.integers(-6, 6),
     st.floats(-30, 1),
@@ -194,12 +194,12 @@ def test_any_change_of_any_weight(
         warnings.simplefilter("ignore")
         control(optimizer, granularity=granularity)
         optimizer.param_groups[0]["lr"] = angle
-        p.grad = -change.reshape(w.shape) / max(angle, 1e-300)
+        p.grad = -change.reshape(w.shape) / angle
         optimizer.step()
+    change = rows(w.add(p.grad, alpha=-angle) - w, granularity)  # as the base stores it, rounded
     radius = flat.norm(dim=1, keepdim=True)
     error = (rows(p, granularity) - turned(flat, change, angle, radius)).norm(dim=1) / radius.squeeze(1)
-    if angle > 0 and bool(p.grad.isfinite().all()):
-        assert float(error.max()) < 1e-6 + 1e-6 * radial**2 * angle
+    assert float(error.max()) < 1e-6 + 1e-6 * radial**2 * angle
 
 
 def test_control_of_adamw_is_adamh() -> None:
