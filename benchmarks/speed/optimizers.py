@@ -26,15 +26,15 @@ class Entry(NamedTuple):
 
     build: Build
     compiled: bool = False
-    measures: Literal["grad", "both"] | None = None
+    measures: Literal["grad", "momentum", "both"] | None = None
     capturable: bool = True
 
 
-def elr(rule: str | None, *, project: bool = False) -> Build:
+def elr(rule: str | None, **own: Any) -> Build:
     """ELRSGD, told which tensors are scale-invariant; Triton on a GPU, foreach on the CPU."""
 
     def build(params: list[Tensor], tracked: Sequence[bool]) -> Optimizer:
-        options: dict[str, Any] = {**HYPER, "rule": rule, "project": project}
+        options: dict[str, Any] = {**HYPER, "rule": rule, **own}
         options["fused" if params[0].is_cuda else "foreach"] = True
         return ELRSGD(param_groups(params, tracked), **options)
 
@@ -51,6 +51,13 @@ def peer(module: str, name: str, **options: Any) -> Build:
     return lambda params, _: imported(module, name)(params, **HYPER, **options)
 
 
+def measured(rule: str | None) -> Literal["grad", "momentum"] | None:
+    """What a rule reads before the update, once it has carried the norms."""
+    if rule is None:
+        return None
+    return "momentum" if RULES[rule].elr_of == "update" else "grad"
+
+
 RULES_BY_NAME = {f"elr-{rule or 'none'}": rule for rule in RULES}
 # pytorch-optimizer's LARS writes into the gradients: they grow from step to step, which costs no time.
 OPTIMIZERS = {
@@ -58,7 +65,8 @@ OPTIMIZERS = {
     "torch-foreach": Entry(torch_sgd(foreach=True)),
     "torch-for-loop": Entry(torch_sgd(foreach=False)),
     "torch-compiled": Entry(torch_sgd(foreach=True), compiled=True),
-    **{name: Entry(elr(rule), measures="grad" if rule else None) for name, rule in RULES_BY_NAME.items()},
+    **{name: Entry(elr(rule), measures=measured(rule)) for name, rule in RULES_BY_NAME.items()},
+    "elr-angle-update": Entry(elr("angle", elr_of="update"), measures="momentum"),
     "elr-project": Entry(elr(None, project=True), measures="both"),
     "timm-lars": Entry(peer("timm.optim", "Lars")),
     "timm-sgdp": Entry(peer("timm.optim", "SGDP"), capturable=False),
@@ -68,4 +76,4 @@ OPTIMIZERS = {
     "bitsandbytes-lars": Entry(peer("bitsandbytes.optim", "LARS")),
 }
 BASELINE = "torch-fused"
-OURS = (*RULES_BY_NAME, "elr-project")  # ELRSGD's
+OURS = (*RULES_BY_NAME, "elr-angle-update", "elr-project")  # ELRSGD's

@@ -208,7 +208,10 @@ def bytes_of(copy: Copy, workload: Workload, entry: Entry, *, together: bool) ->
             group["params"],
             [p.grad for p in group["params"]],
             [copy.optimizer.state[p].get("momentum_buffer") for p in group["params"]],
-            measure=entry.measures if group["scale_invariant"] and not together else None,
+            measure=entry.measures
+            if (group["scale_invariant"] or RULES[group["rule"]].settles)
+            and not together  # it holds back the others
+            else None,
         )
         for group in copy.optimizer.param_groups
     )
