@@ -93,7 +93,7 @@ def cooperative_kernel(
             wide_m = m.to(tl.float32)
             tl.store(partial + 3, tl.sum(wide_w * wide_m))
             if scratch.of_momentum is not None:
-                store_of_momentum(scratch, wide_m * wide_m, wide_g * wide_m, True)
+                store_of_momentum(scratch, wide_m * wide_m, wide_g * wide_m, True, True)
     finish(
         scratch, n_rows, row, first, n_chunks, m_address,
         n_deciding, rows, lrs, hypers, found_inf, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,

@@ -116,8 +116,8 @@ class Block(NamedTuple):
 class UpdateBlock(NamedTuple):
     """A `Block` with what is known of the update u, without this step's decay.
 
-    radial: ⟨w,u⟩/‖w‖². tangent_sq, update_sq: ‖u⊥‖², ‖u‖². decay: the radial part that this step's decay adds to u.
-    lr: of the param group. too_large: whether the gradient is left out. moving: whether w has a direction, and u⊥ too.
+    radial: ⟨w,u⟩/‖w‖². tangent_sq, update_sq: ‖u⊥‖², ‖u‖². too_large: whether the gradient is left out. moving: whether
+    w has a direction, and u⊥ too.
     """
 
     at: Any
@@ -130,8 +130,6 @@ class UpdateBlock(NamedTuple):
     radial: Any
     tangent_sq: Any
     update_sq: Any
-    decay: Any
-    lr: Any
     too_large: Any
 
 
@@ -338,11 +336,11 @@ def uniform_update(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr):
     for start in range(0, inputs.n_rows, ROWS_PER_PASS):
         row = load_updates(inputs, start, PROJECT)
         count += row.moving.to(tl.float32)
-        log_u_sum += log_turn(row, radial_step(row))
+        log_u_sum += log_turn(row, radial_step(inputs, row))
     log_mean = tl.sum(log_u_sum) / tl.maximum(tl.sum(count), 1.0)
     for start in range(0, inputs.n_rows, ROWS_PER_PASS):
         row = load_updates(inputs, start, PROJECT)
-        a = radial_step(row)
+        a = radial_step(inputs, row)
         f = tl.where(row.moving, tl.exp(log_mean - log_turn(row, a)), 1.0)
         finish_updates(inputs, row, row.moving, row.radial, a, f)
 
@@ -364,7 +362,7 @@ def turn_on_sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr, SETTLES: 
     """w' = R·(cos φ·w/‖w‖ − sin φ·u⊥/‖u⊥‖), R the radius and φ the angle. With WHOLE all rows are one, and turn by the
     largest φ."""
     zero = tl.zeros([ROWS_PER_PASS], tl.float32)
-    whole_norm, whole_sphere, whole_radial, whole_tangent, whole_turn = 1.0, 1.0, 0.0, 1.0, 0.0
+    to_radius, radius_per_tangent, whole_radial, whole_turn = 1.0, 1.0, 0.0, 0.0
     fits, renewed = 1, 0
     if WHOLE:
         ww_sum, uu_sum, dot_sum, sphere_sum, top = zero, zero, zero, zero, zero
@@ -377,20 +375,20 @@ def turn_on_sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr, SETTLES: 
             sphere_sum += tl.where(row.moving, radius * radius, 0.0)
             top = tl.maximum(top, tl.where(row.moving, angle_of(inputs, row, SETTLES), 0.0))
         w_sq, sphere_sq, whole_turn = tl.sum(ww_sum), tl.sum(sphere_sum), tl.max(top)
-        is_usable = (w_sq >= TINY) & (w_sq < INFINITY)
+        is_usable = (w_sq >= TINY) & (w_sq < INFINITY) & (sphere_sq < INFINITY)
         whole_radial = tl.sum(dot_sum) / tl.where(is_usable, w_sq, 1.0)
         tangent_sq = tl.sum(uu_sum) - whole_radial * whole_radial * w_sq
-        fits = (is_usable & (tangent_sq >= TINY) & (tangent_sq < INFINITY) & (sphere_sq < INFINITY)).to(
-            tl.int32
+        is_usable = is_usable & (tangent_sq >= TINY) & (tangent_sq < INFINITY)
+        fits = is_usable.to(tl.int32)
+        to_radius = tl.sqrt(tl.where(is_usable, sphere_sq, 1.0)) / tl.sqrt(tl.where(is_usable, w_sq, 1.0))
+        radius_per_tangent = tl.sqrt(tl.where(is_usable, sphere_sq, 1.0)) / tl.sqrt(
+            tl.where(is_usable, tangent_sq, 1.0)
         )
-        whole_norm = tl.sqrt(tl.where(fits != 0, w_sq, 1.0))
-        whole_tangent = tl.sqrt(tl.where(fits != 0, tangent_sq, 1.0))
-        whole_sphere = tl.sqrt(tl.where(fits != 0, sphere_sq, 1.0))
         changed = tl.zeros([ROWS_PER_PASS], tl.int32)
         for start in range(0, inputs.n_rows, ROWS_PER_PASS):
             row = load_updates(inputs, start, PROJECT)
             norm, radius = norm_and_radius(row)
-            by = tl.abs(whole_sphere / whole_norm * norm - radius)
+            by = tl.abs(to_radius * norm - radius)
             changed = changed | (row.moving & (by > radius * SHARE_CHANGE)).to(tl.int32)
         renewed = tl.max(changed)
     limit = 0.0
@@ -401,21 +399,22 @@ def turn_on_sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr, SETTLES: 
     for start in range(0, inputs.n_rows, ROWS_PER_PASS):
         row = load_updates(inputs, start, PROJECT)
         norm, radius = norm_and_radius(row)
-        tangent = tl.sqrt(tl.where(row.moving, row.tangent_sq, 1.0))
-        sphere_norm, radial, kept, moving = radius, row.radial, row.directed, row.moving
-        turn = angle_of(inputs, row, SETTLES)
         if WHOLE:
-            moving = only_if(fits != 0, moving)
+            moving = only_if(fits != 0, row.moving)
             kept = moving
-            radius = tl.where(only_if(renewed != 0, kept), whole_sphere / whole_norm * norm, radius)
-            sphere_norm, norm, tangent = whole_sphere + zero, whole_norm + zero, whole_tangent + zero
+            radius = tl.where(only_if(renewed != 0, kept), to_radius * norm, radius)
             radial, turn = whole_radial + zero, whole_turn + zero
+            a = tl.where(kept, to_radius, 1.0)
+            f = radius_per_tangent + zero
+        else:
+            kept, moving, radial, turn = row.directed, row.moving, row.radial, angle_of(inputs, row, SETTLES)
+            a = tl.where(kept, radius / norm, 1.0)
+            f = radius / tl.sqrt(tl.where(moving, row.tangent_sq, 1.0))
+        tl.store(inputs.radius + row.at, radius, mask=only_if(inputs.skipped == 0, row.exist))
         sine, cosine = sine_and_cosine(turn)
-        a = tl.where(kept, sphere_norm / norm, 1.0)
-        f = tl.where(moving, sphere_norm / tangent * per_lr(sine, row.lr), tl.where(kept, 0.0, 1.0))
+        f = tl.where(moving, f * per_lr(sine, lr_of(inputs, row)), tl.where(kept, 0.0, 1.0))
         if PROTECTS:
             f = held_back(inputs, row, limit, f)
-        tl.store(inputs.radius + row.at, radius, mask=only_if(inputs.skipped == 0, row.exist))
         finish_updates(inputs, row, moving, radial, tl.where(moving, cosine * a, a), f)
 
 
@@ -479,11 +478,9 @@ def load_updates(inputs, start, PROJECT: tl.constexpr):
     tangent_sq = tl.where(tangent_sq < 0, 0.0, tangent_sq)
     moving = row.directed & (tangent_sq >= TINY) & (tangent_sq < INFINITY)
     moving = moving & (tangent_sq > parts_sq * LEAST_TANGENT) & (parts_sq < INFINITY)
-    decay = of_g * of_group(group, inputs.hypers.decays)
-    lr = tl.zeros_like(row.ww) + of_group(group, inputs.lrs)
     return UpdateBlock(
         row.at, row.exist, row.ww, row.radius, row.passed, row.directed,
-        moving, radial, tangent_sq, update_sq, decay, lr, row.directed & (row.gg == INFINITY),
+        moving, radial, tangent_sq, update_sq, row.directed & (row.gg == INFINITY),
     )  # fmt: skip
 
 
@@ -491,20 +488,21 @@ def load_updates(inputs, start, PROJECT: tl.constexpr):
 def finish_updates(inputs, row, moving, radial, a, f):
     """Store the controls of a block of rows, w' = a·w − λf·u⊥ (`elropt.rules.controls_of_update`), and the radial tests
     that they have passed."""
-    p = tl.where(moving, radial / a + row.decay, 0.0)
+    p = tl.where(moving, radial / a + radial_decay(inputs, row), 0.0)
     tl.store(inputs.s + row.at, tl.where(row.too_large, 0.0, 1.0), mask=row.exist)
     tl.store(inputs.a + row.at, a, mask=row.exist)
     tl.store(inputs.p + row.at, p, mask=row.exist)
-    tl.store(inputs.lr + row.at, row.lr, mask=row.exist)
+    lr = lr_of(inputs, row)
+    tl.store(inputs.lr + row.at, lr, mask=row.exist)
     tl.store(inputs.f + row.at, f, mask=row.exist)
     norm = tl.sqrt(tl.where(row.directed, row.ww, 1.0))
-    count_test(inputs, row, row.lr * f * tl.sqrt(row.tangent_sq) / (a * norm))
+    count_test(inputs, row, lr * f * tl.sqrt(row.tangent_sq) / (a * norm))
 
 
 @triton.jit
-def radial_step(row):
+def radial_step(inputs, row):
     """What the radial part of the update, the decay in it too, multiplies w by; 1 where w does not move."""
-    a = 1 - row.lr * (row.radial + row.decay)
+    a = 1 - lr_of(inputs, row) * (row.radial + radial_decay(inputs, row))
     return tl.where(row.moving, tl.maximum(a, LEAST_SHRINK), 1.0)
 
 
@@ -516,11 +514,24 @@ def log_turn(row, a):
 
 
 @triton.jit
+def lr_of(inputs, row):
+    """λ of the rows. Loaded anew wherever it is needed, as `group_of`."""
+    return tl.zeros_like(row.ww) + of_group(group_of(inputs, row), inputs.lrs)
+
+
+@triton.jit
+def radial_decay(inputs, row):
+    """What this step's decay adds to `UpdateBlock.radial`."""
+    group = group_of(inputs, row)
+    return per_grad_of(inputs, row, group) * of_group(group, inputs.hypers.decays)
+
+
+@triton.jit
 def angle_of(inputs, row, SETTLES: tl.constexpr):
     """What each row is to turn by, in radians."""
-    turn = row.lr
+    turn = lr_of(inputs, row)
     if SETTLES:
-        turn = settling_angle(inputs, group_of(inputs, row), row.lr)
+        turn = settling_angle(inputs, group_of(inputs, row), turn)
     return turn
 
 

@@ -158,13 +158,13 @@ def measure_kernel(
         m_at = tl.multiple_of(m + lanes, 16)
         mask = tl.full([CHUNK], True, tl.int1)
         whole = _products(w_at, g_at, m_at, mask, read_w, wanted, read_m, scale, HAS_BUFFERS, OF_MOMENTUM)
-        _store_partials(scratch, whole, wanted, read_w, read_momentum, HAS_BUFFERS, OF_MOMENTUM)
+        _store_partials(scratch, whole, wanted, read_w, read_m, read_momentum, HAS_BUFFERS, OF_MOMENTUM)
     else:
         size = tl.minimum(left, CHUNK).to(tl.int32)
         part = _masked_products(
             w, g, m, size, read_w, wanted, read_m, scale, HAS_BUFFERS, OF_MOMENTUM, CHUNK // 4
         )
-        _store_partials(scratch, part, wanted, read_w, read_momentum, HAS_BUFFERS, OF_MOMENTUM)
+        _store_partials(scratch, part, wanted, read_w, read_m, read_momentum, HAS_BUFFERS, OF_MOMENTUM)
     finish(
         scratch, n_rows, row, first, n_chunks, m_address,
         n_deciding, rows, lrs, hypers, found_inf, RULE, WHOLE, PROJECT, HAS_BUFFERS, M,
@@ -216,14 +216,15 @@ def _products(
     # 0·NaN is NaN: a sum without m does not depend on w and g
     products = w * w, g * g, w * g, tl.where(m_mask, w * m, 0.0)
     if OF_MOMENTUM:
-        products += m * m, tl.where(m_mask, g * m, 0.0)
+        products += m * m, g * m
     return products
 
 
 @triton.jit
 def _store_partials(
-    scratch, products, wanted, read_w, read_momentum, HAS_BUFFERS: tl.constexpr, OF_MOMENTUM: tl.constexpr
-):
+    scratch, products, wanted, read_w, read_m, read_momentum,
+    HAS_BUFFERS: tl.constexpr, OF_MOMENTUM: tl.constexpr,
+):  # fmt: skip
     partial = scratch.partials + tl.program_id(0).to(tl.int64) * 4
     tl.store(partial, tl.sum(products[0]), mask=read_w)
     tl.store(partial + 1, tl.where(wanted, tl.sum(products[1]), float("nan")))
@@ -233,14 +234,15 @@ def _store_partials(
     else:
         tl.store(partial + 3, 0.0)
     if OF_MOMENTUM:
-        store_of_momentum(scratch, products[4], products[5], wanted)
+        store_of_momentum(scratch, products[4], products[5], wanted, read_m)
 
 
 @triton.jit
-def store_of_momentum(scratch, mm, gm, wanted):
+def store_of_momentum(scratch, mm, gm, wanted, read_m):
     partial = scratch.of_momentum + tl.program_id(0).to(tl.int64) * 2
     tl.store(partial, tl.where(wanted, tl.sum(mm), float("nan")))
-    tl.store(partial + 1, tl.where(wanted, tl.sum(gm), float("nan")))
+    # without m there is no sum, whatever g is
+    tl.store(partial + 1, tl.where(wanted, tl.where(read_m, tl.sum(gm), 0.0), float("nan")))
 
 
 @triton.jit

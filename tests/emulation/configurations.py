@@ -37,6 +37,14 @@ RULES = [
     ("sphere", "filter"),
     ("sphere", "network"),
 ]
+# of the configurations from number FIRST_ON_UPDATES on
+FIRST_ON_UPDATES = 100
+UPDATE_RULES = [
+    (rule, granularity)
+    for rule in ("equilibrium", "angle", "uniform")
+    for granularity in ("layer", "filter", "network")
+    if (rule, granularity) != ("uniform", "network")
+]
 DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
 # Less than a chunk of 4096, exactly one or two, a bit more, channels_last, empty, 0-dim.
 SHAPES: list[tuple[int, ...]] = [
@@ -87,6 +95,7 @@ class Configuration:
     rule: str | None
     granularity: str
     project: bool
+    elr_of: str | None
     groups: list[dict[str, Any]]
     amp: bool
     float32_gradients: bool
@@ -102,8 +111,10 @@ def draw(number: int, *, cooperative: bool, small: bool) -> Configuration:
     """The rules take turns. `small`: fewer tensors. A step is cooperative where one launch can do it, so then all
     tensors have a dtype and a kind of step in common."""
     random_ = random.Random(number + 10_000 * cooperative)
-    rule, granularity = RULES[number % len(RULES)]
-    project = random_.random() < 0.4
+    on_updates = number >= FIRST_ON_UPDATES
+    rules = UPDATE_RULES if on_updates else RULES
+    rule, granularity = rules[number % len(rules)]
+    project = random_.random() < 0.4 and not on_updates
     common = random_.choice([*DTYPES, None if not cooperative else torch.float32])
     n_groups = random_.choice([1, 1, 2, 2, random_.randint(9, 12)])
     first: dict[str, Any] = _kind(random_)
@@ -124,7 +135,7 @@ def draw(number: int, *, cooperative: bool, small: bool) -> Configuration:
         group = {
             **kind,
             "lr": torch.tensor(lr) if tensor_lr else lr,
-            "weight_decay": random_.choice([0, 1e-3]),
+            "weight_decay": random_.choice([1e-3 if rule == "equilibrium" else 0, 1e-3]),
             "shapes": chosen,
             "dtypes": [common or random_.choice(DTYPES) for _ in chosen],
         }
@@ -140,6 +151,7 @@ def draw(number: int, *, cooperative: bool, small: bool) -> Configuration:
         rule,
         granularity,
         project,
+        "update" if on_updates else None,
         groups,
         amp=random_.random() < 0.35,
         float32_gradients=random_.random() < 0.25,
@@ -182,6 +194,8 @@ class Pair:
             "rule": configuration.rule,
             "project": configuration.project,
             "granularity": configuration.granularity,
+            "elr_of": configuration.elr_of,
+            "protect": False if configuration.rule == "equilibrium" else None,
         }
         self.actual = ELRSGD(groups, **rule, fused=True)
         self.expected = ELRSGD(twins, **rule, fused=False, foreach=False)

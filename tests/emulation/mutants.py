@@ -36,6 +36,7 @@ def _configuration(*, unaligned: bool = False) -> Configuration:
         rule="uniform",
         granularity="layer",
         project=False,
+        elr_of=None,
         groups=[group],
         amp=False,
         float32_gradients=False,

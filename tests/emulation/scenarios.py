@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from elropt import ELRSGD
+from elropt.kernels import fused_step
 
 from .driver import Emulator
-from .machine import Schedule
+from .machine import Cta, Schedule
 
 
 def hand_over(emulator: Emulator) -> Iterator[str]:
@@ -144,8 +147,52 @@ def rounding(emulator: Emulator) -> Iterator[str]:
         emulator.machine.reports.clear()
 
 
+def bytes_on_updates(emulator: Emulator) -> Iterator[str]:
+    """With ``elr_of="update"`` a step accesses each weight, gradient and momentum buffer as often as it says: 28 bytes
+    per float32 element once the norms are known, 32 before; in one cooperative launch 24."""
+    shapes = [(2, 4096), (5000,), (64, 64)]  # full chunks and parts
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(_unit(torch.randn(shape, generator=generator))) for shape in shapes]
+    optimizer = ELRSGD(
+        [{"params": params, "scale_invariant": True}],
+        lr=0.1, momentum=0.9, weight_decay=1e-3, rule="equilibrium", fused=True,
+    )  # fmt: skip
+    is_cooperative = fused_step.max_programs(torch.device("cpu")) > 0
+    accessed: Counter[str] = Counter()
+    log = Cta.log
+
+    def counting(cta: Cta, instruction: Any, strand: Any, lanes: Any, addresses: Any, *rest: Any) -> None:
+        for name, t in emulator.tensors.items():
+            inside = (addresses >= t.data_ptr()) & (addresses < t.data_ptr() + t.nbytes)
+            accessed[name.split()[0]] += int(inside.sum()) * rest[0]
+        log(cta, instruction, strand, lanes, addresses, *rest)
+
+    for step in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        if step == 2:  # somebody writes to one
+            with torch.no_grad():
+                params[1].mul_(2.0)
+        accessed.clear()
+        Cta.log = counting
+        try:
+            optimizer.step()
+        finally:
+            Cta.log = log
+        per_element = {name: n / sum(p.numel() for p in params) for name, n in accessed.items()}
+        if is_cooperative:
+            expected = {"weight": 8, "gradient": 4, "momentum": 12}  # m twice, the second time from the cache
+        else:
+            expected = {"weight": 8 if step == 1 else 12, "gradient": 8, "momentum": 12}
+        if per_element != expected:
+            yield f"step {step}: bytes per element {per_element}, not {expected}"
+    yield from emulator.machine.reports
+    emulator.machine.reports.clear()
+
+
 SCENARIOS: dict[str, Callable[[Emulator], Iterator[str]]] = {
     "hand-over": hand_over,
     "late-news": late_news,
     "rounding": rounding,
+    "bytes-on-updates": bytes_on_updates,
 }
