@@ -261,10 +261,11 @@ def finish(
         is_last = (tl.atomic_add(counters + row, 1) == n_chunks - 1).to(tl.int32)
         if is_last != 0:
             tl.store(counters + row, 0)
-            _add_partials(scratch.partials, scratch.sums + row, first, n_chunks, n_rows, 4)
+            LOADS: tl.constexpr = LOADS_PER_PASS if scratch.of_momentum is None else LOADS_PER_PASS // 2
+            _add_partials(scratch.partials, scratch.sums + row, first, n_chunks, n_rows, 4, LOADS)
             if scratch.of_momentum is not None:
                 _add_partials(
-                    scratch.of_momentum, scratch.sums + 4 * n_rows + row, first, n_chunks, n_rows, 2
+                    scratch.of_momentum, scratch.sums + 4 * n_rows + row, first, n_chunks, n_rows, 2, LOADS
                 )
             NEEDS_NEW: tl.constexpr = PROJECT | (scratch.of_momentum is not None)
             if NEEDS_NEW & HAS_BUFFERS & (hypers.one_minus_dampening is not None):
@@ -283,13 +284,13 @@ def finish(
 
 
 @triton.jit
-def _add_partials(partials, sums, first, n_chunks, n_rows, COLUMNS: tl.constexpr):
+def _add_partials(partials, sums, first, n_chunks, n_rows, COLUMNS: tl.constexpr, LOADS: tl.constexpr):
     """sums[column · n_rows] = the sum of a column of the partial sums [chunks, COLUMNS] of a row."""
     lanes = tl.arange(0, PARTIALS_PER_LOAD)[:, None]
     at = partials + first.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = _partials_from(0, at, lanes, n_chunks, COLUMNS)
-    for start in range(PARTIALS_PER_LOAD, n_chunks, LOADS_PER_PASS * PARTIALS_PER_LOAD):
-        for i in tl.static_range(LOADS_PER_PASS):
+    for start in range(PARTIALS_PER_LOAD, n_chunks, LOADS * PARTIALS_PER_LOAD):
+        for i in tl.static_range(LOADS):
             total += _partials_from(start + i * PARTIALS_PER_LOAD, at, lanes, n_chunks, COLUMNS)
     at = sums + tl.arange(0, COLUMNS).to(tl.int64) * n_rows
     tl.store(at, tl.sum(total, axis=0).to(tl.float32))

@@ -36,7 +36,7 @@ class Case(NamedTuple):
     """A kernel as it is launched, and the bytes per element that it is to load and to store 128 bits at a time.
 
     elements: the types of w, g and m. changes: what differs from a float32 step with momentum: constants, and the marks
-    AMP, damped, rounded and of_update for arguments that are otherwise absent.
+    AMP, damped, rounded, of_update and protected for arguments that are otherwise absent.
     """
 
     kernel: str
@@ -72,7 +72,12 @@ CASES = {
     "measure fp32, equilibrium of all updates, damped": case(
         "measure", FP32, 12, 0, RULE="equilibrium", WHOLE=True, damped=True, **OF_UPDATE
     ),
-    "measure bf16, equilibrium of updates": case("measure", BF16, 6, 0, RULE="equilibrium", **OF_UPDATE),
+    "measure fp32, equilibrium of updates, protected": case(
+        "measure", FP32, 12, 0, RULE="equilibrium", protected=True, **OF_UPDATE
+    ),
+    "measure bf16, equilibrium of updates, protected": case(
+        "measure", BF16, 6, 0, RULE="equilibrium", protected=True, **OF_UPDATE
+    ),
     "measure bf16, projected": case("measure", BF16, 6, 0, **PROJECTED),
     "measure bf16, fp32 gradients": case("measure", MIXED, 10, 0, HAS_BUFFERS=True),
     "update fp32": case("update", FP32, 12, 8, **PLAIN),
@@ -109,8 +114,20 @@ CASES = {
         rounded=True,
         **PROJECTED,
     ),
-    "cooperative fp32, equilibrium of updates, damped, AMP": case(
-        "cooperative", FP32, 16, 8, RULE="equilibrium", NESTEROV=False, AMP=True, damped=True, **OF_UPDATE
+    "cooperative fp32, equilibrium of updates, protected": case(
+        "cooperative", FP32, 16, 8, RULE="equilibrium", protected=True, **OF_UPDATE
+    ),
+    "cooperative fp32, equilibrium of updates, protected, damped, AMP": case(
+        "cooperative",
+        FP32,
+        16,
+        8,
+        RULE="equilibrium",
+        NESTEROV=False,
+        AMP=True,
+        damped=True,
+        protected=True,
+        **OF_UPDATE,
     ),
     "cooperative fp32, angle of all updates": case(
         "cooperative", FP32, 16, 8, RULE="angle", WHOLE=True, **OF_UPDATE
@@ -210,9 +227,12 @@ def argument_types(args: Any, case: Case) -> dict[str, Any]:
         is_absent |= {"gains", "per_grads", "per_momenta"}
     if rule != "equilibrium":
         is_absent.add("settlings")
+    if not changes.get("protected"):
+        is_absent.add("diffusions")
     factors = {name: None if name in is_absent else "*fp32" for name in args.Factors._fields}
     scaling = "*fp32" if changes.get("AMP") else None
-    rows = args.Rows("*fp32", "*fp32" if RULES[rule].ends else None, "*fp32", "*fp32", "*i32")
+    least_size = "*fp32" if changes.get("protected") else None
+    rows = args.Rows("*fp32", "*fp32" if RULES[rule].ends else None, "*fp32", "*fp32", "*i32", least_size)
     if changes.get("memory", 0) is None:
         rows = args.Rows()
     return {

@@ -33,7 +33,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 from elropt import ELRSGD, kernels
-from elropt._validate import validate_choices
+from elropt._group_values import rule_key
+from elropt._validate import check_decay, validate_choices
 from elropt.kernels import cooperative, fused_step, tables
 from elropt.rules import RULES
 
@@ -41,12 +42,14 @@ Options = dict[str, Any]
 
 CAPABILITIES = (80, 90, 100)
 DEFAULTS = ELRSGD([nn.Parameter(torch.ones(1))], fused=True).defaults
+WEIGHT = nn.Parameter(torch.ones(4, 5))
 W_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # Of an optimizer: those that change the code of a kernel …
 CODE: dict[str, list[Any]] = {
     "rule": list(RULES),
     "granularity": ["layer", "filter", "network"],
+    "elr_of": [None, "gradient", "update"],
     "project": [False, True],
     "momentum": [0.9, 0.0],
     "dampening": [0.0, 0.3],
@@ -65,6 +68,7 @@ TYPES: dict[str, list[Any]] = {
     "groups": [1, 2, 9],
     "lr": ["float", "tensor", "mixed"],
     "tensors": [4, 3],  # in a group; 4 rows leave the vectors of factors aligned
+    "protect": [None, False],
 }
 # Of the functions `measure` and `update`.
 FUNCTIONS: dict[str, list[Any]] = {
@@ -188,7 +192,7 @@ class Recorder:
 
 def _tensors(options: Options) -> tuple[nn.Parameter, Tensor, Tensor]:
     """A parameter, which has a gradient, and a momentum buffer for it."""
-    w = nn.Parameter(torch.ones(4, 5, dtype=options["w"]))
+    w = nn.Parameter(torch.ones_like(WEIGHT, dtype=options["w"]))
     w.grad_dtype = None  # any
     w.grad = torch.ones(4, 5, dtype=torch.float32 if options["wide_grads"] else options["w"])
     m = torch.ones(4, 5, dtype=torch.float32 if options["wide_buffers"] else options["w"])
@@ -197,16 +201,20 @@ def _tensors(options: Options) -> tuple[nn.Parameter, Tensor, Tensor]:
 
 def _arguments(options: Options) -> Options:
     """The options that are arguments of the optimizer."""
-    return {name: options[name] for name in CODE if name not in ("scaled", "launches")}
+    return {name: options[name] for name in (*CODE, "protect") if name not in ("scaled", "launches")}
 
 
 def allowed(options: Options) -> bool:
     """Whether the optimizer takes these options, by its own check."""
+    group = {**DEFAULTS, **_arguments(options), "params": [WEIGHT], "scale_invariant": True}
     try:
-        validate_choices({**DEFAULTS, **_arguments(options)})
+        validate_choices(group)
+        check_decay(group)
     except ValueError:
         return False
-    return True
+    key = rule_key(group)
+    is_fused = kernels.has_rule(key.rule, of_update=key.of_update, protect=key.protect)
+    return is_fused or options["stochastic_rounding"] is None  # a step that is not fused cannot round so
 
 
 def function_allowed(options: Options) -> bool:
