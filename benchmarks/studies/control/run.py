@@ -84,9 +84,13 @@ def tiny(device: str) -> list[Plan]:
 
 
 def small(device: str) -> list[Plan]:
-    """A deep MLP with all methods; thin conv nets and GPTs, with fewer and shorter grids: an hour on one core."""
+    """A deep MLP with all methods; thin conv nets and a GPT, with fewer and shorter grids: an hour on one core.
+
+    "gpt-4" is left out: in so few steps SGD at 0.1 and AdamW at 0.003 and 0.01 leave it at chance.
+    """
     by_layer = ("angle", "angle-update", "equilibrium-gradient", "equilibrium", "equilibrium+linear")
     on_images = (*PEERS, *BEHIND, *by_layer, "equilibrium-filter")
+    on_plain = ("sgd", "sgd+linear", "adamw", "muon", "muonh", *by_layer[:4], "equilibrium-filter")
     on_text = ("sgd+linear", "adamw", "adamw+linear", "muon", *BEHIND, "angle-update", *by_layer[2:4])
     recipe = {"image_size": 16, "limit": 10_000, "batch_size": 128, "epochs": 6, "augment": True}
     resnet, plain = (
@@ -98,8 +102,7 @@ def small(device: str) -> list[Plan]:
         Plan([mlp], methods(WIDE, (*PEERS, *BEHIND, *OURS)), 2, 3),
         Plan([resnet], methods(RESIDUAL, on_images), 1, 2),
         Plan([text("olmo-4", device, 150)], methods(SHORT, on_text), 1, 2),
-        Plan([plain], methods(SHORT, on_images), 1, 2),
-        Plan([text("gpt-4", device, 150)], methods(SHORT, on_text), 1, 2),
+        Plan([plain], methods(SHORT, on_plain), 1, 2),
     ]
 
 

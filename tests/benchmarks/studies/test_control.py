@@ -84,7 +84,7 @@ def test_without_data_a_plan_is_left_out_with_a_warning(
         stages = control.stages("small", "cpu")
     assert len(caught) == 2
     models = {run.task.model for stage in stages[::2] for run in stage([])}
-    assert models == {"bn-mlp-30-w64", "olmo-4", "gpt-4"}
+    assert models == {"bn-mlp-30-w64", "olmo-4"}
 
 
 def test_finals_of_a_plan_are_of_its_own_tasks() -> None:
