@@ -281,10 +281,10 @@ def refuse_one_of_many(groups: Sequence[Mapping[str, Any]]) -> None:
     ) == 1:
         others = " or ".join(repr(name) for name, spec in RULES.items() if name and not spec.compares_layers)
         raise ValueError(
-            f"rule={rule!r}, granularity={granularity!r}, protect={protect} compares layers, but this optimizer has "
-            "one, and is stepped inside of the backward pass, as if each parameter had an optimizer of its own: give "
-            f"all parameters to one optimizer that is stepped afterwards, or use rule={others} with "
-            "granularity='layer' or 'filter' and protect=False, or rule=None"
+            f"rule={rule!r}, granularity={granularity!r}{', protect=True' if protect else ''} compares layers, but "
+            "this optimizer has one, and is stepped inside of the backward pass, as if each parameter had an optimizer of "
+            f"its own: give all parameters to one optimizer that is stepped afterwards, or use rule={others} with "
+            f"granularity='layer' or 'filter'{' and protect=False' if protect else ''}, or rule=None"
         )
 
 
