@@ -282,8 +282,8 @@ def refuse_one_of_many(groups: Sequence[Mapping[str, Any]]) -> None:
         others = " or ".join(repr(name) for name, spec in RULES.items() if name and not spec.compares_layers)
         raise ValueError(
             f"rule={rule!r}, granularity={granularity!r}{', protect=True' if protect else ''} compares layers, but "
-            "this optimizer has one, and is stepped inside of the backward pass, as if each parameter had an optimizer of "
-            f"its own: give all parameters to one optimizer that is stepped afterwards, or use rule={others} with "
+            "this optimizer has one, and is stepped inside of the backward pass, as if each parameter had an optimizer "
+            f"of its own: give all parameters to one optimizer that is stepped afterwards, or use rule={others} with "
             f"granularity='layer' or 'filter'{' and protect=False' if protect else ''}, or rule=None"
         )
 
