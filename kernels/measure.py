@@ -261,7 +261,8 @@ def finish(
         is_last = (tl.atomic_add(counters + row, 1) == n_chunks - 1).to(tl.int32)
         if is_last != 0:
             tl.store(counters + row, 0)
-            LOADS: tl.constexpr = LOADS_PER_PASS if scratch.of_momentum is None else LOADS_PER_PASS // 2
+            HALVES: tl.constexpr = (scratch.of_momentum is not None) & (scratch.gate is None)
+            LOADS: tl.constexpr = LOADS_PER_PASS // 2 if HALVES else LOADS_PER_PASS
             _add_partials(scratch.partials, scratch.sums + row, first, n_chunks, n_rows, 4, LOADS)
             if scratch.of_momentum is not None:
                 _add_partials(

@@ -31,8 +31,9 @@ def main(
     """Run compiled kernels without a GPU, and print what is wrong.
 
     Jobs: two-launches/N and cooperative/N, random configuration number N (small/two-launches/N: of the small ones;
-    N may be a range, 0-9); hand-over/KIND, late-news/KIND and rounding/KIND, KIND being two-launches or cooperative;
-    mutant/NAME, of `mutants.py`; barriers/KERNEL, each barrier left out in turn.
+    N may be a range, 0-9; from 100 on with elr_of="update"); hand-over/KIND, late-news/KIND, rounding/KIND and
+    bytes-on-updates/KIND, KIND being two-launches or cooperative; mutant/NAME, of `mutants.py`; barriers/KERNEL, each
+    barrier left out in turn.
 
     Example: python -m tests.emulation small/cooperative/0-9 mutant/no-acquire
     """

@@ -195,7 +195,6 @@ class Pair:
             "project": configuration.project,
             "granularity": configuration.granularity,
             "elr_of": configuration.elr_of,
-            "protect": False if configuration.rule == "equilibrium" else None,
         }
         self.actual = ELRSGD(groups, **rule, fused=True)
         self.expected = ELRSGD(twins, **rule, fused=False, foreach=False)

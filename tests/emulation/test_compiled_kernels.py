@@ -33,8 +33,12 @@ from .mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("two-launches", "cooperative")
-NUMBERS = range(70, 80)  # each rule once, nearly each other option, more than 8 param groups
-RANGES = [f"{kind}/{first}-{first + 19}" for kind in KINDS for first in range(0, 100, 20)]
+NUMBERS = (
+    *range(70, 80),
+    104,
+    110,
+)  # each rule once, nearly each other option, more than 8 param groups; updates
+RANGES = [f"{kind}/{first}-{first + 19}" for kind in KINDS for first in range(0, 120, 20)]
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +121,13 @@ def test_no_barrier_can_be_left_out(findings: Findings, kind: str, job: str) -> 
 def test_a_host_that_learns_late_that_the_warmup_is_over_changes_no_bit(
     findings: Findings, kind: str, job: str
 ) -> None:
+    assert findings(kind, job) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "job"), [param for kind in KINDS for param in in_group(kind, f"bytes-on-updates/{kind}")]
+)
+def test_a_step_on_the_update_moves_the_bytes_that_it_says(findings: Findings, kind: str, job: str) -> None:
     assert findings(kind, job) == []
 
 
