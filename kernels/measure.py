@@ -261,8 +261,11 @@ def finish(
         is_last = (tl.atomic_add(counters + row, 1) == n_chunks - 1).to(tl.int32)
         if is_last != 0:
             tl.store(counters + row, 0)
-            HALVES: tl.constexpr = (scratch.of_momentum is not None) & (scratch.gate is None)
-            LOADS: tl.constexpr = LOADS_PER_PASS // 2 if HALVES else LOADS_PER_PASS
+            # The compiler's choice of registers: with as many as elsewhere it spills some of them.
+            if (scratch.of_momentum is not None) & (scratch.gate is None):
+                LOADS: tl.constexpr = LOADS_PER_PASS // 2
+            else:
+                LOADS: tl.constexpr = LOADS_PER_PASS
             _add_partials(scratch.partials, scratch.sums + row, first, n_chunks, n_rows, 4, LOADS)
             if scratch.of_momentum is not None:
                 _add_partials(
