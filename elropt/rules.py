@@ -557,7 +557,6 @@ class RuleSpec(NamedTuple):
 
     Attributes:
         decide: the factors of a step and the memory after it.
-        decide_update: the same with ``elr_of="update"``; None: there is no such form.
         granularities: the values of `granularity` that it has a meaning for.
         lr_unit: what the learning rate of tracked layers is: SGD's "lr"; "rad per step", the angle of a plain SGD step;
             "sphere_lr", that of SGD on the unit sphere.
@@ -568,10 +567,10 @@ class RuleSpec(NamedTuple):
         elr_of: what ``elr_of=None`` stands for.
         settles: it needs a weight decay, and `RowHyper.settling`.
         ends: it hands over to plain SGD: `RuleState.handed_over` becomes 1.
+        decide_update: `decide` with ``elr_of="update"``; None: there is no such form.
     """
 
     decide: Callable[[RuleInputs], tuple[LayerControls, RuleState]]
-    decide_update: Callable[[RuleInputs], tuple[LayerControls, RuleState]] | None = None
     granularities: tuple[str, ...] = ("layer",)
     lr_unit: Literal["lr", "rad per step", "sphere_lr"] = "lr"
     scales_weights: bool = False
@@ -581,34 +580,31 @@ class RuleSpec(NamedTuple):
     elr_of: Literal["gradient", "update"] = "gradient"
     settles: bool = False
     ends: bool = False
+    decide_update: Callable[[RuleInputs], tuple[LayerControls, RuleState]] | None = None
 
 
 RULES: dict[str | None, RuleSpec] = {
     None: RuleSpec(plain),
     "warmup": RuleSpec(warmup, scales_weights=True, compares_layers=True, turns_alike=True, ends=True),
-    "uniform": RuleSpec(uniform, uniform_update, ("layer", "filter"), compares_layers=True),
+    "uniform": RuleSpec(uniform, ("layer", "filter"), compares_layers=True, decide_update=uniform_update),
     "angle": RuleSpec(
         angle,
-        angle_update,
         ("layer", "network", "filter"),
         "rad per step",
         scales_weights=True,
         keeps_radius=True,
+        decide_update=angle_update,
     ),
     "equilibrium": RuleSpec(
         equilibrium,
-        equilibrium_update,
         ("layer", "network", "filter"),
         scales_weights=True,
         keeps_radius=True,
         elr_of="update",
         settles=True,
+        decide_update=equilibrium_update,
     ),
     "sphere": RuleSpec(
-        sphere,
-        granularities=("layer", "network", "filter"),
-        lr_unit="sphere_lr",
-        scales_weights=True,
-        keeps_radius=True,
+        sphere, ("layer", "network", "filter"), "sphere_lr", scales_weights=True, keeps_radius=True
     ),
 }
