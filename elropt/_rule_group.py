@@ -325,11 +325,7 @@ class RuleGroup:
             hyper = hyper._replace(lr_ratio=None)
         tensors = [(group.options.lr, group.options.weight_decay, group.settling) for group in groups]
         if any(isinstance(value, Tensor) for of_group in tensors for value in of_group):
-            names = [
-                name
-                for name in ("lr", "weight_decay", "settling", "lr_ratio")
-                if getattr(hyper, name) is not None
-            ]
+            names = "lr", "weight_decay", "settling"
             vectors = {name: getattr(hyper, name).clone() for name in names}
             hyper = hyper._replace(**vectors)
             first = 0

@@ -161,6 +161,19 @@ def test_lr_as_a_tensor() -> None:
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule])
+def test_tensors_beside_it_where_the_layers_are_found(rule: str, name: str) -> None:
+    results = []
+    for kind in (float, torch.tensor):
+        net = bn_mlp(depth=2)
+        options = {"lr": 0.2, "weight_decay": 1e-2} | {name: kind({"lr": 0.2, "weight_decay": 1e-2}[name])}
+        train(net, ELRSGD(net.parameters(), tracked_lr=0.02, momentum=0.9, rule=rule, **options), range(3))
+        results.append(net)
+    for p, q in zip(*(net.parameters() for net in results), strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("way", ["state_dict", "pickle"])
 def test_the_proportion_survives_a_stop_in_the_middle_of_a_schedule(way: str) -> None:
     net = bn_mlp(depth=2)
