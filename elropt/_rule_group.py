@@ -132,10 +132,12 @@ class RuleGroup:
             for group, counts in zip(self.groups, self._row_counts, strict=True)
             if self.spec.ends and any(counts)
         ]
-        self.largest_lrs = LargestLrs(with_rows)
+        # ranks that hold parts of tensors must agree on when to measure: there the lr alone decides
+        may_miss = [] if self.shards else [p for p, count in self.row_counts.items() if count]
+        self.largest_lrs = LargestLrs(with_rows, may_miss)
         if self.memory.was_found and self.warmup_end.is_readable:
             self.warmup_end.read()
-            self.largest_lrs = LargestLrs(with_rows, float(self.memory.rows.largest_lr))
+            self.largest_lrs = LargestLrs(with_rows, may_miss, float(self.memory.rows.largest_lr))
         self.last = LastStep()
         self._triton_steps: dict[tuple[bool, ...] | None, TritonStep] = {}  # by what is `present`
         self._untested = self.memory.tests_left()
@@ -369,7 +371,7 @@ class RuleGroup:
             self.warmup_end.collect()
             if plan.present is not None:
                 self._forget_frozen(plan.present)
-            risen = self.largest_lrs.follow(acts=not self._is_over())
+            risen = self.largest_lrs.follow(plan.present, acts=not self._is_over())
             if risen:
                 self.warmup_end.ask_again()
         active = self.has_rule and (risen or not self._is_over())

@@ -101,38 +101,48 @@ class LargestLrs:
 
     Args:
         groups: the param groups.
+        params: whose gradients may be missing when an lr rises: they are measured when they have one again.
         largest: of a state that was loaded.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], largest: float | None = None) -> None:
-        self.groups = groups
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor], largest: float | None = None
+    ) -> None:
+        self.groups, self.params = groups, params
+        self.missed: list[Tensor] = []  # those without a gradient since an lr has risen
         self.largest: list[float | None] = [largest] * len(groups)  # None: there was no step
-        self.options: list[tuple[Any, ...]] | None = None  # of the last step; None: one was a tensor
+        # of the last step, and which parameters had a gradient; None: one was a tensor
+        self.options: tuple[list[tuple[Any, ...]], tuple[bool, ...] | None] | None = None
         self.are_readable = True  # at the last step, without waiting for a device
 
     def has_risen(self) -> bool:
-        """Whether an lr is larger now than at the steps before, by more than rounding. Changes nothing."""
+        """Whether an lr is larger now than at the steps before with these gradients, by more than rounding. Changes
+        nothing."""
         return self._exceeds(self._now())
 
-    def follow(self, *, acts: bool) -> bool:
+    def follow(self, present: tuple[bool, ...] | None, *, acts: bool) -> bool:
         """What `has_risen` says of this step.
 
         Args:
+            present: as in `RuleGroupPlan`.
             acts: whether the warm-up is not over.
         """
         lrs = [group["lr"] for group in self.groups]
-        options = (
-            list(map(_LR_OPTIONS, self.groups)) if not any(isinstance(lr, Tensor) for lr in lrs) else None
-        )
+        options = None
+        if not any(isinstance(lr, Tensor) for lr in lrs):
+            options = list(map(_LR_OPTIONS, self.groups)), present
         if options is not None and options == self.options:
             return False
         now = self._now()
         risen = self._exceeds(now)
         if acts or risen:
+            before = self.largest
             self.largest = [
-                max(lr, before or 0.0) if lr is not None else before
-                for lr, before in zip(now, self.largest, strict=True)
+                max(lr, largest or 0.0) if lr is not None else largest
+                for lr, largest in zip(now, before, strict=True)
             ]
+            may_miss = self.params if self.largest != before else self.missed
+            self.missed = [p for p in may_miss if p.grad is None]
         self.options, self.are_readable = options, None not in now
         return risen
 
@@ -142,7 +152,7 @@ class LargestLrs:
     def _exceeds(self, now: Sequence[float | None]) -> bool:
         # half as strict as the device, which decides in float32
         rise = (1 + LR_RISE) / 2
-        return any(
+        return any(p.grad is not None for p in self.missed) or any(
             lr is not None and before is not None and lr > rise * before
             for lr, before in zip(now, self.largest, strict=True)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -263,6 +263,37 @@ def test_a_rise_of_momentum_is_one_of_the_angle() -> None:
         assert is_over(optimizer) == over
 
 
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_a_rise_while_the_layers_have_no_gradient(tensor_lr: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts again when they have one; then steps without some of them measure nothing."""
+    lr = torch.tensor(0.05) if tensor_lr else 0.05
+    net = bn_mlp()
+    optimizer = ELRSGD(net.parameters(), lr=lr, momentum=0.9, foreach=True)
+    train(net, optimizer, range(60))
+    assert is_over(optimizer)
+    weights = invariant_weights(net)
+
+    def step_without(left_out: Sequence[Tensor]) -> None:
+        backward(net, 0)
+        for w in left_out:
+            w.grad = None
+        optimizer.step()
+
+    optimizer.param_groups[0]["lr"] = lr * 10
+    step_without(weights)
+    assert is_over(optimizer)
+    step_without(weights[:1])
+    assert not is_over(optimizer)
+    train(net, optimizer, range(100))
+    assert is_over(optimizer)
+    measured = []
+    measure = foreach.measure
+    monkeypatch.setattr(foreach, "measure", lambda *a, **k: measured.append(1) or measure(*a, **k))
+    for left_out in (weights, weights[:1], weights[1:], []):
+        step_without(left_out)
+    assert not measured
+
+
 def test_a_question_sees_a_rise_before_the_step_and_changes_nothing() -> None:
     net, optimizer, over = trained(range(45))
     assert over[-1]
@@ -277,13 +308,13 @@ def test_a_question_sees_a_rise_before_the_step_and_changes_nothing() -> None:
 
 def test_largest_lrs_follow_only_what_the_warmup_acted_at() -> None:
     group = {"lr": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "tracked_lr": None}
-    lrs = LargestLrs([group])
+    lrs = LargestLrs([group], [])
     risen = []
     for lr, acts in [(1.0, True), (1.5, True), (1.0, True), (1.5, False), (1.50002, False), (1.50004, False),
                      (1.5002, False), (1.5002, False), (2.0, True)]:  # fmt: skip
         group["lr"] = lr
         asked = lrs.has_risen()
-        assert lrs.follow(acts=acts) == asked
+        assert lrs.follow(None, acts=acts) == asked
         risen.append(asked)
     assert risen == [False, True, False, False, False, False, True, False, True]
 
