@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._group_values import rule_key
 from ._rule_memory import STATE_DTYPES, State
-from ._validate import validate
+from ._validate import check_decay, validate
 from .rules import RADIAL_TESTS
 from .sharding import is_dtensor
 
@@ -49,6 +49,7 @@ SGD_KEYS = (
     "differentiable",
     "fused",
 )
+OPTIONS_OF_OLDER = {"elr_of": None, "protect": None}  # an older ELRSGD has neither
 REMEDY = "load what SGD or ELRSGD has saved, or start ELRSGD without loading"
 
 
@@ -77,18 +78,17 @@ def complete_state_dict(
     completed = [
         {
             **{key: value for key, value in mine.items() if key not in SGD_KEYS},
-            **(
-                dict.fromkeys(("elr_of", "protect")) if "rule" in theirs else {}
-            ),  # an older ELRSGD has neither
+            **(OPTIONS_OF_OLDER if "rule" in theirs else {}),
             **theirs,
             "foreach": mine["foreach"],
             "fused": mine["fused"],
         }
         for mine, theirs in zip(groups, named, strict=True)
     ]
-    for number, group in enumerate(completed):
+    for number, (mine, group) in enumerate(zip(groups, completed, strict=True)):
         try:
             validate({**defaults, **group})
+            check_decay({**defaults, **group, "params": mine["params"]})
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"param group {number} of the state dict: {error}") from None
     check_state(state_dict["state"], params_by_index(completed, groups))

@@ -205,8 +205,9 @@ def check_decay(group: Mapping[str, Any]) -> None:
     if any(isinstance(p, Tensor) and may_be_tracked(p, group) for p in map(_bare, group["params"])):
         raise ValueError(
             f"rule={group['rule']!r} turns layers by the angle at which weight decay balances their growth, but "
-            "weight_decay=0 has no such angle: give weight_decay=5e-4, say (also in elropt.param_groups), or use "
-            "rule='angle', whose lr is the angle"
+            "weight_decay=0 has no such angle: give weight_decay=5e-4, say (also in elropt.param_groups), use "
+            "rule='angle', whose lr is the angle, or say scale_invariant=False of a group whose layers are not "
+            "invariant"
         )
 
 

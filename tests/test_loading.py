@@ -66,6 +66,7 @@ DAMAGES: dict[str, tuple[Callable[[State], Any], str]] = {
     "lr is NaN": (set_option("lr", math.nan), r"param group 0 of the state dict: lr=nan"),
     "lr is text": (set_option("lr", "0.1"), r"param group 0.*lr='0.1'.*must be a number"),
     "momentum is None": (set_option("momentum", None), r"momentum=None.*must be a number"),
+    "a rule without the decay that it needs": (set_option("rule", "equilibrium"), "param group 0.*weight_decay=0"),
     "weight decay is infinite": (set_option("weight_decay", math.inf), "weight_decay=inf"),
     "lr is a NaN tensor": (set_option("lr", torch.tensor(math.nan)), "lr=nan"),
     "a future rule": (set_option("rule", "spiral"), "rule='spiral' is not known.*'warmup'"),
