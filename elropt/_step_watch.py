@@ -198,13 +198,15 @@ def watch_of(optimizer: Optimizer) -> StepWatch:
 
 @torch.no_grad()
 def measure_now(optimizer: Optimizer) -> LayerMeasurements | None:
-    """Weights and gradients as they are now, of another optimizer than ELRSGD, with the radial tests so far and that of
-    this gradient; None if there are no rows. Changes nothing."""
+    """Weights and gradients as they are now, of another optimizer than ELRSGD; None if there are no rows. Changes
+    nothing. Rows that recorded steps have tested are not tested here: after a step the gradient is that of an older
+    weight."""
     rows = Rows(_row_counts(optimizer)[0])
     grads = [p.grad for p in rows.params]
     sums = gradient_sums([local(p) for p in rows.params], grads, rows)
     watch = _watches.get(optimizer)
-    tracked = _test(rows, sums, _tests_before(optimizer, rows, {} if watch is None else watch.tests))
+    before = _tests_before(optimizer, rows, {} if watch is None else watch.tests)
+    tracked = torch.where(before == 0, _test(rows, sums, before), before)
     return _measurements(optimizer, rows, sums, tracked, [grad is not None for grad in grads])
 
 

@@ -109,7 +109,10 @@ def control(
     it turns by φ = atan2(η·√(1−ρ²), 1−ηρ), ρ = cos(w,u). Derived, docs/control.md.
 
     Example:
-        >>> optimizer = torch.optim.AdamW(elropt.param_groups(model, x), lr=0.01)
+        >>> groups = elropt.param_groups(model, x, weight_decay=0.01)
+        >>> for group in groups:
+        ...     group["lr"] = 0.01 if group["scale_invariant"] else 1e-3  # radians per step; AdamW's
+        >>> optimizer = torch.optim.AdamW(groups)
         >>> elropt.control(optimizer)
     """
     base = unwrap(optimizer)
@@ -171,6 +174,10 @@ class Controller:
             holder.register_load_state_dict_pre_hook(self._before_load),
             holder.register_load_state_dict_post_hook(self._after_load, prepend=True),
         ]
+
+    def __repr__(self) -> str:
+        layers = 0 if self._optimizer() is None else len(self._tracked)
+        return f"Controller(rule={self.rule!r}, granularity={self.granularity!r}, {layers} layers)"
 
     def remove(self) -> None:
         """End the control: the next step is the base optimizer's own, and its state is its own again."""

@@ -55,12 +55,14 @@ class LayerRow:
         radial_cosine: cos(w, g); zero for a scale-invariant weight.
         relative_grad: E = ‖g‖/‖w‖, in 1/lr.
         elr: applied effective learning rate λ·s·‖g‖/(a·‖w‖), in radians while small: the tangent of the angle of one
-            SGD step without momentum and decay. NaN for other optimizers than ELRSGD and `torch.optim.SGD`: there the
-            size of the gradient does not say how long the step is.
+            SGD step without momentum and decay. Where a rule controls the update, `angle` is what counts. NaN for other
+            optimizers than ELRSGD and `torch.optim.SGD`: there the size of the gradient does not say how long the step
+            is.
         angle: the angle ∠(w, w') between the weight before and after the step, measured from the two, in radians.
         relative_update: ‖w' − w‖/‖w‖.
         radial_update: ‖w'‖/‖w‖ − 1.
-        lr: λ of the layer; NaN if its group has none.
+        lr: λ of the layer as applied, with what the rule multiplies it by (where it controls or holds back the update);
+            NaN if its group has none.
         grad_factor, weight_factor, radial: the s, a and p that the rule applied; 1, 1 and 0 for other optimizers.
     """
 

@@ -136,8 +136,8 @@ class ELRSGD(Optimizer):
             after: the geometric mean ("uniform"), ``lr`` radians ("angle"), the angle of the equilibrium. None: the
             rule's own, "update" for "equilibrium" and "gradient" for the others.
         protect: beside "equilibrium", whether parameters that are not tracked (head, gains, biases) are held back: in
-            relation to their size they move by at most the angle of the tracked layers times √((1−μ)/(1+μ)). They are
-            what breaks first when lr is large. None: True with that rule.
+            relation to their size (‖w‖, for vectors at least √n) they move by at most the angle of the tracked layers
+            times √((1−μ)/(1+μ)). They are what breaks first when lr is large. None: True with that rule.
         stochastic_rounding: a seed: bfloat16 parameters are rounded up or down with the probabilities that keep their
             mean, so that updates smaller than half their last digit are not lost. Repeatable; Triton kernels only.
             None: to the nearest. Other dtypes are not concerned.
