@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from ._group_values import (
     decay_of,
     diffusion_of,
     has_lr_by_row,
+    least_size,
     lr_of,
     lr_ratio,
     momentum_coefficients,
@@ -351,7 +351,7 @@ def values_of_rows(groups: Sequence[Group]) -> list[tuple[Any, ...]]:
             group.row_counts,
             [m is not None for m in group.momentum_buffers],
             [p.numel() for p in group.owners],
-            [math.sqrt(p.numel()) if p.dim() < 2 else 0.0 for p in group.owners],
+            list(map(least_size, group.owners)),
         )
         for group in groups
     ]

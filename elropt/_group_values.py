@@ -19,6 +19,7 @@ __all__ = [
     "diffusion_of",
     "has_lr_by_row",
     "has_tensor_decay",
+    "least_size",
     "lr_gain",
     "lr_of",
     "lr_ratio",
@@ -64,6 +65,12 @@ def count_rows(p: Tensor, group: Mapping[str, Any]) -> int:
         return p.shape[0] if group["granularity"] == "filter" and p.dim() > 0 else 1
     is_protected = rule_key(group).protect and not is_lazy(p) and p.numel() > 0 and p.is_floating_point()
     return int(is_protected)
+
+
+def least_size(p: Tensor) -> float:
+    """What counts as the norm of a parameter at least where it is held back: that of ones for vectors and scalars, as
+    gains begin, and that of PyTorch's default initialization for others, so that zeros get away from zero."""
+    return math.sqrt(p.numel() if p.dim() < 2 else p.shape[0] / 3)
 
 
 def lr_ratio(group: Mapping[str, Any]) -> float:

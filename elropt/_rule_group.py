@@ -21,7 +21,7 @@ from ._eager_step import (
     upload,
     values_of_rows,
 )
-from ._group_values import count_rows, has_lr_by_row, lr_gain, may_be_tracked, rule_key
+from ._group_values import count_rows, has_lr_by_row, least_size, lr_gain, may_be_tracked, rule_key
 from ._rule_memory import RuleMemory, State
 from ._triton_step import TritonStep
 from ._warmup_end import LargestLrs, WarmupEndPoll, is_readable
@@ -261,7 +261,7 @@ class RuleGroup:
                 self.memory.packed,
                 self.memory.warmup,
                 self.of_update,
-                self.protect,
+                self._least_sizes() if self.protect else None,
             )
         return TritonStep(
             self.groups,
@@ -271,6 +271,12 @@ class RuleGroup:
             rounding_step=self.memory.rounding_step,
             number=self.number,
         )
+
+    def _least_sizes(self) -> Tensor:
+        """Of all rows, float32 [R]."""
+        counts = list(self.row_counts.values())
+        sizes = [least_size(p) if count else 0.0 for p, count in self.row_counts.items()]
+        return upload(np.repeat(sizes, counts).astype(np.float32), self.device)
 
     def _is_over(self) -> bool:
         """Whether this rule has nothing left to do, unless the lr has risen."""

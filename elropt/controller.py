@@ -176,8 +176,7 @@ class Controller:
         ]
 
     def __repr__(self) -> str:
-        layers = 0 if self._optimizer() is None else len(self._tracked)
-        return f"Controller(rule={self.rule!r}, granularity={self.granularity!r}, {layers} layers)"
+        return f"Controller(rule={self.rule!r}, granularity={self.granularity!r})"
 
     def remove(self) -> None:
         """End the control: the next step is the base optimizer's own, and its state is its own again."""

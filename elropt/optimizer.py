@@ -136,8 +136,9 @@ class ELRSGD(Optimizer):
             after: the geometric mean ("uniform"), ``lr`` radians ("angle"), the angle of the equilibrium. None: the
             rule's own, "update" for "equilibrium" and "gradient" for the others.
         protect: beside "equilibrium", whether parameters that are not tracked (head, gains, biases) are held back: in
-            relation to their size (‖w‖, for vectors at least √n) they move by at most the angle of the tracked layers
-            times √((1−μ)/(1+μ)). They are what breaks first when lr is large. None: True with that rule.
+            relation to their size they move by at most the angle of the tracked layers times √((1−μ)/(1+μ)). The size
+            is ‖w‖, for vectors of n at least √n, for others at least √(shape[0]/3), the norm of PyTorch's default
+            initialization. They are what breaks first when lr is large. None: True with that rule.
         stochastic_rounding: a seed: bfloat16 parameters are rounded up or down with the probabilities that keep their
             mean, so that updates smaller than half their last digit are not lost. Repeatable; Triton kernels only.
             None: to the nearest. Other dtypes are not concerned.
@@ -517,7 +518,7 @@ class ELRSGD(Optimizer):
         self._warned_of_angle = True
         remedy = "SGD's lr has another unit: keep it for all other parameters and give tracked_lr=0.01 to begin with"
         if RULES[group["rule"]].settles:
-            remedy = "it is √(2·lr·weight_decay/(1 + momentum)): take a smaller lr or weight_decay"
+            remedy = "it goes with √(lr·weight_decay): take a smaller lr or weight_decay"
         warnings.warn(
             f"rule={group['rule']!r} is to turn every tracked layer by {angle:g} radians per "
             f"{'step' if rule_key(group).of_update else 'plain SGD step'} (lr={lr:g}, "

@@ -386,8 +386,8 @@ def hold_back(stats: LayerStats, hyper: RowHyper, directed: Tensor, tracked: Ten
     """f ≤ 1 of rows that are not tracked, 1 elsewhere: beside layers that turn by φ no other parameter moves further,
     in relation to its size, than φ·`diffusion`.
 
-    The size is ‖w‖, for vectors (gains, biases) at least that of a vector of ones; φ is the largest of a layer. What
-    moves less than that is plain SGD. Found by measurement, docs/results.md.
+    The size is ‖w‖ or `least_size`, whichever is larger; φ is the largest of a layer at this step. What moves less than
+    that is plain SGD, and so is everything at a step without a tracked layer. Found by measurement, docs/results.md.
     """
     assert hyper.diffusion is not None
     assert hyper.least_size is not None
@@ -404,16 +404,16 @@ def settling(momentum: float, dampening: float, nesterov: bool, *, of_update: bo
     and Q the sums of the coefficients that momentum gives to successive gradients, and of their squares. Without
     Nesterov momentum 2·(1−d)/(1+μ). For independent gradients, without Nesterov momentum for all. Not `of_update`: 2/S,
     the square of the ELR of plain SGD steps that turn it so. Derived, docs/theory.md §7."""
-    total_, squares = momentum_sums(momentum, dampening, nesterov)
-    return 2 * (squares if of_update else 1.0) / total_
+    of_all, squares = momentum_sums(momentum, dampening, nesterov)
+    return 2 * (squares if of_update else 1.0) / of_all
 
 
 def diffusion(momentum: float, dampening: float, nesterov: bool, *, of_update: bool) -> float:
     """√Q/S, with S and Q as for `settling`, √((1−μ)/(1+μ)) without Nesterov momentum: updates of this length, made by
     momentum of independent gradients, lead as far in the long run as independent steps of length 1. Not `of_update`:
     Q/S, where the length 1 is that of plain SGD steps. Derived, docs/theory.md §9."""
-    total_, squares = momentum_sums(momentum, dampening, nesterov)
-    return (math.sqrt(squares) if of_update else squares) / total_
+    of_all, squares = momentum_sums(momentum, dampening, nesterov)
+    return (math.sqrt(squares) if of_update else squares) / of_all
 
 
 def momentum_sums(momentum: float, dampening: float, nesterov: bool) -> tuple[float, float]:

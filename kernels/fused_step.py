@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,7 +38,7 @@ class DecisionInputs(NamedTuple):
     memory: float32 [3, R], the rule's c, radius and tracked. handed_over: float32 [2], with the largest λΓ behind it.
     of_update: whether the rule is about the update and not the gradient. Its radial part is then removed anyhow, and
         `project` says that ⟨w,g⟩ counts even after the radial tests.
-    protect: whether rows that are not tracked are held back; for a rule about the update.
+    least_size: float32 [R], where rows that are not tracked are held back, see `args.Rows`. For rules about the update.
     """
 
     name: str | None
@@ -50,7 +49,7 @@ class DecisionInputs(NamedTuple):
     memory: Tensor
     handed_over: Tensor
     of_update: bool = False
-    protect: bool = False
+    least_size: Tensor | None = None
 
     @property
     def needs_momentum(self) -> bool:
@@ -131,14 +130,12 @@ class FusedStep:
         """All that has an entry per row. A row that no launch measures keeps ‖g‖² = −1: no gradient."""
         self.n_rows = n_rows = 0 if self.rule is None else self.rule.memory.shape[1]
         numel, group_of_row = np.ones(n_rows, np.float32), np.zeros(n_rows, np.int32)
-        least_size = np.zeros(n_rows, np.float32)
         self.n_deciding, self.measured = 0, []
         for p, group, row in zip(params, groups, rows, strict=True):
             if row is not None:
                 first, count = row
                 numel[first : first + count] = max(p.numel() / max(count, 1), 1)
                 group_of_row[first : first + count] = group
-                least_size[first : first + count] = math.sqrt(p.numel()) if p.dim() < 2 else 0.0
                 self.n_deciding += count
                 self.measured.append(p)
         self.sums = torch.full((7, n_rows), -1.0, dtype=torch.float32, device=self.device)
@@ -160,7 +157,7 @@ class FusedStep:
                 self.controls,
                 upload(numel, self.device),
                 upload(group_of_row, self.device),
-                upload(least_size, self.device) if rule.protect else None,
+                rule.least_size,
             )
             self.decision = {
                 "RULE": (UPDATE_RULES if rule.of_update else RULES)[rule.name],

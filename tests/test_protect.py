@@ -47,7 +47,7 @@ class Protected:
         self.m = μ * self.m + grad.double() + ω * w
         u = grad.double() + ω * w + μ * self.m if nesterov else self.m
         own_decay = (1 + μ if nesterov else 1) * ω * w  # this step's decay is not counted
-        size = w.norm() if w.dim() >= 2 else max(w.norm().item(), math.sqrt(w.numel()))
+        size = max(w.norm().item(), math.sqrt(w.shape[0] / 3 if w.dim() >= 2 else w.numel()))
         share = min(1.0, float(φ * diffusion(nesterov) * size / (lr * (u - own_decay).norm())))
         self.p = w - lr * share * u
         return share
@@ -207,3 +207,16 @@ def test_a_load_brings_it_along() -> None:
     with pytest.warns(UserWarning, match="protect=False in place of protect=None"):
         other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["protect"] is False
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zeros_get_away_from_zero(backend: str) -> None:
+    """A head that starts at zero has no size of its own."""
+    skip_without_kernels(BACKENDS[backend], "equilibrium")
+    w, head = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.zeros(3, 4))
+    groups = [{"params": [w], "scale_invariant": True}, {"params": [head], "scale_invariant": False}]
+    optimizer = ELRSGD(groups, lr=1.0, rule="equilibrium", **SGD, **BACKENDS[backend])
+    w.grad, head.grad = torch.randn(4, 4), torch.ones(3, 4)
+    optimizer.step()
+    moved = angle_of(1.0, False) * diffusion(False) * 1.0  # √(3/3) is its least size
+    assert head.norm().item() == pytest.approx(moved, rel=1e-4)
