@@ -100,7 +100,7 @@ def validate_choices(group: Mapping[str, Any]) -> None:
             f"protect=True has no meaning for rule={rule!r}: it holds untracked parameters back where they would move "
             "further than the angle of rule='equilibrium'; leave it out, or give them a smaller lr in their param group"
         )
-    if RULES[rule].settles and dampening >= 1:
+    if RULES[rule].settles and momentum != 0 and dampening >= 1:
         raise ValueError(
             f"dampening={dampening} is not valid with rule={rule!r}: it must be below 1, where SGD has an equilibrium"
         )

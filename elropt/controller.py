@@ -33,7 +33,6 @@ from .rules import (
     RowHyper,
     RuleInputs,
     RuleState,
-    has_tangent,
     masked_mean,
     turn_on_sphere,
     update_parts,
@@ -502,15 +501,18 @@ def turn(
     zero, one = torch.zeros_like(radius), torch.ones_like(radius)
     update = LayerStats(stats.weight_sq, stats.grad_sq, -stats.weight_dot_grad, zero, zero, zero)  # u = −Δ
     hyper = RowHyper(one, zero, one, one, zero, one)
-    radial, tangent_sq, update_sq = update_parts(update, hyper)
+    parts = update_parts(update, hyper)
+    radial, tangent_sq, update_sq, has_tangent = parts
     directed = usable(stats.weight_sq) & torch.isfinite(update_sq) & torch.isfinite(stats.weight_dot_grad)
     # a change that is radial alone leaves the rounding of the new weight
     rounding_sq = torch.minimum(radial.square(), (eps / 2).square()) * stats.weight_sq
-    moving = directed & has_tangent(update, hyper) & (tangent_sq > rounding_sq)
+    moving = directed & has_tangent & (tangent_sq > rounding_sq)
     if angle is None:
         own = torch.atan2(tangent_sq.sqrt(), stats.weight_sq.sqrt() * (1 - radial))
         angle = masked_mean(torch.where(moving, own.log(), 0.0), moving).exp()
-    inputs = RuleInputs(update, RuleState(zero, radius, one, zero, zero), hyper, directed, moving, whole)
+    inputs = RuleInputs(
+        update, RuleState(zero, radius, one, zero, zero), hyper, directed, moving, whole, update=parts
+    )
     controls, after = turn_on_sphere(inputs, angle)
     a, p, f = controls.weight_factor, controls.radial, controls.lr_factor
     assert a is not None

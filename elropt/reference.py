@@ -54,10 +54,14 @@ def measure(
     for i, (w, g) in enumerate(zip(params, grads, strict=True)):
         m = None if momentum_buffers is None else momentum_buffers[i]
         w_rows, g_rows = _as_rows(w, per_filter), _as_rows(g, per_filter)
-        m_rows = torch.zeros_like(w_rows) if m is None else _as_rows(m, per_filter)
-        pairs = [(w_rows, w_rows), (g_rows, g_rows), (w_rows, g_rows), (w_rows, m_rows)]
-        pairs += [(m_rows, m_rows), (g_rows, m_rows)] if with_update else []
-        columns.append(torch.stack([(a * b).sum(1) for a, b in pairs]).float())
+        sums = [w_rows.square().sum(1), g_rows.square().sum(1), (w_rows * g_rows).sum(1)]
+        if m is None:  # 0·NaN is NaN: a sum without m does not depend on w and g
+            sums += [w_rows.new_zeros(len(w_rows))] * (3 if with_update else 1)
+        else:
+            m_rows = _as_rows(m, per_filter)
+            sums.append((w_rows * m_rows).sum(1))
+            sums += [m_rows.square().sum(1), (g_rows * m_rows).sum(1)] if with_update else []
+        columns.append(torch.stack(sums).float())
     return torch.cat(columns, dim=1)
 
 

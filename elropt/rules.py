@@ -80,8 +80,17 @@ class RowHyper(NamedTuple):
     lr_ratio: Tensor | None = None  # of the λ of rows that are tracked to `lr`; None: 1
     settling: Tensor | None = None  # φ²/λ at the equilibrium of SGD, for "equilibrium" alone; see `settling`
     diffusion: Tensor | None = None  # with `protect`, see `diffusion`
-    least_size: Tensor | None = (
-        None  # with `protect`: what counts as ‖w‖ at least, √n of vectors and 0 of others
+    least_size: Tensor | None = None  # with `protect`: what counts as ‖w‖ at least
+
+
+class UpdateParts(NamedTuple):
+    """Of the update u, which is linear in g and m, without this step's decay, which is radial; [R]."""
+
+    radial: Tensor  # ⟨w,u⟩/‖w‖²
+    tangent_sq: Tensor  # ‖u⊥‖²
+    update_sq: Tensor  # ‖u‖²
+    has_tangent: (
+        Tensor  # bool: ‖u⊥‖² is usable, and more than what rounding leaves of the sums that it is made of
     )
 
 
@@ -95,6 +104,7 @@ class RuleInputs(NamedTuple):
     moving: Tensor  # [R] bool: of these, the ones whose ‖g‖ is usable; for `decide_update`, whose ‖u⊥‖ is
     whole: bool = False  # granularity "network": one norm over all rows
     absent: Tensor | None = None  # 0-dim bool: rows of earlier steps are missing; None: no
+    update: UpdateParts | None = None  # for `decide_update`
 
 
 def decide(
@@ -134,13 +144,17 @@ def decide(
     if own_lr is not None:
         hyper = hyper._replace(lr=hyper.lr * own_lr)
     if of_update:
-        assert spec.decide_update is not None
         if granularity != "filter":
             dot = torch.where(before < RADIAL_TESTS, stats.weight_dot_grad, 0.0)
             stats = stats._replace(weight_dot_grad=dot)
         stats = without_gradient(stats, too_large)
-        moving = directed & has_tangent(stats, hyper)
-        inputs = RuleInputs(stats, state, hyper, directed, moving, granularity == "network", absent)
+    parts = update_parts(stats, hyper) if of_update or protect else None
+    if of_update:
+        assert parts is not None
+        assert spec.decide_update is not None
+        moving = directed & parts.has_tangent
+        whole = granularity == "network"
+        inputs = RuleInputs(stats, state, hyper, directed, moving, whole, absent, parts)
         controls, after = spec.decide_update(inputs)
         controls = controls._replace(grad_factor=torch.where(too_large, 0.0, 1.0))
     else:
@@ -154,7 +168,8 @@ def decide(
             stats = stats._replace(weight_dot_grad=torch.where(too_large, 0.0, stats.weight_dot_grad))
     if with_tests:
         if of_update:
-            turn = update_turn(stats, hyper, controls)
+            assert parts is not None
+            turn = update_turn(parts, stats, hyper, controls)
         elif spec.turns_alike:
             turn = common_turn(stats, hyper, moving)
         else:
@@ -164,7 +179,8 @@ def decide(
         radial = radial_coefficient(stats, hyper, controls.grad_factor, controls.weight_factor)
         controls = controls._replace(radial=torch.where(directed & torch.isfinite(radial), radial, 0.0))
     if protect:
-        held_back = hold_back(stats, hyper, directed, tracked)
+        assert parts is not None
+        held_back = hold_back(parts, stats, hyper, directed, tracked)
         f = held_back if controls.lr_factor is None else controls.lr_factor * held_back
         controls = controls._replace(lr_factor=f)
     if own_lr is not None:
@@ -282,7 +298,8 @@ def uniform_update(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
     The radial part of the update, the decay in it too, moves the norm as in SGD: a = 1 − λ·⟨w,u⟩/‖w‖².
     """
     stats, hyper, moving = inputs.stats, inputs.hyper, inputs.moving
-    radial, tangent_sq, _ = update_parts(stats, hyper)
+    assert inputs.update is not None
+    radial, tangent_sq, _, _ = inputs.update
     a = 1 - hyper.lr * (radial + hyper.update_per_grad * hyper.weight_decay)
     a = torch.where(moving, a.clamp(min=LEAST_SHRINK), 1.0)
     log_u = torch.where(moving, (tangent_sq.log() - stats.weight_sq.log()) / 2 - a.log(), 0.0)
@@ -307,7 +324,8 @@ def turn_on_sphere(inputs: RuleInputs, angle: Tensor) -> tuple[LayerControls, Ru
     """
     stats, hyper, directed, moving = inputs.stats, inputs.hyper, inputs.directed, inputs.moving
     kept = first_radius(inputs)
-    radial, tangent_sq, update_sq = update_parts(stats, hyper)
+    assert inputs.update is not None
+    radial, tangent_sq, update_sq, _ = inputs.update
     weight_norm, radius = stats.weight_sq.sqrt(), kept
     if inputs.whole:
         whole_sq = total(stats.weight_sq, moving)
@@ -334,31 +352,19 @@ def controls_of_update(
     return LayerControls(weight_factor=a, radial=p, lr_factor=f)
 
 
-def update_parts(stats: LayerStats, hyper: RowHyper) -> tuple[Tensor, Tensor, Tensor]:
-    """⟨w,u⟩/‖w‖², ‖u⊥‖² and ‖u‖² of the update u that is linear in g and m, without this step's decay, which is
-    radial. Derived, docs/theory.md §9."""
+def update_parts(stats: LayerStats, hyper: RowHyper) -> UpdateParts:
+    """From the sums alone. Derived, docs/theory.md §9."""
     assert stats.momentum_sq is not None
     assert stats.grad_dot_momentum is not None
     of_g, of_m = hyper.update_per_grad, hyper.update_per_momentum
     dot = of_g * stats.weight_dot_grad + of_m * stats.weight_dot_momentum
     radial = dot / stats.weight_sq
-    update_sq = (
-        of_g.square() * stats.grad_sq
-        + 2 * of_g * of_m * stats.grad_dot_momentum
-        + of_m.square() * stats.momentum_sq
-    )
-    return radial, (update_sq - radial * dot).clamp(min=0.0), update_sq
-
-
-def has_tangent(stats: LayerStats, hyper: RowHyper) -> Tensor:
-    """Where ‖u⊥‖² is usable, and more than what rounding leaves of the sums that it is a difference of."""
-    assert stats.momentum_sq is not None
-    _, tangent_sq, _ = update_parts(stats, hyper)
-    parts_sq = (
-        hyper.update_per_grad.square() * stats.grad_sq
-        + hyper.update_per_momentum.square() * stats.momentum_sq
-    )
-    return usable(tangent_sq) & (tangent_sq > LEAST_TANGENT * parts_sq) & torch.isfinite(parts_sq)
+    grad_sq, momentum_sq = of_g.square() * stats.grad_sq, of_m.square() * stats.momentum_sq
+    update_sq = grad_sq + 2 * of_g * of_m * stats.grad_dot_momentum + momentum_sq
+    tangent_sq = (update_sq - radial * dot).clamp(min=0.0)
+    parts_sq = grad_sq + momentum_sq
+    has_tangent = usable(tangent_sq) & (tangent_sq > LEAST_TANGENT * parts_sq) & torch.isfinite(parts_sq)
+    return UpdateParts(radial, tangent_sq, update_sq, has_tangent)
 
 
 def without_gradient(stats: LayerStats, left_out: Tensor) -> LayerStats:
@@ -367,12 +373,11 @@ def without_gradient(stats: LayerStats, left_out: Tensor) -> LayerStats:
     return stats._replace(**{name: torch.where(left_out, 0.0, getattr(stats, name)) for name in of_gradient})
 
 
-def update_turn(stats: LayerStats, hyper: RowHyper, controls: LayerControls) -> Tensor:
+def update_turn(parts: UpdateParts, stats: LayerStats, hyper: RowHyper, controls: LayerControls) -> Tensor:
     """λf·‖u⊥‖/(a·‖w‖): the tangent of the angle that a row turns by, of `decide_update`'s factors."""
     assert controls.lr_factor is not None
     assert controls.weight_factor is not None
-    _, tangent_sq, _ = update_parts(stats, hyper)
-    length = hyper.lr * controls.lr_factor * tangent_sq.sqrt()
+    length = hyper.lr * controls.lr_factor * parts.tangent_sq.sqrt()
     return length / (controls.weight_factor * stats.weight_sq.sqrt())
 
 
@@ -382,7 +387,9 @@ def settling_angle(hyper: RowHyper) -> Tensor:
     return (hyper.settling * hyper.lr).sqrt()
 
 
-def hold_back(stats: LayerStats, hyper: RowHyper, directed: Tensor, tracked: Tensor) -> Tensor:
+def hold_back(
+    parts: UpdateParts, stats: LayerStats, hyper: RowHyper, directed: Tensor, tracked: Tensor
+) -> Tensor:
     """f ≤ 1 of rows that are not tracked, 1 elsewhere: beside layers that turn by φ no other parameter moves further,
     in relation to its size, than φ·`diffusion`.
 
@@ -391,10 +398,12 @@ def hold_back(stats: LayerStats, hyper: RowHyper, directed: Tensor, tracked: Ten
     """
     assert hyper.diffusion is not None
     assert hyper.least_size is not None
-    _, _, update_sq = update_parts(stats, hyper)
+    assert stats.momentum_sq is not None
     angle = torch.where(directed, settling_angle(hyper), 0.0).amax()
     size = torch.maximum(stats.weight_sq.sqrt(), hyper.least_size)
-    f = angle * hyper.diffusion * size / (hyper.lr * update_sq.sqrt())
+    too_long = torch.isinf(stats.grad_sq) | torch.isinf(stats.momentum_sq)
+    length = hyper.lr * torch.where(too_long, math.inf, parts.update_sq).sqrt()
+    f = angle * hyper.diffusion * size / length
     holds = (tracked <= 0) & (angle > 0) & (f < 1)
     return torch.where(holds, f, 1.0)
 

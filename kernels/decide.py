@@ -554,14 +554,18 @@ def held_back(inputs, row, limit, f):
     gg = tl.load(inputs.grad_sq + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
     mm = tl.load(inputs.momentum_sq + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
     gm = tl.load(inputs.grad_dot_momentum + row.at, mask=row.exist, other=0.0, cache_modifier=".cg")
+    gm = tl.where(
+        (gg < INFINITY) & (mm < INFINITY), gm, 0.0
+    )  # else u is too long, or unknown, whatever ⟨g,m⟩ is
     group = group_of(inputs, row)
     of_g, of_m = per_grad_of(inputs, row, group), of_group(group, inputs.hypers.per_momenta)
     update_sq = of_g * of_g * gg + 2 * of_g * of_m * gm + of_m * of_m * mm
     least = tl.load(inputs.least_size + row.at, mask=row.exist, other=0.0)
     size = tl.maximum(tl.sqrt(tl.where(row.ww > 0, row.ww, 0.0)), least)
-    length = of_group(group, inputs.lrs) * tl.sqrt(tl.where(update_sq > 0, update_sq, 0.0))
-    allowed = limit * of_group(group, inputs.hypers.diffusions) * size
-    holds = only_if(limit > 0, (row.passed <= 0) & row.exist & (allowed < length))
+    lr = lr_of(inputs, row)
+    length = tl.where(lr > 0, lr, 1.0) * tl.sqrt(tl.where(update_sq > 0, update_sq, 0.0))
+    allowed = tl.where(limit > 0, limit, 1.0) * of_group(group, inputs.hypers.diffusions) * size
+    holds = only_if(limit > 0, (row.passed <= 0) & row.exist & (lr > 0) & (allowed < length))
     return tl.where(holds, allowed / tl.where(holds, length, 1.0), f)
 
 

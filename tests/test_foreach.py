@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elropt import ELRSGD, foreach, layer_stats
+from elropt import ELRSGD, foreach, layer_stats, reference
 from elropt.rules import RADIAL_TESTS
 
 from .nets import backward, bn_mlp
@@ -80,3 +80,13 @@ def test_the_filters_of_a_large_tensor_keep_factors_of_their_own(monkeypatch: py
             w.grad = grad.clone()
             optimizer.step()
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [reference, foreach])
+@pytest.mark.parametrize("per_filter", [False, True])
+def test_sums_with_a_missing_buffer_are_zero_whatever_weight_and_gradient_are(
+    backend: object, per_filter: bool
+) -> None:
+    w, g = torch.full((2, 3), torch.inf), torch.full((2, 3), torch.nan)
+    sums = backend.measure([w], [g], [None], per_filter=per_filter, with_update=True)  # type: ignore[attr-defined]
+    assert torch.equal(sums[3:], torch.zeros(3, 2 if per_filter else 1))

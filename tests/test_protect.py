@@ -220,3 +220,16 @@ def test_zeros_get_away_from_zero(backend: str) -> None:
     optimizer.step()
     moved = angle_of(1.0, False) * diffusion(False) * 1.0  # √(3/3) is its least size
     assert head.norm().item() == pytest.approx(moved, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # by Triton's interpreter
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_is_too_large_for_its_norm_moves_nothing(backend: str) -> None:
+    skip_without_kernels(BACKENDS[backend], "equilibrium")
+    w, head = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(3, 4))
+    groups = [{"params": [w], "scale_invariant": True}, {"params": [head], "scale_invariant": False}]
+    optimizer = ELRSGD(groups, lr=1.0, rule="equilibrium", **SGD, **BACKENDS[backend])
+    before = head.detach().clone()
+    w.grad, head.grad = torch.randn(4, 4), torch.full((3, 4), 1e30)
+    optimizer.step()
+    assert torch.equal(head, before)

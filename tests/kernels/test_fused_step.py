@@ -80,6 +80,7 @@ def decisions(draw: st.DrawFn) -> dict[str, Any]:
         "rule": draw(st.sampled_from(UPDATE_RULES if of_update else RULES)),
         "of_update": of_update,
         "project": draw(st.booleans()),
+        "protect": draw(st.booleans()),
         "lrs": draw(st.lists(st.sampled_from([0.0, 1e-3, 0.1, 30.0]), min_size=1, max_size=3)),
         "spread": draw(st.sampled_from([0.0, 0.01, 1.0, 4.0])),
         "odd": draw(st.sampled_from([0.0, 0.3])),
@@ -96,6 +97,7 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     n, (rule, granularity), project, of_update = (case[k] for k in ("n", "rule", "project", "of_update"))
     if of_update and project and granularity == "layer":
         granularity = "filter"  # which needs ⟨w,g⟩ at every step
+    protect = case["protect"] and of_update and rule == "equilibrium"
     generator = torch.Generator().manual_seed(case["seed"])
 
     def random(*shape: int) -> Tensor:
@@ -129,21 +131,23 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
     lr = torch.tensor(case["lrs"])[group]
     hyper = RowHyper(
         lr, 0.01 * (group + 1), 9.7 - group, 1.0 - 0.1 * group, 0.9 - 0.1 * group, numel,
-        settling=0.002 * (group + 1),
+        settling=0.002 * (group + 1), diffusion=0.2 + 0.1 * group, least_size=2.0 * sometimes(0.5),
     )  # fmt: skip
     absent = sometimes(case["odd"])
     if absent.all():
         absent[0] = False
 
-    chosen = [vector[~absent].double() for vector in (*stats, *state[:3], *hyper[:6], hyper.settling)]
+    of_rows = (*stats, *state[:3], *hyper[:6], hyper.settling, hyper.diffusion, hyper.least_size)
+    chosen = [vector[~absent].double() for vector in of_rows]
     controls, after = specified(
         rule,
         LayerStats(*chosen[:6]),
         RuleState(*chosen[6:9], *of_all.double()),
-        RowHyper(*chosen[9:15], settling=chosen[15]),
+        RowHyper(*chosen[9:15], None, *chosen[15:]),
         granularity=granularity,
         project=project and not of_update,
         of_update=of_update,
+        protect=protect,
         absent=(seen[absent] > 0).any() if absent.any() else None,
     )
 
@@ -161,10 +165,12 @@ def test_the_kernel_decides_as_the_rules_do(case: dict[str, Any]) -> None:
         per_grads=tuple(1.0 - 0.1 * i for i in per_group),
         per_momenta=tuple(0.9 - 0.1 * i for i in per_group),
         settlings=tuple(0.002 * (i + 1) for i in per_group),
+        diffusions=tuple(0.2 + 0.1 * i for i in per_group),
     )
+    least_size = hyper.least_size.to(DEVICE) if protect else None
     functions = decide_module.UPDATE_RULES if of_update else decide_module.RULES
     decide[(1,)](
-        sums, Rows(memory, actual_over, actual, numel, group), tuple(case["lrs"]), hypers, None, n,
+        sums, Rows(memory, actual_over, actual, numel, group, least_size), tuple(case["lrs"]), hypers, None, n,
         RULE=functions[rule], WHOLE=granularity == "network",
         PROJECT=granularity == "filter" if of_update else project,
     )  # fmt: skip
