@@ -86,7 +86,8 @@ class LayerTable:
     """The layers of one step, in the order of the parameters; groups with different rules one after the other.
 
     A row is a tensor of two or more dimensions, or of a group that says ``scale_invariant=True``. For an ELRSGD, which
-    tracks either tensors or filters, tensors of groups that say ``scale_invariant=False`` are left out.
+    tracks either tensors or filters, tensors of groups that say ``scale_invariant=False`` are left out; beside a rule
+    that holds the others back (`protect`) every tensor is a row.
 
     Iterating gives a `LayerRow` at a time; ``table["elr"]`` is a column as a NumPy array; ``print(table)`` shows it.
     """

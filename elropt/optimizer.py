@@ -118,9 +118,9 @@ class ELRSGD(Optimizer):
             weight decay and momentum would settle, √(2·lr·weight_decay/(1+μ)), and keeps its norm. All other parameters
             are held back where they would move further (`protect`). Needs ``weight_decay > 0`` for tracked layers.
             None: plain SGD.
-            In "angle" and "sphere" with ``elr_of="gradient"`` the stored weight is one step ahead of its sphere: each
-            step first brings it back (a = radius/‖w‖), then moves it; its direction is exactly that of training on the
-            sphere.
+            In "sphere", and in "angle" and "equilibrium" with ``elr_of="gradient"``, the stored weight is one step
+            ahead of its sphere: each step first brings it back (a = radius/‖w‖), then moves it; its direction is
+            exactly that of training on the sphere.
         tracked_lr: the tracked layers' own learning rate, in the unit of the rule; a number. They train as if the lr of
             their group were ``tracked_lr · group["lr"] / reference_lr``, where ``group["reference_lr"]`` is, and stays,
             the `lr` that it was given with: the constructor's for the constructor's `tracked_lr`, so that groups with
