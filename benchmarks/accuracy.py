@@ -95,18 +95,23 @@ def spread_figure(of_task: Sequence[Entry]) -> Figure:
 
 
 def layers_figure(of_task: Sequence[Entry]) -> Figure:
-    """Applied ELR of each layer over the steps, a panel for each optimizer."""
-    columns = min(3, len(of_task))
-    grid = -(-len(of_task) // columns), columns
+    """Applied ELR of each layer over the steps, a panel for each optimizer that has one: of AdamW and the like the
+    gradient does not say how long a step is."""
+    rows = [next(row for row in entry.test_rows if row["spec"]["layers"]) for entry in of_task]
+    shown = [
+        (entry, row)
+        for entry, row in zip(of_task, rows, strict=True)
+        if np.isfinite(np.array(row["elr"], dtype=float)).any()
+    ]
+    columns = max(1, min(3, len(shown)))
+    grid = max(1, -(-len(shown) // columns)), columns
     figure = Figure(figsize=(4 * columns, 3 * grid[0] + 0.5), layout="constrained")
     axes = figure.subplots(*grid, sharex=True, sharey=True, squeeze=False).flatten()
-    for ax, entry in zip(axes, of_task, strict=False):
-        row = next(row for row in entry.test_rows if row["spec"]["layers"])
-        if row["elr"] and row["elr"][0]:
-            plots.elr_over_steps(ax, row["trace_steps"], row["elr"])
+    for ax, (entry, row) in zip(axes, shown, strict=False):
+        plots.elr_over_steps(ax, row["trace_steps"], row["elr"])
         ax.set_title(f"{entry.method}, lr {entry.best_lr:g}")
         ax.label_outer()
-    for ax in axes[len(of_task) :]:
+    for ax in axes[len(shown) :]:
         ax.set_visible(False)
     return figure
 
