@@ -1,9 +1,11 @@
 # `make demo` (train, compare, plot), `make test`, `make figures` (those of README.md and docs/). All make their own .venv.
+# `make frameworks` tests elropt in training frameworks, in .venv-frameworks: these want another torch.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+FRAMEWORKS ?= .venv-frameworks
 
-.PHONY: demo figures test lint slow clean
+.PHONY: demo figures test frameworks lint slow clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.accuracy
@@ -15,7 +17,10 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow and not frameworks"
+
+frameworks: $(FRAMEWORKS)/.done
+	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/python -m pytest -m frameworks tests/frameworks
 
 slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
@@ -36,5 +41,10 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@ $(VENV)/.demo
 
+$(FRAMEWORKS)/.done: pyproject.toml constraints-frameworks.txt
+	$(MAKE) VENV=$(FRAMEWORKS) $(FRAMEWORKS)/bin/python
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --constraint constraints-frameworks.txt --editable ".[frameworks]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) $(FRAMEWORKS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs
