@@ -1,17 +1,21 @@
-# `make demo` (train, compare, plot), `make test`, `make figures` (those of README.md and docs/). All make their own .venv.
+# `make demo` (train, compare, plot), `make test`, `make figures` (those of README.md and docs/),
+# `make docs` (the documentation site, built and served on this machine). All make their own .venv.
 # `make frameworks` tests elropt in training frameworks, in .venv-frameworks: these want another torch.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 FRAMEWORKS ?= .venv-frameworks
 
-.PHONY: demo figures test frameworks lint slow clean
+.PHONY: demo figures docs test frameworks lint slow clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.accuracy
 
 figures: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.figures
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -39,7 +43,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.docs
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 $(FRAMEWORKS)/.done: pyproject.toml constraints-frameworks.txt
 	$(MAKE) VENV=$(FRAMEWORKS) $(FRAMEWORKS)/bin/python
@@ -47,4 +55,4 @@ $(FRAMEWORKS)/.done: pyproject.toml constraints-frameworks.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(FRAMEWORKS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) $(FRAMEWORKS) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis runs

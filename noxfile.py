@@ -1,4 +1,4 @@
-"""Every version that elropt supports, one session each: docs/compatibility.md holds the outcome.
+"""Every version that elropt supports, one session each: docs/development/compatibility.md holds the outcome.
 
     pipx run nox                              # all of it; torch downloads gigabytes of CUDA libraries
     pipx run nox -s triton -- -k pairs        # the versions of triton, only some of the tests

@@ -105,7 +105,7 @@ def control(
     (FSDP2, tensor parallelism) are controlled as whole tensors.
 
     Source: W ← R·normalize(W − η·R·normalize(u)), u = −Δ, is the Hyperball update (Wen et al. 2026, arXiv 2606.16899);
-    it turns by φ = atan2(η·√(1−ρ²), 1−ηρ), ρ = cos(w,u). Derived, docs/control.md.
+    it turns by φ = atan2(η·√(1−ρ²), 1−ηρ), ρ = cos(w,u). Derived, docs/guide/control.md.
 
     Example:
         >>> groups = elropt.param_groups(model, x, weight_decay=0.01)

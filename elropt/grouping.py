@@ -15,7 +15,8 @@ __all__ = ["param_groups", "width_scaled_groups"]
 
 Role: TypeAlias = Literal["input", "hidden", "output", "vector", "fixed"]
 
-# (optimizer, loss) → the power of the width that the learning rate of a role is proportional to; docs/width-scaling.md
+# (optimizer, loss) → the power of the width that the learning rate of a role is proportional to
+# (docs/guide/width-scaling.md)
 EXPONENTS: dict[tuple[str, str], dict[Role, float]] = {
     ("sgd", "cross_entropy"): {"input": 0.5, "hidden": -0.5, "output": -0.5, "vector": 0.5, "fixed": 0.0},
     ("sgd", "mse"): {"input": 0.0, "hidden": -1.0, "output": -1.0, "vector": 0.0, "fixed": 0.0},
@@ -152,7 +153,7 @@ def width_scaled_groups(
     The groups fit `torch.optim.SGD`, Adam, AdamW and `ELRSGD` with rule=None. Under the rule "angle" the elr of a
     tracked layer is the `lr` of its group; under "uniform" (and "warmup" while it lasts) it is `lr` times an E that is
     the same for all. There the groups set ratios of effective learning rates, which need other exponents
-    (docs/width-scaling.md §5). Schedulers scale all groups alike.
+    (docs/guide/width-scaling.md §5). Schedulers scale all groups alike.
 
     Args:
         model: any module in standard parameterization.
@@ -168,7 +169,7 @@ def width_scaled_groups(
             matches none; one in both roles (as where input and output are tied); a width that cannot be read off.
         TypeError: `input` or `output` is a single string.
 
-    Source: derived, docs/width-scaling.md; the regimes are those of Haas et al. (arXiv 2505.22491).
+    Source: derived, docs/guide/width-scaling.md; the regimes are those of Haas et al. (arXiv 2505.22491).
 
     Example:
         >>> optimizer = ELRSGD(width_scaled_groups(model, 256, lr=0.1), momentum=0.9, rule=None)

@@ -143,10 +143,10 @@ class ELRSGD(Optimizer):
             mean, so that updates smaller than half their last digit are not lost. Repeatable; Triton kernels only.
             None: to the nearest. Other dtypes are not concerned.
         maximize: maximize the objective.
-        foreach, fused: as in torch: `torch._foreach_*` or the Triton kernels (CUDA only); None for both picks fused on
-            CUDA where every tensor of the group qualifies, else foreach on CUDA and, in float32 and float64, on the CPU
-            (there without a rule to the bits of torch's for-loop; the sums of a rule round otherwise), else one tensor
-            after the other.
+        foreach: whether to step by `torch._foreach_*`. None, as for `fused`, picks fused on CUDA where every tensor of
+            the group qualifies, else foreach on CUDA and, in float32 and float64, on the CPU (there without a rule to
+            the bits of torch's for-loop; the sums of a rule round otherwise), else one tensor after the other.
+        fused: whether to step by the Triton kernels (CUDA only).
         differentiable: let autograd run through the step; needs ``rule=None`` and ``project=False``.
 
     Raises:
@@ -160,12 +160,12 @@ class ELRSGD(Optimizer):
     What else can happen, by name:
         - a tracked layer whose ‖w‖² or ‖g‖² is zero or not finite in float32 is left out of the rule at that step: its
           gradient enters the update as in SGD, one whose ‖g‖² overflows not at all, and it has no influence on the
-          others (a NaN stays in its own layer); more: docs/faults.md;
+          others (a NaN stays in its own layer); more: docs/guide/faults.md;
         - sparse gradients and complex parameters are never tracked; sparse ones need ``rule=None``, no decay;
         - nothing to track: the rule does nothing, and "warmup" stays armed;
         - layers that join after the hand-over of the warm-up see plain SGD, and are tested for reports;
         - parameters flattened by FSDP1 or DeepSpeed ZeRO, and with rules that compare layers one optimizer for each
-          parameter, stepped in backward: ValueError, docs/distributed.md.
+          parameter, stepped in backward: ValueError, docs/guide/distributed.md.
     State of a parameter: `momentum_buffer`, and with a rule or `project` the float32 tensors `sphere_grad_norm` (c,
     smoothed), `radius`, `tracked` (radial tests passed, or -1), `handed_over` and `largest_lr`
     (the same for all parameters: 1 while "warmup" is over; the largest λΓ that it acted at).
@@ -301,8 +301,8 @@ class ELRSGD(Optimizer):
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Never waits for the device, unless torch.amp.GradScaler is used where only some tensors qualify for
-        the kernels, or parameters are sharded (docs/distributed.md), or "warmup" has a learning rate on a GPU (then it
-        is at most 32 steps ahead of the device); the first step after a state has been loaded or a
+        the kernels, or parameters are sharded (docs/guide/distributed.md), or "warmup" has a learning rate on a GPU
+        (then it is at most 32 steps ahead of the device); the first step after a state has been loaded or a
         group added reads what the rule remembers once. Threads wait for one another.
 
         Args:

@@ -394,7 +394,7 @@ def hold_back(
     in relation to its size, than φ·`diffusion`.
 
     The size is ‖w‖ or `least_size`, whichever is larger; φ is the largest of a layer at this step. What moves less than
-    that is plain SGD, and so is everything at a step without a tracked layer. Found by measurement, docs/results.md.
+    that is plain SGD, and so is everything at a step without a tracked layer. Found by measurement, docs/results.
     """
     assert hyper.diffusion is not None
     assert hyper.least_size is not None

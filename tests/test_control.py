@@ -807,7 +807,7 @@ def test_optimizers_of_other_packages(name: str) -> None:
 
 
 def test_the_code_of_the_docs_runs() -> None:
-    page = Path(__file__).parents[1] / "docs" / "control.md"
+    page = Path(__file__).parents[1] / "docs" / "guide" / "control.md"
     namespace: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S):
         exec(compile(block, page.name, "exec"), namespace)

@@ -1,4 +1,4 @@
-"""Every fault of docs/faults.md: what becomes of the layer that is hit, and that no bit of the others changes."""
+"""Every fault of docs/guide/faults.md: what becomes of the layer that is hit, and that no bit of the others changes."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ WIDTHS = (128, 256, 512, 1024)
 BATCH = 16
 
 # Exponents of the width of what one step of a role alone changes: its own layer's outputs, and the logits. With
-# cross-entropy a layer changes as much at any width, with MSE the logits do (docs/width-scaling.md §2 and §3).
+# cross-entropy a layer changes as much at any width, with MSE the logits do (docs/guide/width-scaling.md §2 and §3).
 CHANGES = {
     "cross_entropy": {"input": (0.0, 0.5), "hidden": (0.0, 0.5), "output": (0.5, 0.5), "vector": (0.0, 0.5)},
     "mse": {"input": (-0.5, 0.0), "hidden": (-0.5, 0.0), "output": (0.0, 0.0), "vector": (-0.5, 0.0)},

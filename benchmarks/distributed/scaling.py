@@ -2,10 +2,10 @@
 
     python -m benchmarks.distributed.scaling
 
-prints the tables of docs/scaling.md. The model: a message of n bytes is `latency` + n / `bandwidth` on its way; a rank
-sends one message at a time and receives one at a time, both at once, and each holds its port for n / `bandwidth`. An
-algorithm is a list of rounds; `simulate` sends their messages one by one on a clock per rank, and the closed forms give
-the same where nothing is late. Numbers of ranks and of nodes are powers of two, but for the ring.
+prints the tables of docs/guide/scaling.md. The model: a message of n bytes is `latency` + n / `bandwidth` on its way; a
+rank sends one message at a time and receives one at a time, both at once, and each holds its port for n / `bandwidth`.
+An algorithm is a list of rounds; `simulate` sends their messages one by one on a clock per rank, and the closed forms
+give the same where nothing is late. Numbers of ranks and of nodes are powers of two, but for the ring.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def predicted(report: dict[str, Any], ranks: int, size: float) -> float:
 
 
 def tables(report: dict[str, Any]) -> dict[str, str]:
-    """The tables of docs/scaling.md, in Markdown, by name."""
+    """The tables of docs/guide/scaling.md, in Markdown, by name."""
     return {
         "steps": _steps(report),
         "gloo": _gloo(report),
@@ -387,7 +387,7 @@ def _percent(share: float) -> str:
 
 
 def main() -> None:
-    """Print the tables of docs/scaling.md, from the committed result of benchmarks/distributed/all_reduce.py.
+    """Print the tables of docs/guide/scaling.md, from the committed result of benchmarks/distributed/all_reduce.py.
 
     Example: python -m benchmarks.distributed.scaling
     """

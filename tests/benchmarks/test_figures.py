@@ -26,7 +26,7 @@ def pixels(path: Path) -> np.ndarray:
 def test_every_image_that_is_shown_has_an_entry_and_its_results_are_committed() -> None:
     shown = [
         (page, target)
-        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md"))
+        for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md"))
         for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
         if not target.startswith("http")
     ]

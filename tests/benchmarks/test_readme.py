@@ -28,7 +28,7 @@ def test_commands_are_modules() -> None:
     pages = [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
-        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
         FOLDER / "README.md",
     ]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)

@@ -339,7 +339,7 @@ def test_zero_without_a_rule(two_ranks: Ranks) -> None:
 
 
 def run_the_documented_lines() -> int:
-    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "guide" / "distributed.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     namespace: dict[str, Any] = {"model": ln_mlp(), "images": torch.randn(8, 8), "fully_shard": fully_shard}
     exec(block, namespace)

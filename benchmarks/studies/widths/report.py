@@ -50,7 +50,7 @@ def _widths(settings: dict[str, Any]) -> list[str]:
 def _lr_table(settings: dict[str, Any], key: str, title: str) -> Table:
     caption = (
         "exponent: of the width, over seeds, 95 % interval; * at the end of its grid, left out of the exponent; "
-        "theory: of the largest stable one, docs/width-scaling.md"
+        "theory: of the largest stable one, docs/guide/width-scaling.md"
     )
     columns = ["setting", *_widths(settings), "exponent", "theory"]
     table = table_of(f"{title}, by width", *columns, caption=caption, wrap=True)

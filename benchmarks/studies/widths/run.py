@@ -1,5 +1,5 @@
-"""Width scaling (source C of docs/width-scaling.md): how do the largest stable and the best learning rate move with the
-width of a net in standard parameterization, and does one tuned on a narrow net serve a wide one?
+"""Width scaling (source C of docs/guide/width-scaling.md): how do the largest stable and the best learning rate move
+with the width of a net in standard parameterization, and does one tuned on a narrow net serve a wide one?
 
 Short runs of plain MLPs at a constant learning rate; what is asked is an exponent, not an accuracy. Pilot runs find
 where training breaks, for each width on its own; a grid in factors of 2 around that is judged on validation images;

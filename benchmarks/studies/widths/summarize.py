@@ -21,7 +21,7 @@ GROWTH = (
 EXPONENT = 0.2  # of the width, beyond which a norm counts as growing with it
 MIN_WIDTHS = 3  # for an exponent
 
-# Exponent of the largest stable global learning rate, docs/width-scaling.md §4; with scaled groups it is 0.
+# Exponent of the largest stable global learning rate, docs/guide/width-scaling.md §4; with scaled groups it is 0.
 PREDICTED = {
     ("sgd", "cross_entropy"): -0.5,
     ("sgd", "mse"): -1.0,

@@ -1,4 +1,4 @@
-"""The paper model of the all-reduce against hand counts, its simulation, and the tables of docs/scaling.md."""
+"""The paper model of the all-reduce against hand counts, its simulation, and the tables of docs/guide/scaling.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 from benchmarks.distributed import scaling
 from benchmarks.distributed.scaling import ALGORITHMS, Cluster, Decoder, Link, Round, simulate
 
-DOC = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text(encoding="utf-8")
+DOC = (Path(__file__).parents[3] / "docs" / "guide" / "scaling.md").read_text(encoding="utf-8")
 PROSE = " ".join(DOC.split())
 REPORT = json.loads(scaling.RESULT.read_text())
 SLOW, FAST = Link(5e-6, 5e9), Link(1e-6, 1e11)
@@ -162,7 +162,7 @@ def test_constants_of_a_link_give_back_the_line() -> None:
 def test_the_page_has_the_tables() -> None:
     for name, table in scaling.tables(REPORT).items():
         assert table in DOC, (
-            f"table {name} of docs/scaling.md is not what python -m benchmarks.distributed.scaling prints"
+            f"table {name} of docs/guide/scaling.md is not what python -m benchmarks.distributed.scaling prints"
         )
 
 

@@ -1,0 +1,79 @@
+"""What mkdocs does for this site beside its plugins.
+
+- Pages that lie outside of docs/ (`PAGES`) are shown as they are.
+- A link to another file of the repository leads to a copy of it in the site, under source/ (Markdown belongs into
+  `PAGES`).
+- Formulas ($…$ and ```math, as GitHub shows them) become MathML, which browsers show without a script.
+"""
+
+from __future__ import annotations
+
+import html
+import posixpath
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {  # the page on the site: the file of the repository
+    "development/contributing.md": "CONTRIBUTING.md",
+    "development/architecture.md": "ARCHITECTURE.md",
+    "development/benchmarks.md": "benchmarks/README.md",
+    "development/kernels.md": "kernels/README.md",
+    "development/emulation.md": "tests/emulation/README.md",
+    "development/changelog.md": "CHANGELOG.md",
+}
+PAGE_OF = {source: page for page, source in PAGES.items()} | {"README.md": "index.md"}
+FENCE = re.compile(r"(^[ ]*```.*?^[ ]*```[ ]*$)", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
+FORMULA = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</(?P=tag)>',
+    re.DOTALL,
+)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add `PAGES`."""
+    for page, source in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Mend links that lead out of docs/."""
+    here = page.file.src_uri
+    folder = posixpath.dirname(PAGES.get(here, f"docs/{here}"))
+
+    def on_site(match: re.Match[str]) -> str:
+        source = posixpath.normpath(posixpath.join(folder, match[1]))
+        if source.startswith("docs/"):
+            target = source.removeprefix("docs/")
+        elif source in PAGE_OF:
+            target = PAGE_OF[source]
+        elif (ROOT / source).is_file() and not source.endswith(".md"):
+            target = f"source/{source}"
+            if files.get_file_from_path(target) is None:
+                files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
+        else:
+            return match[0]  # which mkdocs reports
+        return posixpath.relpath(target, posixpath.dirname(here) or ".") + (match[2] or "")
+
+    parts = FENCE.split(markdown)
+    parts[::2] = [LINK.sub(on_site, text) for text in parts[::2]]
+    return "".join(parts)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Write formulas in MathML."""
+    return FORMULA.sub(mathml, html)
+
+
+def mathml(match: re.Match[str]) -> str:
+    """A formula that arithmatex has found."""
+    if match["block"] is not None:
+        return convert(html.unescape(match["block"]), display="block")
+    return convert(html.unescape(match["inline"]))
