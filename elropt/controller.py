@@ -40,7 +40,7 @@ from .rules import (
 )
 from .sharding import check_placement, is_zero, local, reductions, shard_of
 
-__all__ = ["RADIUS", "Controller", "control", "turn"]
+__all__ = ["RADIUS", "Controller", "control", "controller_of", "turn"]
 
 RADIUS = "control_radius"  # in `optimizer.state[p]`
 BEHIND_ANY = [name for name, spec in RULES.items() if spec.decide_update and not spec.settles]
@@ -125,11 +125,16 @@ def control(
             f"{', '.join(map(repr, RULES[rule].granularities))}"
         )
     holder = _holder(base)
-    if any(isinstance(getattr(hook, "__self__", None), Controller) for hook in _hooks(base, holder)):
+    if _controller_among(_hooks(base, holder)) is not None:
         raise ValueError(
             "this optimizer is controlled already: keep what control returned, and call its remove() first"
         )
     return Controller(base, holder, rule, granularity, check_tracked(holder, tracked) or frozenset())
+
+
+def controller_of(optimizer: Optimizer) -> Controller | None:
+    """The control that acts on the steps of an optimizer, if any."""
+    return _controller_among(optimizer._optimizer_step_pre_hooks.values())
 
 
 class Controller:
@@ -538,6 +543,11 @@ def _holder(optimizer: Optimizer) -> Optimizer:
             "torch.optim.Optimizer: pass the optimizer in it"
         )
     return found
+
+
+def _controller_among(hooks: Iterable[object]) -> Controller | None:
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((owner for owner in owners if isinstance(owner, Controller)), None)
 
 
 def _hooks(optimizer: Optimizer, holder: Optimizer) -> list[Any]:

@@ -31,6 +31,7 @@ __all__ = [
     "effective_lrs",
     "last_records",
     "layer_stats",
+    "parameter_names",
     "record_next_step",
     "table_of",
 ]
@@ -236,7 +237,7 @@ def check_tracked(optimizer: Optimizer, tracked: Tracked) -> frozenset[Tensor] |
             "tracked is for other optimizers: an ELRSGD says itself what it tracks; give it the groups of "
             "elropt.param_groups, or groups with the key scale_invariant"
         )
-    names = _parameter_names(optimizer)
+    names = parameter_names(optimizer)
     by_name = {name: p for p, name in names.items()}
     if isinstance(tracked, Mapping):
         wanted = [str(name) for name, kind in tracked.items() if kind]
@@ -281,7 +282,7 @@ def table_of(
     matrices = [torch.cat([_as_matrix(record).double(), _changes(record, changes)]) for record in records]
     columns = torch.cat([matrix.to(device) for matrix in matrices], dim=1).cpu().numpy().T
     has_elr = isinstance(optimizer, ELRSGD | torch.optim.SGD)
-    names = _row_names(records, _parameter_names(optimizer))
+    names = _row_names(records, parameter_names(optimizer))
     return LayerTable(
         [
             _row(name, column, has_elr, None if tracked is None else p in tracked)
@@ -333,7 +334,7 @@ def _row(name: str, column: np.ndarray, has_elr: bool, tracked: bool | None) -> 
     return LayerRow(name, bool(tests > 0) if tracked is None else tracked, *map(float, values))
 
 
-def _parameter_names(optimizer: Optimizer) -> dict[Tensor, str]:
+def parameter_names(optimizer: Optimizer) -> dict[Tensor, str]:
     """A different name for every parameter. Of several with the same name the first keeps it, also when groups are
     added later."""
     names: dict[Tensor, str] = {}

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import distributed
 
 from ._json import to_json
+from ._optimizer_options import describe_optimizer
 from ._step_watch import StepWatch, watch_of
 from ._unwrap import type_name, unwrap
 from .layer_table import LayerTable, Tracked, check_tracked, last_records, table_of
@@ -36,8 +37,9 @@ class Recorder:
     it is replayed, nothing is recorded. With a closure, gradients are those of its first evaluation.
 
     Each record is one line of JSON: ``{"step", "elr_spread", "log_elr_std", "angle_spread", "layers":
-    {name: {column: value}}}``. If a killed run has left half a line
-    at the end of the file, the next record starts on a new line.
+    {name: {column: value}}}``. The first record, and each one after a change, also has ``"optimizer"``: the class, and
+    the options of the param groups with the names of their parameters, see `describe_optimizer`. If a killed run has
+    left half a line at the end of the file, the next record starts on a new line.
 
     A failure after the step (a full disk, an exception in `writer` or `on_record`) does not stop the training: that
     record is lost there, and a RuntimeWarning says so: one for the file, one for `writer`, one for `on_record`.
@@ -97,6 +99,7 @@ class Recorder:
         self.step = first_step
         self.writer = writer
         self.on_record = on_record
+        self._described: dict[str, Any] = {}  # what the file says of the optimizer
         self._failed: set[str] = set()
         if _is_first_rank():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,18 +119,20 @@ class Recorder:
                     raise failure
                 records = last_records(optimizer) if watch_of(optimizer).record is not None else []
                 if records and _is_first_rank():
-                    self._write(table_of(optimizer, records, self._tracked))
+                    self._write(table_of(optimizer, records, self._tracked), describe_optimizer(optimizer))
         self.step += 1
 
-    def _write(self, table: LayerTable) -> None:
+    def _write(self, table: LayerTable, described: dict[str, Any]) -> None:
         scalars = {name: getattr(table, name) for name in ("elr_spread", "log_elr_std", "angle_spread")}
         layers = {row.name: {k: v for k, v in vars(row).items() if k != "name"} for row in table}
-        record = to_json({"step": self.step, **scalars, "layers": layers})
+        changed = {} if described == self._described else {"optimizer": described}
+        record = to_json({"step": self.step, **scalars, **changed, "layers": layers})
         scalars |= {
             f"{column}/{row.name}": getattr(row, column) for row in table for column in ("elr", "angle")
         }
         with self._going_on(f"write {self.path}"):
             _append_line(self.path, json.dumps(record, allow_nan=False))
+            self._described = described
         if self.writer is not None:
             with self._going_on("use its writer"):
                 for tag, value in scalars.items():
@@ -166,7 +171,9 @@ class Recorder:
         return {"path": self.path, "every": self.every, "step": self.step}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, writer=None, on_record=None, _failed=set(), _watch=None, _tracked=None)
+        self.__dict__.update(
+            state, writer=None, on_record=None, _failed=set(), _watch=None, _tracked=None, _described={}
+        )
 
 
 def _is_first_rank() -> bool:

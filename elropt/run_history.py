@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,40 @@ from .weight_change import CHANGES
 
 __all__ = ["RunHistory", "read_run"]
 
+COLUMNS = ("lr", "weight_norm", "grad_norm", "radial_cosine", "grad_factor", "weight_factor")
+
+
+def _absent() -> NDArray[np.float64]:
+    return np.zeros((0, 0))
+
 
 @dataclasses.dataclass(frozen=True)
 class RunHistory:
-    """What a `Recorder` wrote about the tracked layers during one run. What was not recorded is NaN.
+    """What a `Recorder` wrote about the layers during one run. What was not recorded is NaN.
 
     Attributes:
         steps: [T], increasing.
-        names: names of the L layers. A layer counts if it is tracked in every record that has it.
+        names: names of the L layers. A layer is tracked if it is so in every record that has it.
         elr: applied effective learning rates, [T, L]. NaN for other optimizers than ELRSGD and `torch.optim.SGD`.
         applied_lr: lr·grad_factor of each layer, [T, L].
-        elr_spread: max / min of `elr` over those layers, [T].
+        elr_spread: max / min of `elr` over the tracked layers, [T].
         notes: which parts of the file were left out, in words.
         angle: angles that the steps turned the layers by, in radians, [T, L].
         relative_update: ‖w' − w‖/‖w‖, [T, L].
         radial_update: ‖w'‖/‖w‖ − 1, [T, L].
 
-    The last three are None for a file of an elropt that did not record them.
+        tracked: which layers are tracked, [L].
+        lr: λ of each layer as applied, [T, L].
+        weight_norm, grad_norm: ‖w‖ before the step and ‖g‖, [T, L].
+        radial_cosine: cos(w, g), [T, L].
+        grad_factor, weight_factor: the s and a of a rule, [T, L]; 1 without one.
+        weight_decay: ω of each layer's param group, [T, L].
+        optimizer: the class, such as "torch.optim.adamw.AdamW".
+        control: the rule of `elropt.control`, None without.
+        options: [T][L] the options of each layer's param group, such as "momentum", "betas" and "rule".
+
+    `angle`, `relative_update` and `radial_update` are None for a file of an elropt that did not record them, and
+    `optimizer` is "", `options` empty for one that did not describe the optimizer.
     """
 
     steps: NDArray[np.int64]
@@ -43,17 +61,29 @@ class RunHistory:
     angle: NDArray[np.float64] | None = None
     relative_update: NDArray[np.float64] | None = None
     radial_update: NDArray[np.float64] | None = None
+    tracked: NDArray[np.bool_] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    lr: NDArray[np.float64] = dataclasses.field(default_factory=_absent)
+    weight_norm: NDArray[np.float64] = dataclasses.field(default_factory=_absent)
+    grad_norm: NDArray[np.float64] = dataclasses.field(default_factory=_absent)
+    radial_cosine: NDArray[np.float64] = dataclasses.field(default_factory=_absent)
+    grad_factor: NDArray[np.float64] = dataclasses.field(default_factory=_absent)
+    weight_factor: NDArray[np.float64] = dataclasses.field(default_factory=_absent)
+    weight_decay: NDArray[np.float64] = dataclasses.field(default_factory=_absent)
+    optimizer: str = ""
+    control: str | None = None
+    options: Sequence[Sequence[Mapping[str, Any]]] = ()
 
 
-def read_run(path: str | Path) -> RunHistory:
-    """Read the JSONL file of a `Recorder`.
+def read_run(path: str | Path, *, all_layers: bool = False) -> RunHistory:
+    """Read the JSONL file of a `Recorder`: the tracked layers, or all that it holds.
 
     A line that is cut off, because the run was killed, is skipped with a note. A Recorder appends, so a file may hold
     several runs: one begins where the step number does not grow. The last run is returned, with a note.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no complete record, or something else, or no layer that is tracked.
+        ValueError: it holds no complete record, or something else, or no layer that is tracked (with
+            `all_layers`: no layer at all).
     """
     records, notes = _parse_records(Path(path))
     starts = [0] + [i for i in range(1, len(records)) if records[i]["step"] <= records[i - 1]["step"]]
@@ -65,22 +95,61 @@ def read_run(path: str | Path) -> RunHistory:
     for record in records:
         for name, layer in record["layers"].items():
             tracked[name] = tracked.get(name, True) and layer["tracked"]
-    names = [name for name, always in tracked.items() if always]
-    if not names:
+    names = [name for name, always in tracked.items() if always or all_layers]
+    if not names and not all_layers:
         raise ValueError(
             f"{path} has no layer that was tracked throughout: give the optimizer the groups of "
             "elropt.param_groups, and see `elropt inspect` for which weights are scale-invariant"
         )
+    if not names:
+        raise ValueError(f"{path} has no layer: only weights of two or more dimensions are recorded")
+    is_tracked = np.array([tracked[name] for name in names])
     elr = _column(records, names, "elr")
-    applied_lr = _column(records, names, "lr") * _column(records, names, "grad_factor")
     elr[~(elr > 0)] = np.nan
-    has_elr = ~np.isnan(elr).all(axis=1)
+    counts = np.where(is_tracked, elr, np.nan)
+    has_elr = ~np.isnan(counts).all(axis=1)
     spread = np.full(len(records), np.nan)
-    spread[has_elr] = np.nanmax(elr[has_elr], axis=1) / np.nanmin(elr[has_elr], axis=1)
-    steps = np.array([record["step"] for record in records])
+    spread[has_elr] = np.nanmax(counts[has_elr], axis=1) / np.nanmin(counts[has_elr], axis=1)
+    columns = {key: _column(records, names, key) for key in COLUMNS}
     has_changes = any("angle" in layer for record in records for layer in record["layers"].values())
-    changes = [_column(records, names, key) if has_changes else None for key in CHANGES]
-    return RunHistory(steps, names, elr, applied_lr, spread, notes, *changes)
+    described = _descriptions(records)
+    options = [_options_of(names, description) for description in described]
+    decay = [[_number(of_layer.get("weight_decay")) for of_layer in of_record] for of_record in options]
+    return RunHistory(
+        steps=np.array([record["step"] for record in records]),
+        names=names,
+        elr=elr,
+        applied_lr=columns["lr"] * columns["grad_factor"],
+        elr_spread=spread,
+        notes=notes,
+        **{key: _column(records, names, key) if has_changes else None for key in CHANGES},
+        tracked=is_tracked,
+        **columns,
+        weight_decay=np.array(decay, dtype=np.float64),
+        optimizer=described[-1].get("class", ""),
+        control=described[-1].get("control"),
+        options=options if any(described) else (),
+    )
+
+
+def _descriptions(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each record says of the optimizer, or the last one before it that did; {} where none has."""
+    described, last = [], {}
+    for record in records:
+        last = record.get("optimizer", last)
+        described.append(last)
+    return described
+
+
+def _options_of(names: list[str], description: dict[str, Any]) -> list[dict[str, Any]]:
+    """[L] the options of each layer's param group. The rows of a layer's filters are named "layer[index]"."""
+    groups = {name: group for group in description.get("groups", []) for name in group["layers"]}
+    found = [groups.get(name) or groups.get(name.rsplit("[", 1)[0], {}) for name in names]
+    return [{key: value for key, value in group.items() if key != "layers"} for group in found]
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else np.nan
 
 
 def _column(records: list[dict[str, Any]], names: list[str], key: str) -> NDArray[np.float64]:
@@ -129,7 +198,13 @@ _EXPECTED = (
 def _is_record(record: object) -> bool:
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         return False
-    layers = record.get("layers")
+    layers, described = record.get("layers"), record.get("optimizer", {"groups": []})
+    if not (isinstance(described, dict) and isinstance(described.get("groups"), list)):
+        return False
+    if not all(
+        isinstance(group, dict) and isinstance(group.get("layers"), list) for group in described["groups"]
+    ):
+        return False
     return isinstance(layers, dict) and all(
         isinstance(layer, dict)
         and isinstance(layer.get("tracked"), bool)
@@ -137,6 +212,6 @@ def _is_record(record: object) -> bool:
             key in layer and isinstance(layer[key], int | float | None)
             for key in ("elr", "lr", "grad_factor")
         )
-        and all(isinstance(layer.get(key), int | float | None) for key in CHANGES)
+        and all(isinstance(layer.get(key), int | float | None) for key in (*CHANGES, *COLUMNS))
         for layer in layers.values()
     )

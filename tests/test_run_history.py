@@ -50,6 +50,69 @@ def test_a_recorded_run_is_read_as_it_was_written(recorded: Path) -> None:
     assert (history.angle > 0).all()  # type: ignore[operator]
 
 
+def test_norms_and_options_are_read_of_every_layer(tmp_path: Path) -> None:
+    recorded = tmp_path / "run.jsonl"
+    model = bn_mlp(depth=3)
+    optimizer = ELRSGD(model.named_parameters(), lr=0.5, momentum=0.9, weight_decay=0.25)
+    with Recorder(optimizer, recorded, every=2):
+        train(model, optimizer, range(6))
+    history = read_run(recorded, all_layers=True)
+    records = [json.loads(line) for line in recorded.read_text().splitlines()]
+
+    assert ["optimizer" in record for record in records] == [True, False, False]  # only where it changes
+    assert history.optimizer == "elropt.optimizer.ELRSGD"
+    assert history.control is None
+    head = history.names.index("9.weight")
+    assert history.tracked.tolist() == [name != "9.weight" for name in history.names]
+    for t, written in enumerate(records):
+        for column in ("lr", "weight_norm", "grad_norm", "grad_factor", "weight_factor"):
+            expected = [written["layers"][name][column] for name in history.names]
+            np.testing.assert_array_equal(getattr(history, column)[t], np.array(expected, dtype=float))
+    assert history.options[2][0]["rule"] == "warmup"
+    assert history.options[2][head]["momentum"] == 0.9
+    np.testing.assert_array_equal(history.weight_decay, np.full((3, 4), 0.25))
+
+
+def test_options_are_those_of_each_record(tmp_path: Path) -> None:
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    bias = torch.nn.Parameter(torch.ones(2))
+    groups = [{"params": [("w", p)], "weight_decay": 0.25}, {"params": [("b", bias)]}]
+    optimizer = torch.optim.AdamW(groups, betas=(torch.tensor(0.5), 0.75), lr=torch.tensor(0.5))
+    with Recorder(optimizer, tmp_path / "run.jsonl", every=1):
+        for step in range(4):
+            p.grad = torch.ones(2, 2)
+            if step == 2:
+                groups = optimizer.param_groups
+                groups[0]["weight_decay"], groups[0]["lr"], groups[1]["eps"] = 0.5, 0.125, math.nan
+            optimizer.step()
+
+    lines = (tmp_path / "run.jsonl").read_text().splitlines()
+    assert ["optimizer" in json.loads(line) for line in lines] == [True, False, True, False]
+    history = read_run(tmp_path / "run.jsonl", all_layers=True)
+    assert history.weight_decay.ravel().tolist() == [0.25, 0.25, 0.5, 0.5]
+    assert history.lr.ravel().tolist() == [0.5, 0.5, 0.125, 0.125]
+    assert history.options[0][0]["betas"] == [0.5, 0.75]
+    assert history.options[3][0]["decoupled_weight_decay"] is True
+    assert not {"params", "lr", "layers"} & set(history.options[0][0])
+
+
+def test_of_files_that_do_not_describe_the_optimizer_the_rest_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text(record(0, a={}, b={"tracked": False, "weight_norm": 2.0}))
+    history = read_run(path, all_layers=True)
+    assert (history.names, history.tracked.tolist()) == (["a", "b"], [True, False])
+    assert (history.optimizer, history.options) == ("", ())
+    np.testing.assert_array_equal(history.weight_norm, [[math.nan, 2.0]])
+    np.testing.assert_array_equal(history.weight_decay, [[math.nan] * 2])
+    assert read_run(path).names == ["a"]
+
+    path.write_text(record(0, a={"tracked": False}))
+    assert read_run(path, all_layers=True).names == ["a"]
+    path.write_text(json.dumps({"step": 0, "layers": {}}))
+    with pytest.raises(ValueError, match="no layer: only weights"):
+        read_run(path, all_layers=True)
+
+
 def test_files_without_angles_are_read_and_gaps_are_nan(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text(record(0, a={}) + record(1, a={}))
@@ -126,6 +189,9 @@ def test_of_several_runs_in_a_file_the_last_is_read(tmp_path: Path) -> None:
         (b'{"step": 0, "layers": {"a": {"elr": 1}}}\n', "line 1: not a record"),
         (b'{"step": 0, "layers": {"a": 3}}\n', "line 1: not a record"),
         (b"\x89PNG\r\n\x1a\n\xff", "is not a text file"),
+        (b'{"step": 0, "optimizer": 3, "layers": {}}\n', "line 1: not a record"),
+        (b'{"step": 0, "optimizer": {"groups": [{}]}, "layers": {}}\n', "line 1: not a record"),
+        (record(0, a={"weight_norm": "long"}).encode(), "line 1: not a record"),
         (record(0, a={"tracked": False}).encode(), "no layer that was tracked"),
     ],
 )
