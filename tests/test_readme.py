@@ -1,34 +1,40 @@
-"""The README's Python blocks run, in order and in one namespace, and the names that it promises exist."""
+"""README.md: its code runs, its figures are those of the result files, what it names exists, and it is short."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from tests.docs_code import ROOT, run_page
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop trains, and the recorder writes what AdamW does to the layer that is scale-invariant."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) >= 3
-    namespace: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    model, optimizer = namespace["model"], namespace["optimizer"]
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.randn(8, 3, 32, 32)).square().mean().backward()
-        optimizer.step()
-    assert namespace["effective_lrs"](optimizer)["0.weight"] == pytest.approx(0.003, rel=1e-3)
-    namespace["recorder"].close()
-    assert (tmp_path / "runs" / "elr.jsonl").read_text().count("\n") == 1
+    torch.manual_seed(0)
+    names = run_page("README.md", tmp_path)
+    assert float(names["loss"].detach()) < 0.01  # ln 2 at the start
+    loss = torch.nn.functional.cross_entropy(names["model"](names["images"]), names["labels"])
+    loss.backward()
+    names["adamw"].step()
+    names["recorder"].close()
+    (line,) = (tmp_path / "runs" / "elr.jsonl").read_text(encoding="utf-8").splitlines()
+    layers = json.loads(line)["layers"]
+    assert [name for name, layer in layers.items() if layer["tracked"]] == ["0.weight"]
+    assert layers["0.weight"]["angle"] > 0
+
+
+def test_the_loop_has_twelve_lines() -> None:
+    block = re.findall(r"```python\n(.*?)```", README, flags=re.S)[0]
+    assert len([line for line in block.splitlines() if line and not line.startswith("#")]) <= 12
 
 
 def test_the_swap_is_one_line() -> None:
@@ -38,6 +44,13 @@ def test_the_swap_is_one_line() -> None:
     assert old is not None
     assert new is not None
     assert old[1] == new[1]
+
+
+def test_it_is_short() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    assert [line for line in lines if len(line) > 110] == []
+    assert len(README.split()) <= 900
 
 
 def test_links_and_images_exist() -> None:
@@ -50,3 +63,35 @@ def test_make_targets_exist() -> None:
     for target in set(re.findall(r"^make (?!PYTHON)(\w+)", README, flags=re.M)):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+METHODS = {
+    "SGD": "sgd",
+    "SGD + linear warm-up": "sgd+linear",
+    "AdamW": "adamw",
+    "AdamW + linear warm-up": "adamw+linear",
+    "Muon": "muon",
+    "Muon + linear warm-up": "muon+linear",
+    'ELRSGD "warmup" (default)': "warmup",
+    'ELRSGD "uniform"': "uniform",
+    'ELRSGD "angle"': "angle",
+    'ELRSGD "sphere"': "sphere",
+}
+
+
+def test_accuracies_are_those_of_the_result_file() -> None:
+    result = json.loads((RESULTS / "accuracy-digits.json").read_text(encoding="utf-8"))
+    tables = [table for task in ("bn-mlp-30", "plain-8") for table in tables_of(result, task)]
+    rows = dict(re.findall(r"^\| (.*?) \| (\d.* \|) *$", README, flags=re.M))
+    shown = {method: rows[name] for name, method in METHODS.items()}
+    for method, cells in shown.items():
+        intervals = [table[method]["test_accuracy"] for table in tables]
+        assert cells == " ".join(f"{i['mean']:.1f} [{i['low']:.1f}, {i['high']:.1f}] |" for i in intervals)
+        assert {i["n"] for i in intervals} == {5}
+    env = result["env"]
+    for text in (f"torch {env['torch'].split('+')[0]}", env["date"][:10], env["cpu"], "5 fresh seeds"):
+        assert text in README
+
+
+def tables_of(result: dict, task: str) -> list[dict]:
+    return [table for name, table in result["summary"].items() if name.startswith(task)]

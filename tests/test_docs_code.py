@@ -1,0 +1,129 @@
+"""The code of the documentation runs, and does what the text beside it says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from elropt.run_history import read_run
+from tests.docs_code import ROOT, run_page
+
+Run = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a page in an empty folder, whose modules can be imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(0)
+    return lambda page: run_page(page, tmp_path)
+
+
+def test_index(run: Run) -> None:
+    names = run("docs/index.md")
+    answers = names["elropt"].explain_scale_invariance(names["model"], names["inputs"])
+    assert answers["3.weight"].reason == "only jointly with '3.bias'"
+    names["adamw"].step()
+    turned = names["elropt"].layer_stats(names["adamw"])
+    assert turned.rows
+
+
+def test_start(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("docs/start.md")
+    assert "elr_spread" in capsys.readouterr().out
+    history = read_run("runs/elr.jsonl")
+    assert np.allclose(history.elr_spread[history.steps <= 20], 1, atol=1e-3)  # one line while "warmup" acts
+    assert 1.01 < history.elr_spread[-1] < 3  # then plain SGD
+    assert Path("elr.png").stat().st_size > 0
+
+
+def test_rules(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("docs/guide/rules.md")
+    assert float(capsys.readouterr().out.strip("[]\n ")) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_groups(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("docs/guide/groups.md")
+    out = capsys.readouterr().out
+    assert "scale_invariant True 0.0005 ['0.weight']" in out
+    assert "3.weight: only jointly with '3.bias'" in out
+    assert "'sum.weight': None, 'branch.weight': 'tensor'" in out
+    assert list(names["factors"]) == ["0.weight"]
+
+
+def test_a_group_keeps_its_own_weight_decay(run: Run) -> None:
+    """What docs/guide/groups.md warns of."""
+    names = run("docs/guide/groups.md")
+    groups = names["elropt"].param_groups(names["model"], names["images"])
+    optimizer = names["elropt"].ELRSGD(groups, lr=0.1, weight_decay=5e-4)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0, 0]
+
+
+def test_learning_rates(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("docs/guide/learning-rates.md")
+    equilibrium, critical, muon, adamw = re.findall(r"\d\.\d+", capsys.readouterr().out)
+    assert float(equilibrium) == pytest.approx(0.00725, abs=5e-6)
+    assert float(critical) == pytest.approx((3.15 * 0.127) ** -0.5)
+    assert 0.014 < float(muon) < 0.017  # of lr 0.01
+    assert float(adamw) == pytest.approx(1e-3 * (3 * 512) ** 0.5, rel=0.02)
+    optimizer = names["optimizer"]  # after half of a cosine
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    names["model"](names["inputs"]).square().mean().backward()
+    optimizer.step()
+    assert names["elropt"].effective_lrs(optimizer)["0.weight"] == pytest.approx(0.0015, rel=1e-3)
+
+
+@pytest.mark.parametrize(("m", "n"), [(64, 32), (128, 1024)])
+def test_how_far_other_optimizers_turn_a_layer(m: int, n: int) -> None:
+    """The table of docs/guide/learning-rates.md."""
+    torch.manual_seed(0)
+    start = torch.nn.Linear(n, m, bias=False).weight.detach()
+    gradient = torch.randn(m, n)
+    for make, expected, accuracy in (
+        (lambda p: torch.optim.Muon(p, lr=0.01, weight_decay=0), 0.015, 0.1),
+        (
+            lambda p: torch.optim.Muon(p, lr=0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+            0.003 * n**0.5,
+            0.1,
+        ),
+        (lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0), 1e-3 * (3 * n) ** 0.5, 0.02),
+    ):
+        weight = torch.nn.Parameter(start.clone())
+        weight.grad = gradient.clone()
+        make([weight]).step()
+        turned = float((weight.detach() - start).norm() / start.norm())
+        assert turned == pytest.approx(expected, rel=accuracy)
+
+
+def test_watching(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("docs/guide/watching.md")
+    assert re.search(r"step 0: 0\.weight turned by 0\.\d+ rad", capsys.readouterr().out)
+    assert Path("adamw.png").stat().st_size > 0
+
+
+def test_checkpoints(run: Run) -> None:
+    names = run("docs/guide/checkpoints.md")
+    assert names["optimizer"].state_dict()["state"]
+
+
+ELSEWHERE = {
+    "docs/guide/distributed.md": "tests/distributed/test_training.py",
+    "docs/guide/control.md": "tests/test_control.py",
+    "docs/guide/frameworks.md": "tests/frameworks",
+}
+
+
+def test_every_page_with_code_is_run() -> None:
+    """By a test here, or by one that is named above."""
+    here = (ROOT / "tests" / "test_docs_code.py").read_text(encoding="utf-8")
+    for path in (*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guide").glob("*.md")):
+        page = path.relative_to(ROOT).as_posix()
+        if "```python" in path.read_text(encoding="utf-8"):
+            assert f'run("{page}")' in here or (ROOT / ELSEWHERE.get(page, page + "?")).exists(), page
