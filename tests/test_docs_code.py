@@ -113,6 +113,14 @@ def test_checkpoints(run: Run) -> None:
     assert names["optimizer"].state_dict()["state"]
 
 
+def test_width_scaling(run: Run) -> None:
+    """Exponents of the row "angle" of the page: 0 for the input layer, −1/2 for hidden ones; twice the width."""
+    names = run("docs/guide/width-scaling.md")
+    lrs = {group["name"]: group["lr"] for group in names["optimizer"].param_groups}
+    assert lrs["input"] == pytest.approx(0.01)
+    assert lrs["hidden"] == pytest.approx(0.01 / 2**0.5)
+
+
 ELSEWHERE = {
     "docs/guide/distributed.md": "tests/distributed/test_training.py",
     "docs/guide/control.md": "tests/test_control.py",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,9 @@ NAMES = {
     "ResNet-56 (on chip)": "resnet-56",
     "2,000 small tensors": "2000-tensors",
 }
+
+
+COLUMNS = ("elr-none", "elr-warmup", "elr-uniform", "elr-project", "torch-foreach", "timm-lars")
 
 
 def cells_of(document: str, heading: str, first: str) -> list[str]:
@@ -41,31 +43,48 @@ def test_step_times(shown: str) -> None:
     _, size, time, *ratios, of_copy = cells_of("docs/kernels.md", "12. ", shown)
     assert size == f"{base['tensors']:,}; {base['elements'] / 1e6:,.1f}"
     assert time == f"{base['graph']['us'][1]:,.1f}"
-    for cell, name in zip(ratios, ("elr-none", "elr-warmup", "elr-uniform", "elr-project"), strict=True):
+    for cell, name in zip(ratios, COLUMNS, strict=True):
         assert cell == ("–" if (workload, name) not in ROWS else ratio(workload, name))
     shares = [100 * ROWS[workload, name]["graph"]["of_copy"] for name in ("elr-none", "elr-uniform")]
     assert of_copy == ", ".join(f"{share:.0f} %" for share in shares)
 
 
-def test_readme() -> None:
-    """Every ratio of the README's table is one of the file's, of the right workload."""
-    for shown, workloads in {
-        "ResNet-50": ("resnet-50",),
-        "ViT-B/16": ("vit-b-16",),
-        "a decoder of 1.1 billion parameters; in bfloat16": ("decoder-1b", "decoder-1b-bf16"),
-        "ResNet-56, one launch": ("resnet-56",),
-    }.items():
-        _, none, rules, lars, foreach = cells_of("README.md", "Kernels", shown)
-        assert none.split("; ") == [ratio(workload, "elr-none") for workload in workloads]
-        measured = {ratio(w, name) for w, name in ROWS if w in workloads and name.startswith("elr-")}
-        assert set(re.findall(r"\d\.\d\d", rules)) <= measured
-        for cell, name in ((lars, "timm-lars"), (foreach, "torch-foreach")):
-            known = (workloads[0], name) in ROWS
-            assert (
-                float(cell) == pytest.approx(float(ratio(workloads[0], name)), abs=0.05)
-                if known
-                else cell == "–"
-            )
+CPU = json.loads((ROOT / "benchmarks" / "results" / "host-time-cpu-steps.json").read_text(encoding="utf-8"))
+CPU_CASES = {
+    "a 30-layer BN-MLP of width 128": "bn-mlp-30",
+    "ResNet-50": "resnet-50",
+    "ResNet-50, at most 4 elements each way": "resnet-50, cut down",
+}
+
+
+@pytest.mark.parametrize("shown", CPU_CASES)
+def test_steps_on_the_cpu(shown: str) -> None:
+    _, *cells = cells_of("docs/kernels.md", "13. ", shown)
+    ratios = {row["optimizer"]: row["ratio"][1] for row in CPU["rows"] if row["case"] == CPU_CASES[shown]}
+    columns = (
+        "torch-foreach",
+        "torch-fused",
+        "elr-none",
+        "elr-warmup",
+        "elr-uniform",
+        "elr-angle",
+        "elr-sphere",
+    )
+    assert cells == [f"{ratios[optimizer]:.2f}" for optimizer in columns]
+
+
+def test_many_groups_on_the_cpu() -> None:
+    path = ROOT / "benchmarks" / "results" / "host-time-cpu-groups.json"
+    ratios = {
+        row["optimizer"]: row["ratio"][1] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+    }
+    section = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split("\n## 13. ")[1]
+    assert f'"uniform" takes {ratios["elr-uniform, 1"]:.2f} times' in section
+    more = {
+        name: f"{ratios[name + ', 160'] / ratios[name + ', 1']:.2f}" for name in ("elr-none", "elr-uniform")
+    }
+    assert f"take {more['elr-none']} times the time without a rule, and {more['elr-uniform']} with" in section
+    assert f"torch's for-loop {ratios['torch-loop, 160']:.2f}" in section
 
 
 def host_cell(optimizer: str, mode: str) -> str:
