@@ -1,6 +1,7 @@
 """What mkdocs does for this site beside its plugins.
 
 - Pages that lie outside of docs/ (`PAGES`) are shown as they are.
+- The menu of the results has the pages that docs/results/index.md links to, in its order.
 - A link to another file of the repository leads to a copy of it in the site, under source/ (Markdown belongs into
   `PAGES`).
 - Formulas ($…$ and ```math, as GitHub shows them) become MathML, which browsers show without a script.
@@ -34,6 +35,15 @@ FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</(?P=tag)>',
     re.DOTALL,
 )
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Fill the menu of the results."""
+    (menu,) = (entry["Results"] for entry in config.nav if "Results" in entry)
+    index = Path(config.docs_dir, "results", "index.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\(([\w-]+\.md)\)", index)
+    menu += [f"results/{page}" for page in dict.fromkeys(linked)]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

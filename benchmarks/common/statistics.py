@@ -109,7 +109,8 @@ class UsableRange(NamedTuple):
         return self.high / self.low
 
     def __str__(self) -> str:
-        return f"{'≥ ' if self.cut_low or self.cut_high else ''}×{self.width:.2g}"
+        """As "×140", with ≥ where the grid ends it."""
+        return f"{'≥ ' if self.cut_low or self.cut_high else ''}×{float(f'{self.width:.2g}'):.12g}"
 
 
 def usable_range(curve: Curve, bar: float) -> UsableRange | None:

@@ -1,0 +1,132 @@
+"""Tables and numbers of README.md and docs/ are those of the result files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import results_pages
+from benchmarks.common.command_line import table_of
+from benchmarks.results_pages import RESULTS, ROOT, claims, fill, markdown, outdated
+
+PAGE = ROOT / "docs" / "results" / "page.md"
+
+
+def test_every_page_is_up_to_date() -> None:
+    found = [str(page.relative_to(ROOT)) for page in outdated()]
+    assert found == [], "run python -m benchmarks.results_pages"
+
+
+def test_a_number_that_was_changed_by_hand_is_found() -> None:
+    page = ROOT / "docs" / "results" / "warmup.md"
+    text = page.read_text(encoding="utf-8")
+    changed = re.sub(r"(\| warmup \| 0\.1 \| 80)\.3", r"\1.4", text)
+    assert changed != text
+    assert fill(changed, page) == text
+
+
+def test_a_value_is_that_of_the_rows() -> None:
+    rows = json.loads((RESULTS / "warmup-small.json").read_text(encoding="utf-8"))["rows"]
+    accuracies = [
+        row["accuracy"]
+        for row in rows
+        if row["spec"]["part"] == "test"
+        and row["spec"]["task"]["model"] == "plain-56-w8"
+        and row["spec"]["method"]["name"] == "warmup"
+    ]
+    assert len(accuracies) == 3
+    marker = "<!-- value: warmup-small | plain-56* / warmup / test_accuracy / mean | .2f -->"
+    filled = fill(f"It is {marker}?<!-- end --> %.", PAGE)
+    assert filled == f"It is {marker}{100 * sum(accuracies) / 3:.2f}<!-- end --> %."
+
+
+def test_a_table_says_where_it_is_from() -> None:
+    filled = fill("<!-- table: step-time-h200 | resnet-50:* | graph & of copy -->\nold\n<!-- end -->", PAGE)
+    assert "old" not in filled
+    assert "\n| optimizer | graph | of copy |\n|---|---:|---:|\n" in filled
+    assert "[step-time-h200.json](../../benchmarks/results/step-time-h200.json): NVIDIA H200; " in filled
+    assert re.search(r"torch 2\.11\S+, triton 3\.6\.0, Python 3\.12\.3; 2026-11-28\*\n", filled)
+    of_study = fill("<!-- table: control-small | resnet-20*: accuracy* -->\n<!-- end -->", ROOT / "README.md")
+    assert "[control-small.json](benchmarks/results/control-small.json): size small; " in of_study
+    assert "1 seed to choose the learning rate, 2 fresh ones; 2 cores, AMD EPYC, no GPU;" in of_study
+
+
+def test_markdown_of_a_table() -> None:
+    table = table_of(
+        "a|b", "method", "x", "y", rows=[("sgd", "0.3*", "-1.5 [-2.0, 3e-05]"), ("< 1", "–", "")]
+    )
+    assert markdown(table) == (
+        "**a\\|b**\n\n| method | x | y |\n|---|---:|---:|\n"
+        "| sgd | 0.3\\* | −1.5 [−2.0, 3e-05] |\n| \\< 1 | – |  |"
+    )
+    assert markdown(table, "y").splitlines()[2] == "| method | y |"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: nope -->\n<!-- end -->", "there is no nope.json"),
+        (
+            "<!-- table: warmup-small | nope* -->\n<!-- end -->",
+            r"'nope\*'; there are\n  bn-mlp-30-w64, digits",
+        ),
+        (
+            "<!-- table: warmup-small | *epochs | nope -->\n<!-- end -->",
+            "nope is none of the columns method &",
+        ),
+        (
+            "a <!-- value: warmup-small | nope / sgd -->1<!-- end -->",
+            "'nope' of .* fits 0 of bn-mlp-30-w64, dig",
+        ),
+        ("<!-- value: warmup-small | x -->1<!-- end --> %", "must not begin a line"),
+        ("- <!-- value: warmup-small | x -->1<!-- end --> %", "must not begin a line"),
+        ("<!-- table: warmup-small -->\n| a |", "1 markers and 0 ends"),
+        ("<!-- claims: nope -->\n<!-- end -->", "no page of docs/results is called nope"),
+    ],
+)
+def test_a_wrong_marker_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fill(text, PAGE)
+
+
+def test_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_pages, "ROOT", tmp_path)
+    folder = tmp_path / "docs" / "results"
+    folder.mkdir(parents=True)
+    head = "\n\n| claim | verdict |\n|---|---|\n"
+    (folder / "a.md").write_text(
+        f"# First?{head}| It helps | holds |\n\n## More\n\n| x | y |\n|---|---|\n| 1 | 2 |\n"
+    )
+    (folder / "b.md").write_text(
+        f"# Second{head}| It is fast | **does not hold** |\n| At size | not measured |\n"
+    )
+    rows = [
+        "| It is fast | **does not hold** | [Second](b.md) |",
+        "| At size | **not measured** | [Second](b.md) |",
+        "| It helps | **holds** | [First?](a.md) |",
+    ]
+    assert claims(["b"]).splitlines()[2:] == rows
+    (folder / "b.md").write_text(f"# Second{head}| It is fast | perhaps |\n")
+    with pytest.raises(
+        ValueError, match=r"b\.md needs a title, and below it a table of claims .*; it has perhaps"
+    ):
+        claims([])
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_pages, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "README.md"
+    page.write_text("It takes <!-- value: host-h200 | config / rounds --><!-- end --> rounds.")
+    app = typer.Typer()
+    app.command()(results_pages.main)
+    stale = CliRunner().invoke(app, ["--check"])
+    assert (stale.exit_code, "not up to date: README.md" in stale.output) == (1, True)
+    assert CliRunner().invoke(app, []).exit_code == 0
+    assert page.read_text() == "It takes <!-- value: host-h200 | config / rounds -->60<!-- end --> rounds."
+    assert CliRunner().invoke(app, ["--check"]).output == "all pages are up to date\n"
