@@ -102,8 +102,12 @@ def cooperative_kernel(
         m = tl.zeros_like(w)
     elif not KEEPS_M:  # on its way while the program waits
         m = _load(m_first, lanes, left, full, CHUNK)
-    while tl.atomic_add(scratch.gate, 0, sem="acquire") == before:
-        pass
+    opened = before
+    while opened == before:
+        opened = tl.atomic_add(scratch.gate, 0, sem="acquire")
+    if rows.handed_over is not None:
+        # Adds 0, which the compiler does not know: else it would compute the lanes before the loop, and spill them.
+        lanes += (opened == before - 1).to(tl.int32)
 
     lr = of_group(group, lrs)
     momentum = None if hypers.momenta is None else of_group(group, hypers.momenta)

@@ -17,7 +17,7 @@ from .decide import RULES, UPDATE_RULES
 from .graph_tables import GraphTables
 from .hyper_arguments import GroupArguments, GroupHyper, HyperArguments
 from .launches import LaunchKey, make_launches
-from .measure import measure_kernel
+from .measure import measure_kernel, register_limit
 from .tables import Row, refuse_upload_in_capture, triples_of, upload
 from .update import update_kernel
 
@@ -118,6 +118,8 @@ class FusedStep:
             len(self.launches) == 1
             and self.n_deciding > 0
             and self.launches[0].table.n_chunks <= max_programs(self.device)
+            # beside the sums of an update rule, wide gradients of narrow weights do not fit into registers
+            and not (rule is not None and rule.of_update and grads[0].dtype != params[0].dtype)
         )
         if self.cooperates:
             self.scratch_with_gate = self.launches[0].scratch._replace(gate=self.gate)
@@ -288,6 +290,7 @@ class FusedStep:
                     HAS_BUFFERS=rule.needs_momentum and launch.kind.has_momentum,
                     MAXIMIZE=launch.kind.maximize,
                     **launch.options,
+                    **register_limit(groups.measure),
                 )
 
     def _update(

@@ -15,10 +15,11 @@ from .args import Hypers, Rows, Scratch
 from .decide import RADIAL_TESTS, decide, memory_of
 from .tables import load_chunk, only_if, tables_for, triples_of
 
-__all__ = ["measure", "measure_kernel"]
+__all__ = ["measure", "measure_kernel", "register_limit"]
 
 PARTIALS_PER_LOAD = tl.constexpr(256)
 LOADS_PER_PASS = tl.constexpr(8)  # that are under way at the same time
+MAX_REGISTERS_WITH_DAMPENING = 80  # without a limit the compiler takes 64 and spills some of them
 
 
 def measure(
@@ -87,6 +88,11 @@ def measure(
                     **table.options,
                 )
     return sums[:n_sums]
+
+
+def register_limit(hypers: Hypers) -> dict[str, int]:
+    """The option of a launch of `measure_kernel` that limits its registers."""
+    return {} if hypers.one_minus_dampening is None else {"maxnreg": MAX_REGISTERS_WITH_DAMPENING}
 
 
 @triton.jit(do_not_specialize=["n_rows", "read_all", "read_momentum", "n_deciding"])

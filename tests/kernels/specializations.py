@@ -138,7 +138,7 @@ class Recorder:
     ) -> None:
         """Replaces the method of Triton that compiles. (Its `jit_cache_hook` would do, but in triton 3.6 it fails on a
         function among the constants.)"""
-        options = {name: getattr(all_options, name) for name in ("num_warps", "enable_fp_fusion")}
+        options = {name: getattr(all_options, name) for name in ("num_warps", "enable_fp_fusion", "maxnreg")}
         if function is cooperative.cooperative_kernel:  # the host gives these to launches on a GPU alone
             options |= {"maxnreg": cooperative.MAX_REGISTERS, "launch_cooperative_grid": True}
         source = ASTSource(function, signature, constants, attrs)
