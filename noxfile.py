@@ -3,6 +3,7 @@
     pipx run nox                              # all of it; torch downloads gigabytes of CUDA libraries
     pipx run nox -s triton -- -k pairs        # the versions of triton, only some of the tests
     pipx run nox -s "torch(version='2.15')"   # one entry
+    pipx run nox -s package -- torch==2.13.0  # wheel, sdist, git and zip in empty environments, with this torch
 
 A Python that is not there is skipped. Each environment is removed when its tests have passed.
 """
@@ -10,6 +11,7 @@ A Python that is not there is skipped. Each environment is removed when its test
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import nox
 
@@ -34,9 +36,26 @@ TESTS = [
 TOOLS = ["pytest>=8.3", "hypothesis>=6.110", "typer>=0.15", "rich>=13.7", "matplotlib>=3.9"]
 
 
+# What each extra is for, tried in an environment that has nothing else.
+EXTRAS = {
+    "": "import elropt, sys; assert 'typer' not in sys.modules and 'matplotlib' not in sys.modules",
+    "triton": "import elropt.kernels as k; assert 'triton' not in (k.why_unavailable() or ''), k.why_unavailable()",
+    "cli": "import elropt.cli, elropt.plots",
+    "tensorboard": "import torch.utils.tensorboard",
+}
+
 VERSIONS = """
 import sys, torch, triton, numpy
 print("python", sys.version.split()[0], *(f"{m.__name__} {m.__version__}" for m in (torch, triton, numpy)))
+"""
+
+
+STEP = """
+import sys, torch, elropt
+w = torch.nn.Parameter(torch.ones(2, 2))
+w.grad = w.detach().clone()
+elropt.ELRSGD([w], lr=0.1).step()
+print("python", sys.version.split()[0], "torch", torch.__version__, "elropt", elropt.__version__, elropt.__file__)
 """
 
 
@@ -71,3 +90,35 @@ def torch(session: nox.Session, version: str) -> None:
 def python(session: nox.Session) -> None:
     """A Python, with the newest of everything."""
     run(session, "torch>=2.11")
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("source", ["wheel", "sdist", "git", "zip"])
+def package(session: nox.Session, source: str) -> None:
+    """What users install, with each extra in an empty environment (sdist, git and zip: without extras)."""
+    folder = Path(session.create_tmp())
+    session.install("build")
+    session.run("python", "-m", "build", "--outdir", str(folder), ".", silent=True)
+    session.run("git", "archive", "--format=zip", f"--output={folder}/main.zip", "HEAD", external=True)
+    address = {
+        "wheel": f"elropt{{}} @ {next(folder.glob('*.whl')).resolve().as_uri()}",
+        "sdist": f"elropt{{}} @ {next(folder.glob('*.tar.gz')).resolve().as_uri()}",
+        "git": f"elropt{{}} @ git+{Path.cwd().as_uri()}@HEAD",
+        "zip": f"elropt{{}} @ {(folder / 'main.zip').resolve().as_uri()}",
+    }[source]
+    for extra, code in EXTRAS.items():
+        if extra and source != "wheel":
+            continue
+        environment = folder / f"env-{extra}"
+        session.run("python", "-m", "venv", "--clear", str(environment))
+        python = str(environment / "bin" / "python")
+        wanted = address.format(f"[{extra}]" if extra else "")
+        session.run(python, "-m", "pip", "install", "--quiet", *session.posargs, wanted, external=True)
+        with session.chdir(folder):  # not where the checkout would be imported
+            session.run(python, "-W", "error", "-c", code, external=True)
+            session.run(python, "-c", STEP, external=True)
+            if extra == "cli":
+                session.run(python, "-m", "elropt", "--version", external=True)
+                session.run(str(environment / "bin" / "elropt"), "simulate", "--e0", "10,1", external=True)
+        shutil.rmtree(environment)
+    shutil.rmtree(session.virtualenv.location)

@@ -38,4 +38,4 @@ __all__ = [
     "record_next_step",
     "width_scaled_groups",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

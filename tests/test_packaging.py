@@ -86,5 +86,5 @@ print(elropt.__version__)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON"))}
     version = run(python, "-c", code, cwd=tmp_path, env=environment).strip()
-    assert version == "0.1.0"
+    assert version == "0.2.0"
     assert f"-{version}-" in wheel.name
