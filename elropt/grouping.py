@@ -30,7 +30,7 @@ def param_groups(
     model: nn.Module,
     /,
     *inputs: Any,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     tracked_lr: float | None = None,
     exclude: Iterable[str] = (),
     outputs: Outputs | None = None,
@@ -38,8 +38,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sort a model's trainable parameters into groups for ELRSGD, or any other torch optimizer.
 
-    Returns plain dicts with the keys `name`, `params`, `param_names`, `scale_invariant` (bool) and
-    `weight_decay`; empty groups are left out:
+    Returns plain dicts with the keys `name`, `params`, `param_names`, `scale_invariant` (bool) and, where it is said
+    below, `weight_decay`; empty groups are left out:
     - "scale_invariant": what `find_scale_invariant` finds, if it has 2 or more dimensions;
     - "other": all else with 2 or more dimensions, for example the head;
     - "no_decay": norm gains and biases (fewer than 2 dimensions, or the magnitude of
@@ -51,7 +51,8 @@ def param_groups(
         model, inputs, outputs, kwargs: as for `find_scale_invariant`. If a batch is a dict:
             ``param_groups(model, **batch)``. If the model has an argument of the same name as this function, pass it by
             position.
-        weight_decay: weight decay of the first two groups, per step and unit of lr; not negative.
+        weight_decay: weight decay of the first two groups, per step and unit of lr; not negative. None: they have no
+            such entry, and the `weight_decay` of the optimizer holds.
         tracked_lr: the entry `tracked_lr` of the "scale_invariant" group, in the unit of the optimizer's rule (rad for
             "angle", `sphere_lr` for "sphere"), see `ELRSGD`. Other optimizers do not read it. None: no group has the
             entry, and the `tracked_lr` of the optimizer holds.
@@ -110,8 +111,11 @@ def param_groups(
             "params": [trainable[name] for name in param_names],
             "param_names": param_names,
             "scale_invariant": tracked,
-            "weight_decay": 0.0 if group_name in ("no_decay", "sparse") else weight_decay,
         }
+        if group_name in ("no_decay", "sparse"):
+            group["weight_decay"] = 0.0
+        elif weight_decay is not None:
+            group["weight_decay"] = weight_decay
         if group_name == "sparse":
             group |= {"rule": None, "project": False}
         if tracked and tracked_lr is not None:

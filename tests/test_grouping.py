@@ -107,6 +107,16 @@ def test_param_groups_work_with_sgd_and_every_scheduler(scheduler: str) -> None:
     assert [g["name"] for g in optimizer.param_groups] == ["scale_invariant", "other", "no_decay"]
 
 
+def test_the_weight_decay_of_the_optimizer_holds_unless_one_is_given() -> None:
+    architecture = ARCHITECTURES["linear + BatchNorm"]
+    model, (x,) = architecture.build(), architecture.inputs()
+    decays = [
+        [group["weight_decay"] for group in SGD(groups, lr=0.1, weight_decay=0.3).param_groups]
+        for groups in (param_groups(model, x), param_groups(model, x, weight_decay=0.0))
+    ]
+    assert decays == [[0.3, 0.3, 0.0], [0.0, 0.0, 0.0]]
+
+
 def test_param_groups_warn_when_nothing_is_tracked() -> None:
     plain, bn = ARCHITECTURES["plain"], ARCHITECTURES["linear + BatchNorm"]
     with pytest.warns(UserWarning, match=r"no parameter is tracked.*explain_scale_invariance"):
