@@ -96,15 +96,15 @@ def python(session: nox.Session) -> None:
 @nox.parametrize("source", ["wheel", "sdist", "git", "zip"])
 def package(session: nox.Session, source: str) -> None:
     """What users install, with each extra in an empty environment (sdist, git and zip: without extras)."""
-    folder = Path(session.create_tmp())
+    folder = Path(session.create_tmp()).resolve()
     session.install("build")
     session.run("python", "-m", "build", "--outdir", str(folder), ".", silent=True)
     session.run("git", "archive", "--format=zip", f"--output={folder}/main.zip", "HEAD", external=True)
     address = {
-        "wheel": f"elropt{{}} @ {next(folder.glob('*.whl')).resolve().as_uri()}",
-        "sdist": f"elropt{{}} @ {next(folder.glob('*.tar.gz')).resolve().as_uri()}",
-        "git": f"elropt{{}} @ git+{Path.cwd().as_uri()}@HEAD",
-        "zip": f"elropt{{}} @ {(folder / 'main.zip').resolve().as_uri()}",
+        "wheel": f"elropt{{}} @ {next(folder.glob('*.whl')).as_uri()}",
+        "sdist": f"elropt{{}} @ {next(folder.glob('*.tar.gz')).as_uri()}",
+        "git": f"git+{Path.cwd().as_uri()}@HEAD",  # a name in front takes addresses with a host only
+        "zip": f"elropt{{}} @ {(folder / 'main.zip').as_uri()}",
     }[source]
     for extra, code in EXTRAS.items():
         if extra and source != "wheel":

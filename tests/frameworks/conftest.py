@@ -1,7 +1,7 @@
 """Tests with training frameworks: all have the marker `frameworks`, and `make frameworks` runs them.
 
-A file skips itself with ``pytest.importorskip`` where its framework is not installed. Warnings are errors, but for those
-of third parties in THIRD_PARTY_WARNINGS.
+A file skips itself with ``pytest.importorskip`` where its framework is not installed. Warnings are errors, but for
+those of third parties in THIRD_PARTY_WARNINGS.
 """
 
 from __future__ import annotations
