@@ -43,6 +43,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 VERDICTS = ("holds", "holds in part", "does not hold", "not measured")
 
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 Report = dict[str, Any]  # the content of a result file
 
 TABLES: dict[
@@ -136,10 +138,20 @@ def tables(marker: str, page: Path) -> str:
         raise ValueError(f"no table of {name} is called {title!r}; there are\n  {titles}")
     up = "../" * len(page.relative_to(ROOT).parent.parts)
     source = f"[{name}.json]({up}benchmarks/results/{name}.json)"
-    shown = [markdown(table, chosen) for table in found]
-    captions = dict.fromkeys(plain(line) for table in found for line in str(table.caption or "").splitlines())
-    notes = [*captions, f"{source}: {origin(result.report, [str(table.title) for table in found])}"]
-    return "\n\n".join([*shown, f"*{'; '.join(notes)}*"])
+    captions = [caption_of(table) for table in found]
+    shown = []
+    for index, table in enumerate(found):
+        shown.append(markdown(table, chosen))
+        if (
+            captions[index] and captions[index] not in captions[index + 1 :]
+        ):  # once, below the last that has it
+            shown.append(f"*{captions[index]}*")
+    return "\n\n".join([*shown, f"*{source}: {origin(result.report, [str(t.title) for t in found])}*"])
+
+
+def caption_of(table: Table) -> str:
+    """A table's caption, in a line."""
+    return "; ".join(plain(line) for line in str(table.caption or "").splitlines())
 
 
 def markdown(table: Table, chosen: str = "") -> str:
@@ -162,10 +174,19 @@ def markdown(table: Table, chosen: str = "") -> str:
 
 
 def plain(cell: Any) -> str:
-    """A cell as text of Markdown, with a true minus sign."""
+    """A cell as text of Markdown, with a true minus sign, and 1.7e+02 as 170, 4e-05 as 4·10⁻⁵."""
     text = Text.from_markup(cell).plain if isinstance(cell, str) and "[/" in cell else str(cell)
-    text = re.sub(r"(?<![\w.])-(?=\d)", "−", text.strip().replace("\n", " "))
+    text = re.sub(r"(\d(?:\.\d+)?)e([+-]\d+)", without_e, text.strip().replace("\n", " "))
+    text = re.sub(r"(?<![\w.])-(?=\d)", "−", text)
     return re.sub(r"([|*<])", r"\\\1", text)
+
+
+def without_e(match: re.Match[str]) -> str:
+    """A number as it is read."""
+    exponent = int(match[2])
+    if 0 < exponent < 6:
+        return f"{float(match[0]):.0f}"
+    return f"{match[1]}·10{str(exponent).translate(SUPERSCRIPTS)}"
 
 
 def origin(report: Report, titles: Sequence[str]) -> str:
@@ -204,7 +225,7 @@ def seeds(report: Report, titles: Sequence[str]) -> str:
 def task_of(row: dict[str, Any]) -> str:
     """The task of a row, as titles name it; empty in studies without tasks."""
     task = row["spec"].get("task")
-    return comparison.label(task) if isinstance(task, dict) and "image_size" in task else ""
+    return comparison.label(task) if isinstance(task, dict) and "model" in task else ""
 
 
 def number(marker: str) -> str:

@@ -58,11 +58,11 @@ def test_a_table_says_where_it_is_from() -> None:
 
 def test_markdown_of_a_table() -> None:
     table = table_of(
-        "a|b", "method", "x", "y", rows=[("sgd", "0.3*", "-1.5 [-2.0, 3e-05]"), ("< 1", "–", "")]
+        "a|b", "method", "x", "y", rows=[("sgd", "0.3*", "-1.5 [-2.0, 3e-05], 1.6e+03"), ("< 1", "–", "")]
     )
     assert markdown(table) == (
         "**a\\|b**\n\n| method | x | y |\n|---|---:|---:|\n"
-        "| sgd | 0.3\\* | −1.5 [−2.0, 3e-05] |\n| \\< 1 | – |  |"
+        "| sgd | 0.3\\* | −1.5 [−2.0, 3·10⁻⁵], 1600 |\n| \\< 1 | – |  |"
     )
     assert markdown(table, "y").splitlines()[2] == "| method | y |"
 
