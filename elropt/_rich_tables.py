@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
+from ._look import short
 from .dynamics import elr_spread
 from .inspection import ModelReport, WeightReport
 
@@ -37,7 +37,7 @@ def weight_table(report: ModelReport, *, wide: bool) -> Table:
         if wide:
             cells.insert(1, "×".join(map(str, weight.shape)))
             numbers = [weight.weight_norm, weight.grad_norm, *numbers]
-        table.add_row(*(Text(cell) for cell in (*cells, *map(_short, numbers))), style=style)
+        table.add_row(*(Text(cell) for cell in (*cells, *map(short, numbers))), style=style)
     return table
 
 
@@ -62,7 +62,7 @@ def summary_table(report: ModelReport) -> Table:
         ("critical lr, balance: fastest and slowest layer swap", report.balance_lr),
         ("critical lr, monotone: the two fastest layers swap", report.monotone_lr),
     ):
-        table.add_row(label, _short(value))
+        table.add_row(label, short(value))
     return table
 
 
@@ -74,9 +74,9 @@ def simulation_table(E: NDArray[np.float64], lr_of: Callable[[np.ndarray], float
     steps = len(E) - 1
     spread = elr_spread(E)
     for step in np.unique(np.linspace(0, steps, min(steps + 1, TABLE_ROWS)).round().astype(int)):
-        lr = _short(lr_of(E[step])) if step < steps else ""
+        lr = short(lr_of(E[step])) if step < steps else ""
         table.add_row(
-            str(step), lr, *map(_short, (float(E[step].max()), float(E[step].min()), float(spread[step])))
+            str(step), lr, *map(short, (float(E[step].max()), float(E[step].min()), float(spread[step])))
         )
     return table
 
@@ -87,10 +87,6 @@ def environment_table(environment: Mapping[str, object]) -> Table:
     for key, value in environment.items():
         table.add_row(key, _in_one_line(value))
     return table
-
-
-def _short(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3g}"
 
 
 def _in_one_line(value: object) -> str:

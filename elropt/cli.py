@@ -1,4 +1,4 @@
-"""The `elropt` command: inspect a model, simulate layers, plot a run, describe the machine."""
+"""The `elropt` command: inspect a model, simulate layers, plot a run or report on it, describe the machine."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from . import __version__, dynamics, env_report
 from ._build_model import build_model, in_words
 from ._options import initial_relative_grads, lr_rule, random_inputs
+from .diagnosis import diagnose
 from .inspection import inspect_model, random_label_loss
 from .run_history import read_run
 
@@ -146,7 +147,7 @@ def inspect(
             inputs = random_inputs(input_shape or [], random_input or [], model, target)
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), tuple(inputs))
         try:
-            report = inspect_model(
+            found = inspect_model(
                 model,
                 *args,
                 loss=loss or random_label_loss,
@@ -162,12 +163,15 @@ def inspect(
                 )
             raise ValueError(f"cannot measure {target}: {in_words(error)}") from error
     if json_file is not None:
-        _write(json_file, json.dumps(report.to_dict(), allow_nan=False, indent=2) + "\n")
+        with _writing(json_file):
+            json_file.write_text(
+                json.dumps(found.to_dict(), allow_nan=False, indent=2) + "\n", encoding="utf-8"
+            )
     console = _console()
-    console.print(weight_table(report, wide=console.width >= WIDE))
-    if len(report.tracked) > 1:
-        console.print(summary_table(report))
-    console.print(Text(report.summary()))
+    console.print(weight_table(found, wide=console.width >= WIDE))
+    if len(found.tracked) > 1:
+        console.print(summary_table(found))
+    console.print(Text(found.summary()))
 
 
 @app.command(epilog='Example: elropt simulate --e0 "100,10,1" --lr balance --steps 6 --out spread.png')
@@ -230,6 +234,39 @@ def plot(
     save_plot(run_figure(history))
 
 
+@app.command(epilog="Example: elropt report runs/elr.jsonl --out runs/elr.html")
+def report(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN.jsonl", exists=True, dir_okay=False, help="What elropt.Recorder wrote."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A .html file. [default: RUN.html]", show_default=False),
+    ] = None,
+) -> None:
+    """Make a web page of a recorded run: interactive plots of every layer, and in words what can be seen in them.
+
+    The page is one file that needs no network. A click on a layer shows it alone, a click on a finding its steps.
+    """
+    out = out or run.with_suffix(".html")
+    with _errors_printed():
+        if out.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"{out.name!r} has the suffix {out.suffix!r}; use .html")
+        history = read_run(run, all_layers=True)
+    try:
+        from .report_page import report_page
+    except ImportError as error:
+        _fail(str(error))
+    for note in history.notes:
+        _messages().print(Text(f"note: {note}"), soft_wrap=True)
+    page = report_page(history, diagnose(history), title=run.name)
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    _messages().print(Text(f"wrote {out}"), soft_wrap=True)
+
+
 @app.command(epilog="Example: elropt env --json > environment.json")
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, hardware and usable backends: what to put into a bug report or beside a result."""
@@ -275,17 +312,17 @@ def _plot_writer(out: Path) -> Callable[[Figure], None]:
         _fail(str(error))
 
     def write(figure: Figure) -> None:
-        try:
+        with _writing(out):
             save(figure, out)
-        except OSError as error:
-            _fail(f"cannot write {out}: {error}")
         _messages().print(Text(f"wrote {out}"), soft_wrap=True)
 
     return write
 
 
-def _write(path: Path, text: str) -> None:
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A message instead of a traceback if a file cannot be written."""
     try:
-        path.write_text(text, encoding="utf-8")
+        yield
     except OSError as error:
         _fail(f"cannot write {path}: {error}")

@@ -13,10 +13,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ._look import (
+    APPLIED_LR,
+    COLORS,
+    ELR,
+    SPREAD,
+    depth_colors,
+    layer_quantities,
+    shared_values,
+    spread_of,
+)
 from .run_history import RunHistory
 
 try:
-    from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
@@ -36,11 +45,8 @@ __all__ = [
 ]
 
 SUFFIXES = (".png", ".svg", ".pdf")
-# Okabe & Ito, "Color Universal Design" (2008), without its yellow, which is too pale for lines on white.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
-# Viridis without its palest part; the first layer is dark.
-DEPTH = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)))
+DEPTH = ListedColormap(depth_colors(256))
 
 
 def elr_over_steps(ax: Axes, steps: ArrayLike, elrs: ArrayLike) -> None:
@@ -57,10 +63,10 @@ def elr_over_steps(ax: Axes, steps: ArrayLike, elrs: ArrayLike) -> None:
     steps, elrs = _columns(steps, elrs, ndim=2)
     depth = elrs.shape[1]
     ax.set_yscale("log")
-    ax.set_prop_cycle(color=DEPTH(np.linspace(0, 1, depth)))
+    ax.set_prop_cycle(color=depth_colors(depth))
     ax.plot(steps, _positive(elrs), linewidth=1.2, marker=_marker(steps))
     _reach(ax, steps, elrs, below=1.3)
-    ax.set_ylabel("effective learning rate (rad)")
+    ax.set_ylabel(ELR)
     _finish_steps(ax)
     if depth > 1:
         bar = ax.figure.colorbar(ScalarMappable(Normalize(1, depth), DEPTH), ax=ax, pad=0.02, aspect=30)
@@ -106,16 +112,11 @@ def lr_over_steps(ax: Axes, steps: ArrayLike, lrs: ArrayLike) -> None:
         ValueError: shapes that do not fit.
     """
     steps, lrs = _columns(steps, lrs, ndim=2)
-    recorded = np.ma.masked_invalid(lrs)
-    mean = recorded.mean(axis=1, keepdims=True)
-    if np.ma.allclose(recorded, mean, rtol=1e-6, atol=0):
-        lrs = np.ma.filled(mean, np.nan)
-        ax.set_prop_cycle(color=["0.2"])
-    else:
-        ax.set_prop_cycle(color=DEPTH(np.linspace(0, 1, lrs.shape[1])))
-    ax.plot(steps, lrs, linewidth=1.2, marker=_marker(steps))
+    shared = shared_values(lrs)
+    ax.set_prop_cycle(color=["0.2"] if shared is not None else depth_colors(lrs.shape[1]))
+    ax.plot(steps, lrs if shared is None else shared, linewidth=1.2, marker=_marker(steps))
     ax.set_ylim(bottom=0)
-    ax.set_ylabel("applied learning rate")
+    ax.set_ylabel(APPLIED_LR)
     _finish_steps(ax)
 
 
@@ -160,29 +161,21 @@ def accuracy_against_lr(
 
 def run_figure(run: RunHistory) -> Figure:
     """A recorded run, one panel above the other: ELR of every layer, the angle that it turned by, the spread of both,
-    and the applied learning rate. What was not recorded has no panel."""
-    layers = {
-        "ELR": (run.elr, "effective learning rate (rad)"),
-        "angle": (run.angle, "angle of the step (rad)"),
-    }
-    shown = {
-        name: (values, label)
-        for name, (values, label) in layers.items()
-        if values is not None and np.isfinite(values).any()
-    }
-    fig = Figure(figsize=(7.5, 4 + 3.5 * len(shown)), layout="constrained")
-    *upper, middle, bottom = fig.subplots(
-        len(shown) + 2, 1, sharex=True, height_ratios=(*[2] * len(shown), 1, 1)
-    )
-    for ax, (values, label) in zip(upper, shown.values(), strict=True):
-        elr_over_steps(ax, run.steps, values)
-        ax.set_ylabel(label)
-    spreads = {name: (run.steps, _spread(values)) for name, (values, _) in shown.items()}
-    spread_over_steps(middle, spreads)
-    if "angle" in spreads:
-        middle.set_ylabel("spread (max / min)")
+    the weight norm, and the applied learning rate. What was not recorded has no panel."""
+    quantities = layer_quantities(run)
+    turns = [quantity for quantity in quantities if quantity.turns]
+    heights = [*[2] * len(turns), 1, *[2] * (len(quantities) - len(turns)), 1]
+    fig = Figure(figsize=(7.5, 0.5 + 1.75 * sum(heights)), layout="constrained")
+    axes = list(fig.subplots(len(heights), 1, sharex=True, height_ratios=heights))
+    middle, bottom = axes.pop(len(turns)), axes.pop()
+    for ax, quantity in zip(axes, quantities, strict=True):
+        elr_over_steps(ax, run.steps, quantity.values)
+        ax.set_ylabel(quantity.title)
+    spread_over_steps(middle, {q.key: (run.steps, spread_of(q.values)) for q in turns})
+    if any(q.title != ELR for q in turns):
+        middle.set_ylabel(SPREAD)
     lr_over_steps(bottom, run.steps, run.applied_lr)
-    for ax in (*upper, middle):
+    for ax in (*axes, middle):
         ax.set_xlabel("")
     fig.align_ylabels()
     return fig
@@ -235,12 +228,6 @@ def _columns(
 
 def _positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
-
-
-def _spread(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """max / min of each row [T] of what is positive, [T, L]."""
-    shown = np.ma.masked_invalid(_positive(values))
-    return np.ma.filled(shown.max(axis=1) / shown.min(axis=1), np.nan)
 
 
 def _reach(

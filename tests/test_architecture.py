@@ -18,6 +18,7 @@ EXTRAS = {  # the only modules of elropt that need more than torch and NumPy, or
     "elropt/cli.py": {"typer", "rich"},
     "elropt/_rich_tables.py": {"rich"},
     "elropt/plots.py": {"matplotlib"},
+    "elropt/report_page.py": {"plotly"},
 }
 
 

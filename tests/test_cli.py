@@ -380,7 +380,7 @@ def test_env_prints_a_table() -> None:
     assert "reference: yes" in output
 
 
-@pytest.mark.parametrize("command", ["inspect", "simulate", "plot", "env"])
+@pytest.mark.parametrize("command", ["inspect", "simulate", "plot", "report", "env"])
 def test_every_command_has_help_with_an_example(command: str) -> None:
     assert command in run("--help")
     output = run(command, "--help")
@@ -425,6 +425,7 @@ def test_without_matplotlib_plot_says_what_to_install(
     recorded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "elropt.plots", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.axes"):  # loaded already, the second would be found
+        monkeypatch.setitem(sys.modules, name, None)
     assert 'pip install "elropt[cli]"' in run("plot", recorded, code=2)
     assert "spread" in run("simulate", "--e0", "10,1")

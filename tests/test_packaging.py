@@ -48,6 +48,7 @@ def test_contents(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == {
         "elropt/py.typed",
+        *(f"elropt/report_page.{suffix}" for suffix in ("css", "html", "js")),
         *(path.relative_to(ROOT).as_posix() for path in (ROOT / "elropt").rglob("*.py")),
         *(f"elropt/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")),
     }

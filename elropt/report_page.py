@@ -1,0 +1,227 @@
+"""A recorded run as one HTML page: interactive plots, and in words what can be seen in them. Needs no network.
+
+run = read_run("elr.jsonl", all_layers=True)
+page = report_page(run, diagnose(run), title="elr.jsonl")
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._json import to_json
+from ._look import (
+    APPLIED_LR,
+    COLORS,
+    SPREAD,
+    layer_colors,
+    layer_quantities,
+    shared_values,
+    spread_of,
+)
+from .diagnosis import TITLES, Finding
+from .run_history import RunHistory
+
+try:
+    from plotly.offline import get_plotlyjs
+except ModuleNotFoundError as error:
+    raise ImportError('elropt report needs plotly: pip install "elropt[cli]"') from error
+
+__all__ = ["RuleSpan", "report_page", "rule_spans"]
+
+FACTOR_TOLERANCE = 1e-6  # up to which a factor counts as 1
+VALUES_PER_PLOT = 300_000  # layers times records; of longer runs the page shows every k-th record
+
+
+class RuleSpan(NamedTuple):
+    """Recorded steps, one after the other, at which a rule acted.
+
+    Attributes:
+        first, last: the first and the last of them.
+        handed_over: the recorded step after them, by which the rule had handed over; None at the end of the run.
+    """
+
+    first: int
+    last: int
+    handed_over: int | None
+
+
+def report_page(run: RunHistory, found: Sequence[Finding], *, title: str) -> str:
+    """The page, as HTML that contains all that it needs.
+
+    Args:
+        run: what `read_run` returned.
+        found: what `findings` found in it.
+        title: of the page, such as the name of the file.
+    """
+    shown = _shown_records(run, found)
+    spans = rule_spans(run)
+    notes = list(run.notes)
+    if len(shown) < len(run.steps):
+        notes.append(f"the plots show {len(shown)} of {len(run.steps)} records; what is seen comes from all")
+    optimizer = run.optimizer.rpartition(".")[2] + (f" with the rule {run.control!r}" if run.control else "")
+    facts = [optimizer, _layers_in_words(run), _steps_in_words(run.steps)]
+    return _template("html").substitute(
+        title=escape(title),
+        facts=escape(" · ".join(filter(None, facts))),
+        notes="".join(f"<li>{escape(note)}</li>" for note in notes),
+        findings="\n".join(_finding(i, finding, run.names) for i, finding in enumerate(found)),
+        layers="\n".join(_layers(run, found)),
+        style=_template("css").template,
+        plotly=get_plotlyjs(),
+        data=_as_script(_data(run, found, spans, shown)),
+        script=_template("js").template,
+    )
+
+
+def rule_spans(run: RunHistory) -> list[RuleSpan]:
+    """When the factors of a rule, those of the gradient and of the weight, were not 1 in all layers."""
+    acts = np.zeros(len(run.steps), dtype=np.int64)
+    for factors in (run.grad_factor, run.weight_factor):
+        if factors.size:
+            acts |= (np.abs(factors - 1) > FACTOR_TOLERANCE).any(axis=1)
+    edges = np.flatnonzero(np.diff(acts, prepend=0, append=0))
+    steps = run.steps.tolist()
+    return [
+        RuleSpan(steps[begin], steps[end - 1], steps[end] if end < len(steps) else None)
+        for begin, end in zip(edges[::2], edges[1::2], strict=True)
+    ]
+
+
+def _layers_in_words(run: RunHistory) -> str:
+    tracked = int(_tracked(run).sum())
+    layers = _counted(len(run.names), "layer")
+    return layers if tracked == len(run.names) else f"{layers}, {tracked} tracked as scale-invariant"
+
+
+def _tracked(run: RunHistory) -> NDArray[np.bool_]:
+    """[L]"""
+    return run.tracked if run.tracked.size else np.ones(len(run.names), dtype=np.bool_)
+
+
+def _steps_in_words(steps: NDArray[np.int64]) -> str:
+    records = _counted(len(steps), "record")
+    return f"{records}, step {steps[0]}" if len(steps) == 1 else f"{records}, steps {steps[0]} to {steps[-1]}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _finding(index: int, finding: Finding, names: Sequence[str]) -> str:
+    """A finding as an entry of a list. A click on it shows its steps and layers."""
+    first, last = finding.steps
+    where = f"step {first}" if first == last else f"steps {first} to {last}"
+    if set(finding.layers) >= set(names):
+        layers = "all layers"
+    else:
+        layers = ", ".join(finding.layers[:3])
+        if len(finding.layers) > 3:
+            layers += f" and {len(finding.layers) - 3} more"
+    sign = "!" if finding.severity == "warning" else "i"
+    return (
+        f'<li><button type="button" class="finding {escape(finding.severity)}" data-finding="{index}">'
+        f'<span class="sign" aria-label="{escape(finding.severity)}">{sign}</span>'
+        f'<span class="title">{escape(TITLES[finding.kind])}</span>'
+        f'<span class="what">{escape(finding.what)}</span>'
+        f'<span class="advice">{escape(finding.advice)}</span>'
+        f'<span class="where">{escape(" · ".join(filter(None, (where, layers))))}</span></button></li>'
+    )
+
+
+def _layers(run: RunHistory, found: Sequence[Finding]) -> list[str]:
+    """The layers as entries of a list. A click on one shows it alone."""
+    names, tracked = run.names, _tracked(run)
+    of_some = [set(finding.layers) for finding in found if not set(finding.layers) >= set(names)]
+    counts = Counter(name for layers in of_some for name in layers)
+    colors = zip(layer_colors(tracked), layer_colors(tracked, "dark"), strict=True)
+    return [
+        f'<li><button type="button" class="layer" data-layer="{i}" aria-pressed="false" '
+        f'title="{escape(_hint(name, tracked[i]))}">'
+        f'<span class="swatch" style="--light:{light};--dark:{dark}"></span>'
+        f'<span class="name">{escape(name)}</span>'
+        f'<span class="count">{counts[name] or ""}</span></button></li>'
+        for i, (name, (light, dark)) in enumerate(zip(names, colors, strict=True))
+    ]
+
+
+def _hint(name: str, tracked: bool) -> str:
+    return name if tracked else f"{name}: not tracked as scale-invariant"
+
+
+def _shown_records(run: RunHistory, found: Sequence[Finding]) -> NDArray[np.int64]:
+    """Indices of the records in the plots: all, or of a long run every k-th and the ends of what was found."""
+    stride = -(-len(run.steps) * len(run.names) // VALUES_PER_PLOT)
+    ends = [step for finding in found for step in finding.steps]
+    found_there = np.flatnonzero(np.isin(run.steps, [run.steps[0], run.steps[-1], *ends]))
+    return np.union1d(np.arange(0, len(run.steps), stride), found_there)
+
+
+def _data(
+    run: RunHistory, found: Sequence[Finding], spans: Sequence[RuleSpan], shown: NDArray[np.int64]
+) -> dict[str, Any]:
+    """What the script draws."""
+    tracked = _tracked(run)
+    place = {name: i for i, name in enumerate(run.names)}
+    return {
+        "steps": run.steps[shown].tolist(),
+        "layers": list(run.names),
+        "tracked": tracked.tolist(),
+        "colors": {theme: layer_colors(tracked, theme) for theme in ("light", "dark")},
+        "panels": _panels(run, shown),
+        "rule": [span._asdict() for span in spans],
+        "findings": [
+            {"steps": finding.steps, "layers": [place[name] for name in finding.layers if name in place]}
+            for finding in found
+        ],
+    }
+
+
+def _panels(run: RunHistory, shown: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """One plot each, in the order of `plots.run_figure`. `values` have a list for each layer, `lines` a name each."""
+    quantities, tracked = layer_quantities(run), _tracked(run)
+    panels: list[dict[str, Any]] = [
+        {"title": q.title, "log": True, "values": _rounded(q.values[shown].T)} for q in quantities
+    ]
+    turns = [q for q in quantities if q.turns]
+    counted = tracked if tracked.any() else ~tracked
+    if turns and counted.sum() > 1:
+        lines = [
+            {"name": q.key, "values": _rounded(spread_of(q.values[shown][:, counted])), "color": color}
+            for q, color in zip(turns, COLORS, strict=False)
+        ]
+        title = f"{SPREAD} over {'all' if counted.all() else 'the tracked'} layers"
+        panels.insert(len(turns), {"title": title, "log": True, "lines": lines})
+    if np.isfinite(run.applied_lr).any():
+        shared = shared_values(run.applied_lr[shown])
+        if shared is None:
+            drawn = {"values": _rounded(run.applied_lr[shown].T)}
+        else:
+            drawn = {"lines": [{"name": "all layers", "values": _rounded(shared), "color": None}]}
+        panels.append({"title": APPLIED_LR, "log": False, **drawn})
+    return panels
+
+
+def _rounded(values: NDArray[np.float64]) -> list[Any]:
+    """Nested lists of four significant digits; None for NaN and infinity."""
+    if values.ndim > 1:
+        return [_rounded(row) for row in values]
+    return [to_json(float(f"{value:.4g}")) for value in values]
+
+
+def _as_script(data: dict[str, Any]) -> str:
+    """JSON that ends no <script> element, whatever the names of layers are."""
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _template(suffix: str) -> Template:
+    file = resources.files(__package__ or "elropt").joinpath(f"report_page.{suffix}")
+    return Template(file.read_text(encoding="utf-8"))
