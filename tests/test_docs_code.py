@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,55 @@ def test_width_scaling(run: Run) -> None:
     lrs = {group["name"]: group["lr"] for group in names["optimizer"].param_groups}
     assert lrs["input"] == pytest.approx(0.01)
     assert lrs["hidden"] == pytest.approx(0.01 / 2**0.5)
+
+
+def summary_of(name: str) -> dict[str, Any]:
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["summary"]
+
+
+def test_the_angles_of_the_first_page() -> None:
+    """Its figures on how large a step should be, and on what transfers, are those of the studies."""
+    axes = summary_of("radians-small")["axes"]
+    best = {depth: task["angle"]["lr"] for depth, task in axes["depth"].items()}
+    assert [f"{best[depth]:.1g}" for depth in ("6", "12", "48")] == ["0.03", "0.03", "0.005"]
+    assert 6 < best["6"] / best["48"] < 7
+    by_norm = {norm: task["angle"]["lr"] for norm, task in axes["normalization"].items()}
+    assert by_norm["bn-mlp"] / by_norm["ln-mlp"] == pytest.approx(10, abs=0.5)
+
+    settings = summary_of("widths-small")["settings"]
+    angle = settings['"angle", CE, bn-mlp-3']["widths"]
+    assert angle["64"]["best"]["lr"] / angle["1024"]["best"]["lr"] == pytest.approx(25, abs=0.5)
+    lost = {
+        name: -round(setting["transfer"]["1024"]["difference"][0], 1)
+        for name, setting in settings.items()
+        if setting["transfer"]
+    }
+    assert lost.pop("Adam, MSE, scaled") == 3.1
+    assert max(value for name, value in lost.items() if "scaled" in name) == 0.9
+    unscaled = [value for name, value in lost.items() if "scaled" not in name]
+    assert (min(unscaled), max(unscaled)) == (3.5, 11.3)
+
+
+def test_the_optimizers_of_the_first_page() -> None:
+    """What it says of exact angles, and of Muon."""
+    tasks = [task["methods"] for task in summary_of("control-small").values()]
+    assert len(tasks) == 4
+    exact = ("angle-update", "adamh", "muonh")
+    best = [(name, methods[name]["best_lr"]) for methods in tasks for name in exact if name in methods]
+    assert [pair for pair in best if pair[1] not in (0.01, 0.03)] == [("muonh", 0.1)]
+    gain = [
+        {
+            name: method["better_than_best_sgd"]["mean"]
+            for name, method in methods.items()
+            if "sgd" not in name
+        }
+        for methods in tasks
+    ]
+    assert all(of_task["muonh"] > of_task["muon"] for of_task in gain)
+    others = ("adamw", "muon", "adamh")
+    ours = [max(g for name, g in of_task.items() if not name.startswith(others)) for of_task in gain]
+    assert sum(of_task["muon"] > best for of_task, best in zip(gain, ours, strict=True)) == 3
 
 
 ELSEWHERE = {
