@@ -18,9 +18,9 @@ def run_page(page: str, folder: Path) -> dict[str, Any]:
     """Run the Python blocks and the `elropt` commands of a page in `folder`, the working directory.
 
     Python blocks share one namespace, which is returned. A block that begins with a comment `# name.py` is also
-    written to that file. Of `sh` blocks, lines that begin with `elropt` are run.
+    written to that file. Of `sh` blocks, lines that begin with `elropt` are run; "printed" holds what they print.
     """
-    namespace: dict[str, Any] = {"__name__": page}
+    namespace: dict[str, Any] = {"__name__": page, "printed": []}
     text = (ROOT / page).read_text(encoding="utf-8")
     for language, code in re.findall(r"^```(python|sh)\n(.*?)^```", text, flags=re.M | re.S):
         if language == "python":
@@ -32,4 +32,5 @@ def run_page(page: str, folder: Path) -> dict[str, Any]:
                 if line.startswith("elropt ") and not line.startswith("elropt report"):
                     result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
                     assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+                    namespace["printed"].append(result.output)
     return namespace
