@@ -17,7 +17,8 @@ from torch import Tensor
 if __name__ == "kernels":
     raise ImportError(
         "this folder is the package elropt.kernels, and imported as `kernels` its modules would exist twice: write "
-        "`from elropt import kernels`"
+        "`from elropt import kernels`. If another package wants its own `kernels`, as transformers does, import elropt "
+        "before it"
     )
 
 __all__ = [

@@ -14,6 +14,8 @@ import torch
 
 from elropt import kernels
 
+ROOT = Path(__file__).parents[2]
+
 ASK = """
 import torch
 import elropt
@@ -52,11 +54,23 @@ def write_triton(folder: Path, files: dict[str, str]) -> None:
 
 
 def test_the_folder_of_a_checkout_is_no_package_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
     for name in ("kernels", "kernels.tables"):
-        with pytest.raises(ImportError, match="write `from elropt import kernels`"):
+        with pytest.raises(ImportError, match=r"write `from elropt import kernels`.*import elropt before"):
             importlib.import_module(name)
     assert kernels.__name__ == "elropt.kernels"
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_a_package_kernels_of_others_is_left_to_them(theirs: bool, tmp_path: Path) -> None:
+    """With elropt imported, the folder of a checkout is not taken for it, as transformers would do."""
+    if theirs:
+        (tmp_path / "kernels.py").write_text("theirs = True")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    code = "import sys; sys.path.remove(''); import elropt; from importlib.util import find_spec"
+    found = run(f"{code}; print(find_spec('kernels'))", PYTHONPATH=path).stdout
+    assert (str(tmp_path / "kernels.py") in found) if theirs else (found == "None\n")
 
 
 def test_without_triton() -> None:
