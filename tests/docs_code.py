@@ -29,7 +29,7 @@ def run_page(page: str, folder: Path) -> dict[str, Any]:
             exec(compile(code, page, "exec"), namespace)
         else:
             for line in code.splitlines():
-                if line.startswith("elropt ") and not line.startswith("elropt report"):
+                if line.startswith("elropt "):
                     result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
                     assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
                     namespace["printed"].append(result.output)

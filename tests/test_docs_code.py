@@ -46,6 +46,7 @@ def test_start(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert np.ptp(history.applied_lr[-1]) == 0  # then plain SGD
     assert history.elr_spread[-1] < 3
     assert Path("elr.png").stat().st_size > 0
+    assert "<html" in Path("runs/elr.html").read_text(encoding="utf-8")
 
 
 def test_rules(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
