@@ -64,7 +64,8 @@ TABLES: dict[
 
 BLOCK = re.compile(r"(<!-- (table|claims)\b:? ?(.*?) ?-->\n)(.*?)(<!-- end -->)", re.DOTALL)
 VALUE = re.compile(r"(<!-- value: (.*?) ?-->)(.*?)(<!-- end -->)")
-CLAIM = re.compile(r"^\| (?!claim )(.+?) \| \**([\w ]+?)\** \|$", re.MULTILINE)
+CLAIMS = re.compile(r"^\| claim \| verdict \|\n\|---\|---\|\n((?:\|.*\|\n)+)", re.MULTILINE)
+CLAIM = re.compile(r"^\| (.+) \| \**(.+?)\** \|$", re.MULTILINE)
 
 
 def pages() -> list[Path]:
@@ -198,7 +199,7 @@ def origin(report: Report, titles: Sequence[str]) -> str:
     versions = [f"torch {env['torch']}", f"triton {env['triton']}" if on_gpu else f"NumPy {env['numpy']}"]
     parts = [
         f"size {report['size']}" if "size" in report else "",
-        seeds(report, titles) if "study" in report else "",
+        seeds(report, titles) if "study" in report else samples(report),
         ", ".join(gpus) if on_gpu else cores,
         ", ".join([*versions, f"Python {env['python']}"]),
         env["date"][:10],
@@ -220,6 +221,23 @@ def seeds(report: Report, titles: Sequence[str]) -> str:
     return (
         f"{len(chosen)} seed{'s' * (len(chosen) != 1)} to choose the learning rate, {len(fresh)} fresh ones"
     )
+
+
+def samples(report: Report) -> str:
+    """How many times a row was measured, where the rows say so."""
+
+    def found(value: Any) -> list[int]:
+        if isinstance(value, dict):
+            own = [value["n"]] if isinstance(value.get("n"), int) else []
+            return own + [n for inner in value.values() for n in found(inner)]
+        return [n for inner in value for n in found(inner)] if isinstance(value, list) else []
+
+    counts = found(report["rows"]) or [
+        number for key, number in report.get("config", {}).items() if key in ("turns", "rounds")
+    ]
+    if not counts:
+        return ""
+    return f"n = {min(counts)}" + (f" to {max(counts):,}" if max(counts) > min(counts) else "")
 
 
 def task_of(row: dict[str, Any]) -> str:
@@ -262,15 +280,14 @@ def claims(first: Sequence[str]) -> str:
     lines = ["| claim | verdict | page |", "|---|---|---|"]
     for name in dict.fromkeys([*first, *found]):
         text = re.sub(r"<!--.*?-->", "", found[name].read_text(encoding="utf-8"))
-        title = re.search(r"^# (.+)$", text, re.MULTILINE)
-        of_page = CLAIM.findall(text.partition("\n## ")[0])
+        of_page = CLAIM.findall("".join(CLAIMS.findall(text)))
         wrong = [verdict for _, verdict in of_page if verdict not in VERDICTS]
-        if title is None or not of_page or wrong:
+        if not of_page or wrong:
             raise ValueError(
-                f"docs/results/{name}.md needs a title, and below it a table of claims with a verdict of "
-                f"{', '.join(VERDICTS)}; it has {', '.join(wrong) or 'none'}"
+                f"docs/results/{name}.md needs a table of claims, each with a verdict of {', '.join(VERDICTS)}; it "
+                f"has {', '.join(wrong) or 'none'}"
             )
-        lines += [f"| {claim} | **{verdict}** | [{title[1]}]({name}.md) |" for claim, verdict in of_page]
+        lines += [f"| {claim} | **{verdict}** | [{name}]({name}.md) |" for claim, verdict in of_page]
     return "\n".join(lines)
 
 
@@ -304,7 +321,10 @@ def main(
     Example: python -m benchmarks.results_pages
     """
     console = Console()
-    found = outdated()
+    try:
+        found = outdated()
+    except ValueError as error:
+        raise typer.BadParameter("\n".join([str(error), *getattr(error, "__notes__", [])])) from error
     for page, text in found.items():
         if not check:
             page.write_text(text, encoding="utf-8")
