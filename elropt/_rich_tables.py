@@ -9,19 +9,23 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
-from ._look import short
+from ._look import layer_colors, short
 from .dynamics import elr_spread
 from .inspection import ModelReport, WeightReport
 
 __all__ = ["environment_table", "simulation_table", "summary_table", "weight_table"]
 
 TABLE_ROWS = 25
+SWATCH = "■ "
 
 
-def weight_table(report: ModelReport, *, wide: bool) -> Table:
-    """A row for each weight: all that was measured, or if not `wide` what fits into 80 columns."""
+def weight_table(report: ModelReport, *, wide: bool, colored: bool) -> Table:
+    """A row for each weight: all that was measured, or if not `wide` what fits into 80 columns.
+
+    If `colored`, with the colour that the layer has in plots of a run.
+    """
     fastest, slowest = (report.tracked[0], report.tracked[-1]) if len(report.tracked) > 1 else (None, None)
-    title = f"Weights of two or more dimensions: E = ‖g‖/‖w‖, ELR = lr·E at lr {report.lr:g}"
+    title = f"Weights of two or more dimensions: E = ‖g‖/‖w‖ (1/lr), ELR = lr·E (rad) at lr {report.lr:g}"
     table = Table("weight", title=title)
     if wide:
         table.add_column("shape")
@@ -30,14 +34,18 @@ def weight_table(report: ModelReport, *, wide: bool) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for column in table.columns:
         column.overflow = "fold"
-    for weight in report.weights:
+    colors = layer_colors([weight.tracked for weight in report.weights], "dark")
+    for weight, color in zip(report.weights, colors, strict=True):
         style = "bold red" if weight is fastest else "bold cyan" if weight is slowest else None
         numbers = [weight.radial_cosine, weight.relative_grad, weight.elr]
         cells = [weight.name, _verdict(weight, wide=wide)]
         if wide:
             cells.insert(1, "×".join(map(str, weight.shape)))
             numbers = [weight.weight_norm, weight.grad_norm, *numbers]
-        table.add_row(*(Text(cell) for cell in (*cells, *map(short, numbers))), style=style)
+        name, *others = map(Text, (*cells, *map(short, numbers)))
+        if colored:
+            name = Text.assemble((SWATCH, color), name)
+        table.add_row(name, *others, style=style)
     return table
 
 

@@ -50,6 +50,7 @@ PLAIN = {
     "×": "x",
     "·": "*",
     "…": "...",
+    "■": "#",
 }  # for terminals and files whose encoding lacks these characters
 
 
@@ -168,7 +169,8 @@ def inspect(
                 json.dumps(found.to_dict(), allow_nan=False, indent=2) + "\n", encoding="utf-8"
             )
     console = _console()
-    console.print(weight_table(found, wide=console.width >= WIDE))
+    colored = console.is_terminal and not console.no_color
+    console.print(weight_table(found, wide=console.width >= WIDE, colored=colored))
     if len(found.tracked) > 1:
         console.print(summary_table(found))
     console.print(Text(found.summary()))

@@ -37,6 +37,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["RuleSpan", "report_page", "rule_spans"]
 
+OPTIONS = ("rule", "momentum", "betas", "weight_decay")
 FACTOR_TOLERANCE = 1e-6  # up to which a factor counts as 1
 VALUES_PER_PLOT = 300_000  # layers times records; of longer runs the page shows every k-th record
 
@@ -67,8 +68,7 @@ def report_page(run: RunHistory, found: Sequence[Finding], *, title: str) -> str
     notes = list(run.notes)
     if len(shown) < len(run.steps):
         notes.append(f"the plots show {len(shown)} of {len(run.steps)} records; what is seen comes from all")
-    optimizer = run.optimizer.rpartition(".")[2] + (f" with the rule {run.control!r}" if run.control else "")
-    facts = [optimizer, _layers_in_words(run), _steps_in_words(run.steps)]
+    facts = [_optimizer_in_words(run), _layers_in_words(run), _steps_in_words(run.steps)]
     return _template("html").substitute(
         title=escape(title),
         facts=escape(" · ".join(filter(None, facts))),
@@ -94,6 +94,18 @@ def rule_spans(run: RunHistory) -> list[RuleSpan]:
         RuleSpan(steps[begin], steps[end - 1], steps[end] if end < len(steps) else None)
         for begin, end in zip(edges[::2], edges[1::2], strict=True)
     ]
+
+
+def _optimizer_in_words(run: RunHistory) -> str:
+    """The class, and those of `OPTIONS` that all layers have in common at the end of the run."""
+    words = [run.optimizer.rpartition(".")[2]]
+    if run.control:
+        words.append(f"control {run.control!r}")
+    for option in OPTIONS if run.options else ():
+        first, *others = (of_layer.get(option) for of_layer in run.options[-1])
+        if first is not None and all(other == first for other in others):
+            words.append(f"{option.replace('_', ' ')} {first!r}")
+    return ", ".join(filter(None, words))
 
 
 def _layers_in_words(run: RunHistory) -> str:

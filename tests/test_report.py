@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -12,14 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_hex
+from rich.console import Console
 
 from elropt._look import layer_colors, short
+from elropt._rich_tables import weight_table
 from elropt.diagnosis import Finding
+from elropt.inspection import inspect_model
 from elropt.plots import run_figure
 from elropt.report_page import report_page, rule_spans
 from elropt.run_history import RunHistory, read_run
 
+from .nets import bn_mlp
 from .test_cli import run as command
 from .test_run_history import record, record_run
 
@@ -184,6 +190,27 @@ def test_findings_are_written_out() -> None:
     ):
         assert text in page
     assert data_of(page)["findings"][2] == {"steps": [200, 290], "layers": [1, 2]}
+
+
+def test_the_heading_names_the_optimizer(tmp_path: Path) -> None:
+    page = report_page(read_run(record_run(tmp_path / "run.jsonl"), all_layers=True), [], title="elr.jsonl")
+    heading = page[page.index("<h1>") : page.index("</header>")]
+    assert "ELRSGD, rule &#x27;warmup&#x27;, momentum 0.9, weight decay 0" in heading
+    assert "· 3 layers ·" in heading
+    assert "3 records, steps 0 to 4" in heading
+
+
+def test_inspect_has_the_colors_of_the_page() -> None:
+    model = bn_mlp(depth=3)
+    found = inspect_model(model, torch.randn(16, 8), lr=0.1)
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, color_system="truecolor", width=160)
+    console.print(weight_table(found, wide=True, colored=True))
+    rows = [line for line in text.getvalue().splitlines() if ".weight" in line]
+    tracked = [weight.tracked for weight in found.weights]
+    assert tracked == [True, True, True, False]
+    for row, color in zip(rows, layer_colors(tracked, "dark"), strict=True):
+        assert "38;2;{};{};{}m■".format(*(int(color[i : i + 2], 16) for i in (1, 3, 5))) in row
 
 
 def test_numbers_have_three_digits() -> None:
