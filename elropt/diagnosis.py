@@ -1,16 +1,42 @@
-"""What a recorded run shows, in words: findings with the steps, the layers and the figures. With NumPy alone."""
+"""What a recorded run shows, in words: findings with the steps, the layers and the figures. With NumPy alone.
+
+Thresholds were chosen on training runs whose nets and seeds are not those of `benchmarks.findings_proof`, which counts
+what is named and what is a false alarm. "Healthy" runs are those on which they were chosen, without a fault.
+
+| threshold | value | reason |
+|---|---:|---|
+| `LARGE_ANGLE` | 0.3 rad | healthy layers stayed below 0.04; after 0.24 rad gradients have changed by 30 % |
+| `SAFE_ANGLE` | 0.1 rad | what a proposed learning rate would turn such a layer by |
+| `SMALL_PATH` | 0.02 rad | all angles of a run added up; in 300 steps healthy layers came to 0.14 and more |
+| `SHORT_RUN` | 100 steps | in less it says nothing that a layer hardly turns or that decay does nothing |
+| `SPIKE` | 5 | times what is usual just before and after; healthy layers stayed below 3.6 |
+| `SPIKE_IN_RUN` | 2 | times the layer's median over the run: late in a run small steps vary, without harm |
+| `UNEVEN` | 100 | between medians over the second half of a run; healthy layers differed by up to 6 |
+| `GROWTH` | 1.5 | times the norm at the start, half the ELR of SGD; healthy layers grew by up to 1.2 |
+| `IDLE_DECAY` | 0.02 | the share of a weight that decay takes away over the whole run |
+| `BALANCED` | 0.25 | change of ln‖w‖ over what decay takes from it: 0 at equilibrium, −1 without growth |
+| `WINDOW` | 0.25 | what decay takes from ln‖w‖ in the stretch of steps that `BALANCED` is judged over |
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ._decay_model import Decay, decay_of
 from .run_history import RunHistory
 
 __all__ = ["TITLES", "Finding", "Kind", "Severity", "diagnose"]
 
-Severity = Literal["note", "warning"]
-Kind = Literal[
+Array: TypeAlias = NDArray[np.float64]
+Indices: TypeAlias = NDArray[np.intp]  # of records or of layers
+Severity: TypeAlias = Literal["note", "warning"]
+Kind: TypeAlias = Literal[
     "not_finite",
     "large_angle",
     "update_spike",
@@ -23,7 +49,7 @@ Kind = Literal[
     "rule",
 ]
 TITLES: dict[Kind, str] = {
-    "not_finite": "Not finite",
+    "not_finite": "Weights are not finite",
     "large_angle": "A layer turns too far",
     "update_spike": "An update spike",
     "small_angle": "A layer hardly turns",
@@ -35,6 +61,24 @@ TITLES: dict[Kind, str] = {
     "rule": "What the rule did",
 }
 
+LARGE_ANGLE = 0.3
+SAFE_ANGLE = 0.1
+SMALL_PATH = 0.02
+SHORT_RUN = 100
+SPIKE = 5.0
+SPIKE_IN_RUN = 2.0
+UNEVEN = 100.0
+GROWTH = 1.5
+IDLE_DECAY = 0.02
+BALANCED = 0.25
+WINDOW = 0.25
+
+BEFORE_SPIKE = 8  # records at least that say what is usual
+AROUND_SPIKE = 40  # records at most on each side
+SPIKE_GAP = 5  # records between two spikes at least; momentum spreads one over several
+USEFUL_DECAY = 0.5  # what a proposed decay takes from ln‖w‖ in a run
+MOST = 0.8  # of the tracked layers, for "most"
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -42,8 +86,8 @@ class Finding:
 
     Attributes:
         kind: a key of `TITLES`.
-        steps: the first and the last step concerned.
-        layers: names of the layers concerned.
+        steps: the first and the last recorded step concerned.
+        layers: names of the layers concerned, those that have it most first.
         what: one or two sentences, with the steps and figures.
         advice: what to do, with a learning rate or decay as a number where one follows; may be empty.
         severity: a "warning" is worth a change of the run, a "note" is not.
@@ -60,23 +104,490 @@ class Finding:
 def diagnose(run: RunHistory) -> list[Finding]:
     """What the run shows: warnings first, then notes, each by its first step.
 
+    Most of it is said of tracked layers. Others count where their angle or decay means something too: for layers that
+    turn too far, spikes, a decay that does nothing, and weights that are not finite. A file of an elropt that recorded
+    no angles has no findings.
+
     Args:
         run: of `read_run`, best with ``all_layers=True``.
     """
-    found = [*_large_angles(run)]
+    if run.angle is None or not len(run.tracked):
+        return []
+    with np.errstate(
+        divide="ignore", invalid="ignore", over="ignore"
+    ):  # of runs that end in NaN and infinity
+        seen = _Seen(run, run.angle, decay_of(run))
+        found = [finding for look in _LOOKS for finding in look(seen)]
     return sorted(found, key=lambda finding: (finding.severity != "warning", finding.steps))
 
 
-def _large_angles(run: RunHistory) -> list[Finding]:
-    if run.angle is None:
+class _Seen:
+    """A run of T records of L layers, and what several findings need of it.
+
+    Attributes:
+        angle: [T, L] in radians.
+        tracked: the tracked layers.
+        gap: [T] steps that each record stands for.
+        duration: steps in all.
+        taken: [T + 1, L] what decay has taken from ln‖w‖ before each record and in all; NaN where it is not known.
+        path: [L] the angles of all steps added up, each record standing for the steps up to the next.
+    """
+
+    def __init__(self, run: RunHistory, angle: Array, decay: Decay) -> None:
+        self.run, self.angle, self.decay, self.steps = run, angle, decay, run.steps
+        self.tracked = np.flatnonzero(run.tracked)
+        gap = np.diff(run.steps)
+        self.gap = np.append(gap, gap[-1] if len(gap) else 1).astype(np.float64)
+        self.duration = float(self.gap.sum())
+        shares = decay.share * self.gap[:, None]
+        self.taken = np.concatenate([np.zeros((1, len(run.names))), np.cumsum(shares, axis=0)])
+        self.path = np.nansum(angle * self.gap[:, None], axis=0)
+
+    @property
+    def all_records(self) -> Indices:
+        return np.arange(len(self.steps))
+
+    def option(self, layer: int, name: str) -> object:
+        """Of the layer's param group at the last record."""
+        return self.run.options[-1][layer].get(name) if self.run.options else None
+
+    def named(self, layers: Indices) -> str:
+        """Layers in words, of which the first has it most."""
+        first = self.run.names[layers[0]]
+        return first if len(layers) == 1 else f"{len(layers)} layers, {first} most of all,"
+
+    def finding(
+        self,
+        kind: Kind,
+        records: Indices,
+        layers: Indices,
+        what: str,
+        advice: str = "",
+        severity: Severity = "warning",
+    ) -> Finding:
+        steps = int(self.steps[records[0]]), int(self.steps[records[-1]])
+        names = tuple(self.run.names[layer] for layer in layers)
+        return Finding(kind, steps, names, what, advice, severity)
+
+
+def _not_finite(seen: _Seen) -> list[Finding]:
+    norm = seen.run.weight_norm
+    was_finite = np.logical_or.accumulate(np.isfinite(norm), axis=0)
+    is_there = np.isfinite(seen.run.grad_factor)  # a layer that has no gradient is not in the record
+    broken = ~np.isfinite(norm) & was_finite & is_there
+    layers = np.flatnonzero(broken.any(axis=0))
+    if not len(layers):
         return []
+    layers = layers[np.argsort(broken[:, layers].argmax(axis=0), kind="stable")]
+    records = np.flatnonzero(broken.any(axis=1))
+    start = seen.steps[records[0]]
+    what = f"At step {start} the weights of {len(layers)} layers are not finite, first of {seen.run.names[layers[0]]}."
+    advice = "Look at the angles before that step; a smaller learning rate or clipped gradients may help."
+    return [seen.finding("not_finite", records, layers, what, advice)]
+
+
+def _large_angles(seen: _Seen) -> list[Finding]:
+    run, angle = seen.run, seen.angle
+    # a weight that starts near zero turns far at first, and no harm is done
+    starts_small = ~run.tracked & (run.weight_norm < np.nanmax(run.weight_norm, axis=0, initial=0) / 2)
+    large = (angle > LARGE_ANGLE) & ~starts_small
+    layers = np.flatnonzero(large.any(axis=0))
+    if not len(layers):
+        return []
+    angles = np.where(large, angle, 0.0)
+    layers = layers[np.argsort(-angles[:, layers].max(axis=0), kind="stable")]
+    worst = layers[0]
+    t = int(angles[:, worst].argmax())
+    records = np.flatnonzero(large.any(axis=1))
+    what = (
+        f"{run.names[worst]} turns by {angles[t, worst]:.2g} rad in step {seen.steps[t]}. {_of(len(layers), run)} "
+        f"turned by more than {LARGE_ANGLE} rad, in {len(records)} of {len(seen.steps)} recorded steps."
+    )
+    too_long = math.tan(min(angles[t, worst], 1.5)) / SAFE_ANGLE
+    if seen.option(worst, "rule") == "equilibrium":  # there the angle is as √lr
+        too_long = too_long**2
+    lr = run.lr[t, worst]
+    advice = (
+        f"A learning rate of about {lr / too_long:.1g} instead of {lr:.2g} would turn it by {SAFE_ANGLE} rad there."
+        if np.isfinite(lr)
+        else f"A learning rate {too_long:.2g} times smaller would turn it by {SAFE_ANGLE} rad there."
+    )
+    return [seen.finding("large_angle", records, layers, what, advice)]
+
+
+def _spikes(seen: _Seen) -> list[Finding]:
+    run, angle = seen.run, seen.angle
+    ratio = np.zeros(angle.shape)
+    for t in range(BEFORE_SPIKE, len(angle)):
+        before = slice(max(0, t - AROUND_SPIKE), t)
+        after = angle[t + 1 : t + 1 + AROUND_SPIKE]
+        usual = _quantile(angle[before])
+        if len(after) >= BEFORE_SPIKE:  # less than the median, as momentum goes on for some steps
+            usual = np.fmax(usual, _quantile(after, 0.25))
+        else:  # the angle may have risen with the learning rate, to stay
+            usual = usual * np.fmax(1.0, run.lr[t] / _quantile(run.lr[before]))
+        ratio[t] = np.where(usual > 0, angle[t] / np.where(usual > 0, usual, 1.0), 0.0)
+    spiking = (ratio > SPIKE) & (angle > SPIKE_IN_RUN * _quantile(angle))
+    return [
+        _spike(seen, records, spiking, ratio) for records in _stretches(np.any(spiking, axis=1), SPIKE_GAP)
+    ]
+
+
+def _spike(seen: _Seen, records: Indices, spiking: NDArray[np.bool_], ratio: Array) -> Finding:
+    """One spike, with what is known of its cause."""
+    run = seen.run
+    layers = np.flatnonzero(spiking[records].any(axis=0))
+    ratios = np.where(spiking, ratio, 0.0)[records]
+    layers = layers[np.argsort(-ratios[:, layers].max(axis=0), kind="stable")]
+    worst = layers[0]
+    t = int(records[ratios[:, worst].argmax()])
+    before = slice(max(0, t - AROUND_SPIKE), t)
+    what = (
+        f"In step {seen.steps[t]} {run.names[worst]} turns by {seen.angle[t, worst]:.2g} rad, "
+        f"{ratio[t, worst]:.2g} times as far as usual. {_of(len(layers), run)} spiked."
+    )
+    advice = ""
+    lr_rise = run.lr[t, worst] / _quantile(run.lr[before])[worst]
+    usual_grad = _quantile(run.grad_norm[before])
+    grad_rise = run.grad_norm[t, worst] / usual_grad[worst]
+    if lr_rise > 2:
+        what += f" The learning rate was {lr_rise:.2g} times the usual one."
+        advice = f"Look at the schedule of the learning rate around step {seen.steps[t]}."
+    elif grad_rise > 2:
+        what += f" Its gradient was {grad_rise:.2g} times as long as usual."
+        norm = 2 * math.sqrt(np.nansum(usual_grad**2))
+        advice = (
+            f"Look at the batch of step {seen.steps[t]}. Gradients clipped at a norm of about {norm:.1g} for all "
+            "layers together, twice the usual one, would have held it back."
+        )
+    return seen.finding("update_spike", records, layers, what, advice)
+
+
+def _small_angles(seen: _Seen) -> list[Finding]:
+    run, usual = seen.run, _quantile(seen.angle)
+    layers = _hardly_turn(seen)
+    if not len(layers):
+        return []
+    least = layers[0]
+    others = np.array(
+        [layer for layer in seen.tracked if layer not in layers and usual[layer] > 0], dtype=int
+    )
+    lr = _quantile(run.lr)[least]
+    if lr == 0:
+        what = f"{seen.named(layers)} does not turn: the learning rate is 0."
+        return [seen.finding("small_angle", seen.all_records, layers, what, severity="note")]
+    what = (
+        f"{seen.named(layers)} cannot have turned by more than {seen.path[least]:.1g} rad in all {seen.duration:.0f} "
+        f"steps; its usual angle is {usual[least]:.1g} rad per step"
+        + (f", that of the other tracked layers {_mean(usual[others]):.1g}." if len(others) else ".")
+    )
+    aim = _mean(usual[others]) if len(others) else 1e-3
+    advice = []
+    norm = _quantile(run.weight_norm)
+    if len(others) and norm[least] > 30 * np.median(norm[others]):
+        advice.append(
+            f"Its norm is {norm[least]:.2g}, that of the others {np.median(norm[others]):.2g}. Start it smaller: what "
+            "a scale-invariant layer computes does not change. elropt.equalize_ does that too."
+        )
+    if usual[least] > 0 and lr > 0:
+        new = lr * aim / usual[least]
+        advice.append(
+            f"A learning rate of about {new:.1g} instead of {lr:.2g} turns it by {aim:.1g} rad per step."
+        )
+    return [seen.finding("small_angle", seen.all_records, layers, what, " ".join(advice))]
+
+
+def _hardly_turn(seen: _Seen) -> Indices:
+    """Tracked layers that hardly turn in the whole run, the least first."""
+    if seen.duration < SHORT_RUN:
+        return np.zeros(0, dtype=np.intp)
+    recorded = np.isfinite(seen.angle).mean(axis=0) > 0.5
+    layers = np.flatnonzero(seen.run.tracked & recorded & (seen.path < SMALL_PATH))
+    return layers[np.argsort(seen.path[layers], kind="stable")]
+
+
+def _uneven_angles(seen: _Seen) -> list[Finding]:
+    run, tracked = seen.run, seen.tracked
+    angle = np.where(seen.angle > 0, seen.angle, np.nan)[:, tracked]
+    half = len(angle) // 2
+    usual = _quantile(angle[half:])
+    if np.isfinite(usual).sum() < 2:
+        return []
+    order = np.argsort(usual, kind="stable")[: np.isfinite(usual).sum()]
+    slow, fast = order[0], order[-1]
+    spread = usual[fast] / usual[slow]
+    if spread > UNEVEN:
+        behind = order[usual[order] < usual[fast] / UNEVEN]
+        aim = _mean(np.delete(usual, behind))
+        lr = _quantile(run.lr[half:])[tracked[slow]]
+        what = (
+            f"In the second half of the run {run.names[tracked[slow]]} turns by {usual[slow]:.1g} rad per step and "
+            f"{run.names[tracked[fast]]} by {usual[fast]:.1g}, {spread:.2g} times as far. {len(behind)} of "
+            f"{len(tracked)} tracked layers turn by less than {1 / UNEVEN:.0%} of the largest angle."
+        )
+        advice = (
+            f"Give {run.names[tracked[slow]]} a learning rate of about {lr * aim / usual[slow]:.1g}, not {lr:.2g}, "
+            'or use a rule that makes layers alike: "warmup" or "uniform" of ELRSGD, "uniform" of elropt.control.'
+        )
+        layers = tracked[[*behind, fast]]
+        return [seen.finding("uneven_angles", seen.all_records[half:], layers, what, advice)]
+    spreads = _spread(angle)
+    early = _stretches(spreads > UNEVEN, 1)
+    if not early or early[0][0] > 0:
+        return []
+    records = early[0]
+    t = int(records[spreads[records].argmax()])
+    what = (
+        f"At first tracked layers turn by angles that differ by a factor of up to {spreads[t]:.2g}, in step "
+        f"{seen.steps[t]}; after step {seen.steps[records[-1]]} by less than {UNEVEN:.0f}."
+    )
+    layers = tracked[[int(np.nanargmin(angle[t])), int(np.nanargmax(angle[t]))]]
+    return [seen.finding("uneven_angles", records, layers, what, severity="note")]
+
+
+def _norm_growth(seen: _Seen) -> list[Finding]:
+    run = seen.run
+    growth, taken = np.zeros(len(run.names)), np.nan_to_num(seen.taken)
+    start, end = np.zeros((2, len(run.names)), dtype=np.intp)
+    for layer in seen.tracked[~seen.decay.keeps_norm[seen.tracked]]:
+        records = np.flatnonzero(np.isfinite(run.weight_norm[:, layer]) & (run.weight_norm[:, layer] > 0))
+        rescaled = np.flatnonzero(run.weight_factor[:, layer] != 1)  # by a warm-up
+        records = records[records > rescaled[-1]] if len(rescaled) else records
+        if len(records) < 4:
+            continue
+        log_norm = np.log(run.weight_norm[records, layer])
+        start[layer], end[layer] = records[0], records[-1]
+        in_one_step = np.diff(log_norm).max() > (log_norm[-1] - log_norm[0]) / 2
+        growth[layer] = 0.0 if in_one_step else log_norm[-1] - log_norm[0]
+    columns = np.arange(len(run.names))
+    taken = taken[end, columns] - taken[start, columns]
+    layers = np.flatnonzero((growth > math.log(GROWTH)) & (taken < growth / 2))
+    if not len(layers):
+        return []
+    layers = layers[np.argsort(-growth[layers], kind="stable")]
+    worst = layers[0]
+    records = seen.all_records[start[worst] : end[worst] + 1]
+    against = (
+        f"takes back {taken[worst] / (growth[worst] + taken[worst]):.0%} of it"
+        if taken[worst] > 0
+        else "is 0"
+    )
+    what = (
+        f"The norm of {seen.named(layers)} grows by a factor of {math.exp(growth[worst]):.2g} from step "
+        f"{seen.steps[records[0]]} to {seen.steps[records[-1]]}. Weight decay {against}, so nothing bounds it, and the "
+        "longer a weight is, the less a step turns it."
+    )
+    return [seen.finding("norm_growth", records, layers, what, _decay_for_angle(seen, worst, records))]
+
+
+def _decay_for_angle(seen: _Seen, layer: int, records: Indices) -> str:
+    """The decay whose equilibrium is the angle that a layer turns by in the middle of the records."""
+    middle = records[len(records) // 3 : len(records) // 3 + max(1, len(records) // 3)]
+    angle, lr, settling = (
+        _quantile(values[middle])[layer] for values in (seen.angle, seen.run.lr, seen.decay.settling)
+    )
+    if not (angle > 0 and lr * settling > 0):
+        return "A weight decay would bound it."
+    return (
+        f"A weight decay of about {angle**2 / (lr * settling):.1g} has its equilibrium at {angle:.1g} rad per step, "
+        "the angle in the middle of the run."
+    )
+
+
+def _idle_decay(seen: _Seen) -> list[Finding]:
+    run, decay = seen.run, _quantile(seen.run.weight_decay)
     found = []
-    for name, angles in zip(run.names, run.angle.T, strict=True):
-        large = angles > 0.3
-        if large.any():
-            steps = run.steps[large]
-            what = f"{name} turns by up to {angles[large].max():.2g} rad in a step, at step {steps[0]}."
+    settles = np.array([seen.option(layer, "rule") == "equilibrium" for layer in range(len(run.names))])
+    kept = np.flatnonzero(seen.decay.keeps_norm & (decay > 0) & ~settles)
+    if len(kept):
+        what = f"The weight decay of {len(kept)} tracked layers has no effect: a rule keeps their norms."
+        found.append(seen.finding("idle_decay", seen.all_records, kept, what, severity="note"))
+    total = seen.taken[-1]
+    idle = (decay > 0) & (total < IDLE_DECAY) & ~seen.decay.keeps_norm
+    idle[_hardly_turn(seen)] = False  # their learning rate is the matter
+    layers = np.flatnonzero(idle)
+    if not len(layers) or seen.duration < SHORT_RUN:
+        return found
+    layers = layers[np.argsort(total[layers], kind="stable")]
+    least = layers[0]
+    what = (
+        f"The weight decay of {decay[least]:.2g} shortens {seen.named(layers)} by {total[least]:.1%} in all "
+        f"{seen.duration:.0f} steps together."
+    )
+    advice = "Leave it out, or make it larger."
+    if total[least] > 0:
+        new = decay[least] * USEFUL_DECAY / total[least]
+        advice = f"About {new:.1g} would matter in a run of this length; else leave it out."
+    return [*found, seen.finding("idle_decay", seen.all_records, layers, what, advice)]
+
+
+def _equilibrium(seen: _Seen) -> list[Finding]:
+    run = seen.run
+    layers = seen.tracked[np.nan_to_num(seen.taken[-1, seen.tracked]) > 0]
+    if not len(layers):
+        return []
+    balanced, start = _balanced(seen, layers)
+    share = balanced.mean(axis=1)
+    stretches = _stretches(share >= MOST, 3)
+    found = []
+    if stretches:
+        at = max(stretches, key=len)
+        records = seen.all_records[start[at[0]].max() : at[-1] + 1]
+        what = (
+            f"From step {seen.steps[records[0]]} to {seen.steps[records[-1]]} growth and weight decay balance: the "
+            f"norms of {'all' if share[at].min() == 1 else 'most of'} {len(layers)} tracked layers hardly change. They "
+            f"turn by {_range(_quantile(seen.angle[at][:, layers]))} rad per step{_against(seen, at, layers)}."
+        )
+        found.append(seen.finding("equilibrium", records, layers, what, severity="note"))
+    away = layers[~balanced[-1]]
+    if not len(away):
+        return found
+    last = seen.all_records[-max(1, len(run.steps) // 10) :]
+    what = (
+        f"At step {seen.steps[-1]} {len(away)} of {len(layers)} tracked layers are not in equilibrium. They turn by "
+        f"{_range(_quantile(seen.angle[last][:, away]))} rad per step{_against(seen, last, away)}."
+    )
+    pace = _mean(_quantile(seen.decay.share[len(run.steps) // 2 :])[away])
+    if pace > 0:
+        way = seen.taken[-1, away].max()
+        what += f" At the usual learning rate and decay of the second half norms settle in about {1 / pace:,.0f} steps"
+        what += f"; the run has made {way:.0%} of that." if way < 1 else "."
+    return [*found, seen.finding("transient", last, away, what, severity="note")]
+
+
+def _balanced(seen: _Seen, layers: Indices) -> tuple[NDArray[np.bool_], Indices]:
+    """[T, L] of `layers`: whether growth and decay balance in the `WINDOW` before each record, and where it starts."""
+    norm = seen.run.weight_norm[:, layers]
+    log_norm, taken = np.log(np.where(norm > 0, norm, np.nan)), seen.taken[:-1, layers]
+    start = np.zeros(taken.shape, dtype=np.intp)
+    balance = np.full(taken.shape, np.nan)
+    for i in range(len(layers)):
+        start[:, i] = np.searchsorted(taken[:, i], taken[:, i] - WINDOW, side="right") - 1
+        t = np.flatnonzero(start[:, i] >= 0)
+        balance[t, i] = (log_norm[t, i] - log_norm[start[t, i], i]) / (taken[t, i] - taken[start[t, i], i])
+    return np.abs(balance) < BALANCED, start
+
+
+def _against(seen: _Seen, records: Indices, layers: Indices) -> str:
+    """The angle of the equilibrium, in words; nothing where no formula is known."""
+    settled = _quantile(seen.decay.angle[records][:, layers])
+    if not np.isfinite(settled).any():
+        return ""
+    formula = _FORMULAS[seen.run.optimizer.rpartition(".")[2]]
+    return f"; at the equilibrium of this learning rate and decay it is {_range(settled)} ({formula})"
+
+
+_FORMULAS = {
+    **dict.fromkeys(("SGD", "ELRSGD"), "√(2λω/(1+μ)) without Nesterov momentum"),
+    **dict.fromkeys(("Adam", "AdamW"), "√(2λω(1−β₁)/(1+β₁))"),
+    **dict.fromkeys(("Lion", "Muon"), "for independent gradients"),
+}
+
+
+def _rule(seen: _Seen) -> list[Finding]:
+    run, tracked = seen.run, seen.tracked
+    if run.control is not None:
+        what = (
+            f'elropt.control with the rule "{run.control}" decides how far {len(tracked)} tracked layers turn'
+        )
+        return [_kept(seen, tracked, what)]
+    found = []
+    rules = [seen.option(int(layer), "rule") for layer in tracked]
+    for rule in dict.fromkeys(rule for rule in rules if isinstance(rule, str)):
+        layers = tracked[[other == rule for other in rules]]
+        s = run.grad_factor[:, layers]
+        if rule == "warmup":
+            found.append(_warmup(seen, layers))
+        elif rule == "uniform":
+            what = (
+                f'The rule "uniform" gives {len(layers)} tracked layers the same ELR: it multiplies their gradients by '
+                f"{_range(s[s > 0])}."
+            )
+            found.append(seen.finding("rule", seen.all_records, layers, what, severity="note"))
+        else:
             found.append(
-                Finding("large_angle", (int(steps[0]), int(steps[-1])), (name,), what, "", "warning")
+                _kept(seen, layers, f'The rule "{rule}" decides how far {len(layers)} tracked layers turn')
             )
     return found
+
+
+def _kept(seen: _Seen, layers: Indices, what: str) -> Finding:
+    what += f", {_range(_quantile(seen.angle[:, layers].T))} rad per step, and keeps their norms."
+    return seen.finding("rule", seen.all_records, layers, what, severity="note")
+
+
+def _warmup(seen: _Seen, layers: Indices) -> Finding:
+    """From the records at which the factors of the rule are not 1."""
+    run = seen.run
+    acts = np.flatnonzero(((run.grad_factor != 1) | (run.weight_factor != 1))[:, layers].any(axis=1))
+    if not len(acts):
+        what = 'The rule "warmup" had handed over to plain SGD before the first record.'
+        return seen.finding("rule", seen.all_records, layers, what, severity="note")
+    spread = _spread(run.grad_norm[:, layers] / run.weight_norm[:, layers])
+    after = acts[-1] + 1
+    ends = after < len(run.steps)
+    what = (
+        f'The rule "warmup" acts on {len(layers)} tracked layers from step {seen.steps[acts[0]]} on, where their '
+        f"‖g‖/‖w‖ differ by a factor of {spread[acts[0]]:.2g}. "
+    )
+    if ends:
+        what += (
+            f"It handed over to plain SGD by step {seen.steps[after]}, at a factor of {spread[after]:.2g}."
+        )
+    else:
+        what += f"It has not handed over by the last record; there the factor is {spread[-1]:.2g}."
+    records = seen.all_records[acts[0] : after + 1]
+    return seen.finding("rule", records, layers, what, severity="note")
+
+
+def _of(count: int, run: RunHistory) -> str:
+    return f"{count} of {len(run.names)} layers"
+
+
+def _range(values: Array) -> str:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return "nan"
+    low, high = f"{values.min():.2g}", f"{values.max():.2g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _mean(values: Array) -> float:
+    """Geometric, of what is positive; NaN without any."""
+    positive = values[values > 0]
+    return float(np.exp(np.log(positive).mean())) if len(positive) else math.nan
+
+
+def _spread(values: Array) -> Array:
+    """max / min of what is positive in each row of [T, L]; NaN without any."""
+    shown = np.ma.masked_invalid(np.where(values > 0, values, np.nan))
+    return np.ma.filled(shown.max(axis=1) / shown.min(axis=1), np.nan)
+
+
+def _quantile(values: Array, at: float = 0.5) -> Array:
+    """Over the first axis, of what is finite; NaN where nothing is."""
+    finite = np.where(np.isfinite(values), values, np.nan)
+    known = np.isfinite(finite).any(axis=0)
+    result = np.full(finite.shape[1:], np.nan)
+    if known.any():
+        result[known] = np.nanquantile(finite[:, known], at, axis=0)
+    return result
+
+
+def _stretches(holds: ArrayLike, gap: int) -> list[Indices]:
+    """The records at which something holds, parted where more than `gap` records lie between two of them."""
+    at = np.flatnonzero(holds)
+    return np.split(at, np.flatnonzero(np.diff(at) > gap) + 1) if len(at) else []
+
+
+_LOOKS: tuple[Callable[[_Seen], Sequence[Finding]], ...] = (
+    _not_finite,
+    _large_angles,
+    _spikes,
+    _small_angles,
+    _uneven_angles,
+    _norm_growth,
+    _idle_decay,
+    _equilibrium,
+    _rule,
+)

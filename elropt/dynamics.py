@@ -7,6 +7,7 @@ called `relative_grad`. Its unit is 1/lr, so lr·E is an angle. Derivations: doc
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Literal, TypeAlias
@@ -15,12 +16,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "adamw_equilibrium_angle",
     "balance_lr",
     "critical_lr",
     "elr_spread",
     "equilibrium_angle",
     "equilibrium_relative_grad",
+    "lion_equilibrium_angle",
     "monotone_lr",
+    "muon_equilibrium_angle",
     "one_step",
     "simulate",
     "small_step",
@@ -268,6 +272,91 @@ def equilibrium_relative_grad(
         raise ValueError("lr must be positive, got 0: weights that do not move reach no equilibrium")
     k = 1 - momentum if _is_aligned(gradients) else np.sqrt(1 - momentum**2)
     return k * np.sin(equilibrium_angle(lr, weight_decay, momentum)) / lr
+
+
+def adamw_equilibrium_angle(lr: ArrayLike, weight_decay: ArrayLike, beta1: ArrayLike = 0.9) -> Array:
+    """The angle per step at the equilibrium of AdamW: √(2λω(1−β₁)/(1+β₁)).
+
+    For independent gradients, decoupled decay, small λω and β₂ close to 1. Gradients that agree from step to step
+    turn the weight by less, since they lengthen it faster.
+
+    Args:
+        lr, weight_decay: λ ≥ 0 and ω ≥ 0.
+        beta1: β₁, 0 ≤ β₁ < 1.
+
+    Returns:
+        radians per step, the arguments broadcast against each other.
+
+    Raises:
+        ValueError: a value outside the ranges above.
+
+    Source: Kosson et al., ICML 2024; derived again in docs/theory.md §7.
+    """
+    beta1 = _momentum(beta1)
+    return _decoupled_angle(lr, weight_decay, (1 - beta1) / (1 + beta1))
+
+
+def lion_equilibrium_angle(
+    lr: ArrayLike, weight_decay: ArrayLike, beta1: float = 0.9, beta2: float = 0.99
+) -> Array:
+    """The angle per step at the equilibrium of Lion: √(2λω/(1 + 2·Σₖ (2/π)·arcsin ρₖ)).
+
+    ρₖ is the correlation of the averages β₁m + (1−β₁)g, whose signs Lion steps by, k steps apart. For independent
+    normal gradients, decoupled decay and small λω. With the arcsin linearized it is √(πλω·Q) of Kosson et al.,
+    Q = (1−β₁)² + β₁²(1−β₂)/(1+β₂).
+
+    Args:
+        lr, weight_decay: λ ≥ 0 and ω ≥ 0.
+        beta1, beta2: 0 ≤ β < 1.
+
+    Returns:
+        radians per step, the arguments broadcast against each other.
+
+    Raises:
+        ValueError: a value outside the ranges above.
+
+    Source: derived, docs/theory.md §7.
+    """
+    beta1, beta2 = float(_momentum(beta1)), float(_momentum(beta2))
+    share = beta1 * (1 - beta2)  # of the gradient before the last one in the average
+    squares = (1 - beta1) ** 2 + share**2 / (1 - beta2**2)
+    first = (1 - beta1) * share + share**2 * beta2 / (1 - beta2**2)
+    steps = 1 + math.ceil(math.log(1e-4) / math.log(beta2)) if beta2 > 0 else 1
+    correlations = first / squares * beta2 ** np.arange(steps)
+    total = 1 + 2 * (2 / math.pi * np.arcsin(np.minimum(correlations, 1.0))).sum()
+    return _decoupled_angle(lr, weight_decay, 1 / total)
+
+
+def muon_equilibrium_angle(
+    lr: ArrayLike, weight_decay: ArrayLike, momentum: ArrayLike = 0.95, *, nesterov: bool = True
+) -> Array:
+    """The angle per step at the equilibrium of Muon: √(2λωQ), Q the squares of the weights of past gradients.
+
+    Q = (1−μ)²·((1+μ)² + μ⁴/(1−μ²)) with Nesterov momentum, else (1−μ)/(1+μ). For independent gradients, decoupled
+    decay and small λω. Exact for matrices that are much wider than high; orthogonalizing a square random one makes the
+    angle 1.2 times as large, and one of low rank more.
+
+    Args:
+        lr, weight_decay: λ ≥ 0 and ω ≥ 0.
+        momentum: μ, 0 ≤ μ < 1.
+
+    Returns:
+        radians per step, the arguments broadcast against each other.
+
+    Raises:
+        ValueError: a value outside the ranges above.
+
+    Source: derived, docs/theory.md §7.
+    """
+    momentum = _momentum(momentum)
+    squares = (1 + momentum) ** 2 + momentum**4 / (1 - momentum**2) if nesterov else 1 / (1 - momentum**2)
+    return _decoupled_angle(lr, weight_decay, (1 - momentum) ** 2 * squares)
+
+
+def _decoupled_angle(lr: ArrayLike, weight_decay: ArrayLike, squares: Array | float) -> Array:
+    """√(2λωQ): see docs/theory.md §7."""
+    lr, weight_decay = _non_negative("lr", lr), _non_negative("weight_decay", weight_decay)
+    return np.sqrt(2 * lr * weight_decay * squares)
 
 
 def _decide(rule: ModelRule, step: int, E: Array) -> tuple[Array, Array]:

@@ -113,8 +113,15 @@ def read_run(path: str | Path, *, all_layers: bool = False) -> RunHistory:
     columns = {key: _column(records, names, key) for key in COLUMNS}
     has_changes = any("angle" in layer for record in records for layer in record["layers"].values())
     described = _descriptions(records)
-    options = [_options_of(names, description) for description in described]
-    decay = [[_number(of_layer.get("weight_decay")) for of_layer in of_record] for of_record in options]
+    options: list[list[dict[str, Any]]] = []
+    decay = np.full((len(records), len(names)), np.nan)
+    for t, description in enumerate(described):
+        if t > 0 and description is described[t - 1]:
+            options.append(options[-1])
+            decay[t] = decay[t - 1]
+        else:
+            options.append(_options_of(names, description))
+            decay[t] = [_number(of_layer.get("weight_decay")) for of_layer in options[-1]]
     return RunHistory(
         steps=np.array([record["step"] for record in records]),
         names=names,
@@ -125,7 +132,7 @@ def read_run(path: str | Path, *, all_layers: bool = False) -> RunHistory:
         **{key: _column(records, names, key) if has_changes else None for key in CHANGES},
         tracked=is_tracked,
         **columns,
-        weight_decay=np.array(decay, dtype=np.float64),
+        weight_decay=decay,
         optimizer=described[-1].get("class", ""),
         control=described[-1].get("control"),
         options=options if any(described) else (),
@@ -143,9 +150,11 @@ def _descriptions(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _options_of(names: list[str], description: dict[str, Any]) -> list[dict[str, Any]]:
     """[L] the options of each layer's param group. The rows of a layer's filters are named "layer[index]"."""
-    groups = {name: group for group in description.get("groups", []) for name in group["layers"]}
-    found = [groups.get(name) or groups.get(name.rsplit("[", 1)[0], {}) for name in names]
-    return [{key: value for key, value in group.items() if key != "layers"} for group in found]
+    groups: dict[str, dict[str, Any]] = {}
+    for group in description.get("groups", []):
+        options = {key: value for key, value in group.items() if key != "layers"}
+        groups |= dict.fromkeys(group["layers"], options)
+    return [groups.get(name) or groups.get(name.rsplit("[", 1)[0], {}) for name in names]
 
 
 def _number(value: object) -> float:
