@@ -208,7 +208,7 @@ def test_growth_that_is_bounded_or_of_one_step_or_of_a_warmup_is_no_fault() -> N
     jump = np.where(np.arange(200)[:, None] > 50, 3.0, 1.0)
     assert not warnings_of(history(constant(), weight_norm=jump))
     rescaled = np.where(np.arange(200)[:, None] < 190, 1.01, 1.0)
-    elrsgd = {"optimizer": "elropt.optimizer.ELRSGD", "rule": "warmup"}
+    elrsgd: dict[str, Any] = {"optimizer": "elropt.optimizer.ELRSGD", "rule": "warmup"}
     assert not warnings_of(history(constant(), weight_norm=growing, weight_factor=rescaled, **elrsgd))
     assert not warnings_of(history(constant(), weight_norm=growing, optimizer="elropt.ELRSGD", rule="angle"))
 
@@ -225,7 +225,10 @@ def test_a_decay_that_does_nothing_is_named_with_one_that_would() -> None:
     assert "About 1 would matter" in finding.advice
     assert not warnings_of(history(constant(), lr=0.1, weight_decay=1e-3))
 
-    l2 = {"optimizer": "torch.optim.adam.Adam", "decoupled_weight_decay": False}  # no such measure
+    l2: dict[str, Any] = {
+        "optimizer": "torch.optim.adam.Adam",
+        "decoupled_weight_decay": False,
+    }  # no such measure
     assert diagnose(history(constant(), weight_decay=1e-5, **l2)) == []
     kept = the("idle_decay", history(constant(), weight_decay=1e-3, control="angle"))
     assert kept.severity == "note"
