@@ -1,0 +1,58 @@
+"""Optuna: a search over the rule and its learning rate, in the unit that the rule has.
+
+    python examples/with_optuna.py
+
+Start it again and it goes on: the study is in a file.
+"""
+
+from pathlib import Path
+
+import optuna
+import torch
+from torch import nn
+
+import elropt
+
+
+def objective(trial):
+    rule = trial.suggest_categorical("rule", ["warmup", "uniform", "angle"])
+    # Each rule has a parameter of its own, for its learning rate has a unit of its own.
+    if rule == "angle":
+        lr, tracked_lr = 0.1, trial.suggest_float("tracked_lr", 1e-3, 0.1, log=True)  # radians per step
+    else:
+        lr, tracked_lr = trial.suggest_float("lr", 1e-2, 1, log=True), None  # as SGD's
+    torch.manual_seed(0)
+    inputs = torch.randn(512, 8)
+    labels = inputs[:, :4].argmax(1)
+    hidden = [nn.Linear(8, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU()]
+    net = nn.Sequential(*hidden, nn.Linear(32, 32, bias=False), nn.BatchNorm1d(32), nn.Linear(32, 4))
+    groups = elropt.param_groups(net, inputs[:64], tracked_lr=tracked_lr)
+    optimizer = elropt.ELRSGD(groups, lr=lr, momentum=0.9, rule=rule)
+    loss = torch.tensor(0.0)
+    for step in range(40):
+        batch = torch.arange(64 * step, 64 * (step + 1)) % len(inputs)
+        loss = nn.functional.cross_entropy(net(inputs[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        trial.report(loss.item(), step)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+    trial.set_user_attr("elr_spread", elropt.layer_stats(optimizer).elr_spread)
+    return loss.item()
+
+
+def main(folder="runs/optuna", trials=8, seed=None):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    storage = f"sqlite:///{folder}/study.db"
+    sampler, pruner = optuna.samplers.TPESampler(seed=seed), optuna.pruners.MedianPruner(n_warmup_steps=10)
+    study = optuna.create_study(
+        study_name="rules", storage=storage, load_if_exists=True, sampler=sampler, pruner=pruner
+    )
+    study.optimize(objective, n_trials=trials)
+    print(study.best_params, study.best_value)
+    return study
+
+
+if __name__ == "__main__":
+    main()
