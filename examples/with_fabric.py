@@ -42,6 +42,7 @@ def main(folder="runs/fabric", steps=40):
             state["step"] = step + 1
             if state["step"] % 20 == 0:
                 fabric.save(path, state)
+    fabric.logger.finalize("success")
     return net
 
 

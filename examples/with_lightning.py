@@ -52,6 +52,7 @@ def main(folder="runs/lightning", epochs=EPOCHS):
     trainer = Trainer(
         max_epochs=epochs,
         logger=CSVLogger(folder),
+        log_every_n_steps=4,
         callbacks=[
             RecorderCallback(Path(folder, "elr.jsonl"), every=4),
             ModelCheckpoint(folder, save_last=True),

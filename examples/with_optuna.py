@@ -12,21 +12,23 @@ import torch
 from torch import nn
 
 import elropt
+from elropt.rules import RULES
+
+RANGES = {"lr": (0.01, 1.0), "rad per step": (0.001, 0.1)}  # by unit; that of "sphere" depends on the net
 
 
 def objective(trial):
-    rule = trial.suggest_categorical("rule", ["warmup", "uniform", "angle"])
-    # Each rule has a parameter of its own, for its learning rate has a unit of its own.
-    if rule == "angle":
-        lr, tracked_lr = 0.1, trial.suggest_float("tracked_lr", 1e-3, 0.1, log=True)  # radians per step
-    else:
-        lr, tracked_lr = trial.suggest_float("lr", 1e-2, 1, log=True), None  # as SGD's
+    rules = [rule for rule, spec in RULES.items() if spec.lr_unit in RANGES]  # None is plain SGD
+    rule = trial.suggest_categorical("rule", rules)
+    unit = RULES[rule].lr_unit  # each unit is a parameter of its own
+    value = trial.suggest_float(unit, *RANGES[unit], log=True)
+    lr, tracked_lr = (value, None) if unit == "lr" else (0.1, value)
     torch.manual_seed(0)
     inputs = torch.randn(512, 8)
     labels = inputs[:, :4].argmax(1)
     hidden = [nn.Linear(8, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU()]
     net = nn.Sequential(*hidden, nn.Linear(32, 32, bias=False), nn.BatchNorm1d(32), nn.Linear(32, 4))
-    groups = elropt.param_groups(net, inputs[:64], tracked_lr=tracked_lr)
+    groups = elropt.param_groups(net, inputs[:64], weight_decay=5e-4, tracked_lr=tracked_lr)
     optimizer = elropt.ELRSGD(groups, lr=lr, momentum=0.9, rule=rule)
     loss = torch.tensor(0.0)
     for step in range(40):
@@ -35,9 +37,10 @@ def objective(trial):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        trial.report(loss.item(), step)
-        if trial.should_prune():
-            raise optuna.TrialPruned
+        if step % 10 == 9:
+            trial.report(loss.item(), step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
     trial.set_user_attr("elr_spread", elropt.layer_stats(optimizer).elr_spread)
     return loss.item()
 
@@ -45,7 +48,7 @@ def objective(trial):
 def main(folder="runs/optuna", trials=8, seed=None):
     Path(folder).mkdir(parents=True, exist_ok=True)
     storage = f"sqlite:///{folder}/study.db"
-    sampler, pruner = optuna.samplers.TPESampler(seed=seed), optuna.pruners.MedianPruner(n_warmup_steps=10)
+    sampler, pruner = optuna.samplers.TPESampler(seed=seed), optuna.pruners.MedianPruner()
     study = optuna.create_study(
         study_name="rules", storage=storage, load_if_exists=True, sampler=sampler, pruner=pruner
     )

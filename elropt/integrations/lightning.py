@@ -12,7 +12,7 @@ from typing import Any
 
 from ..layer_table import Tracked
 from ..recorder import Recorder
-from ._resume import drop_records_from
+from .resume import drop_records_from
 
 __all__ = ["RecorderCallback"]
 

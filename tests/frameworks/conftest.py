@@ -1,7 +1,7 @@
 """Tests with training frameworks: all have the marker `frameworks`, and `make frameworks` runs them.
 
-A file skips itself with ``pytest.importorskip`` where its framework is not installed. Warnings are errors, but for
-those of third parties in THIRD_PARTY_WARNINGS.
+A file skips itself with ``pytest.importorskip`` where its framework is not installed. Warnings are errors here too,
+except those in THIRD_PARTY_WARNINGS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ import torch
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
-THIRD_PARTY_WARNINGS: list[str] = []  # as in `filterwarnings` of pyproject.toml, each with who gives it
+THIRD_PARTY_WARNINGS = [  # as in `filterwarnings` of pyproject.toml
+    "ignore:.isinstance.treespec, LeafSpec.:FutureWarning",  # Lightning, of torch
+    "ignore:.*does not have many workers:UserWarning",  # Lightning: data loaders without processes
+    "ignore:Checkpoint directory .* exists and is not empty:UserWarning",  # Lightning, of a resumed run
+    r"ignore:\s*(By default only one Jsonargparse|.*was deprecated in v4):DeprecationWarning",  # LightningCLI
+    "ignore:.torch.jit.script:FutureWarning",  # fastai, of torch
+    "ignore:The 'mode.chained_assignment' option:DeprecationWarning",  # fastai, of pandas
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:
