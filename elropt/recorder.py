@@ -54,7 +54,9 @@ class Recorder:
         optimizer: any torch optimizer, or what wraps one.
         path: JSONL file; records are appended, and a missing folder is made.
         every: record the steps whose number is a multiple of it.
-        first_step: number of the next step; after a resume, how many steps the run has made.
+        first_step: number of the next step; after a resume, how many steps the run has made. Records of this step and
+            of later ones at the end of the file, which a run that was killed after its last checkpoint has left, are
+            removed: those steps are made again.
         writer: anything with ``add_scalar(tag, value, step)``, such as a `SummaryWriter`. It gets elr/<name>,
             angle/<name>, elr_spread, log_elr_std and angle_spread.
         on_record: called with the same scalars as ``on_record({tag: value}, step=step)``: `wandb.log`,
@@ -104,6 +106,8 @@ class Recorder:
         if _is_first_rank():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("ab").close()
+            if first_step > 0:
+                _drop_records_from(self.path, first_step)
         self._watch: StepWatch | None = watch_of(watched)
         self._watch.add(self, watched)
 
@@ -183,6 +187,29 @@ def _is_first_rank() -> bool:
 def _append_line(path: Path, text: str) -> None:
     with path.open("ab") as file:
         file.write(b"\n" * _ends_in_mid_line(path) + text.encode() + b"\n")
+
+
+def _drop_records_from(path: Path, step: int) -> None:
+    """Remove the last records of the file, as far as they are of this step or of later ones."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = len(lines)
+    for i in reversed(range(len(lines))):
+        found = _step_of(lines[i])
+        if found is not None and found < step:
+            break
+        if found is not None:
+            kept = i
+    if kept < len(lines):
+        os.truncate(path, sum(map(len, lines[:kept])))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a record; None where the line is cut off or something else."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _ends_in_mid_line(path: Path) -> bool:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import elropt
 from elropt.integrations.config import ELRSGDFactory
-from elropt.integrations.resume import drop_records_from
 
 from .nets import bn_mlp
 
@@ -46,24 +44,3 @@ def test_without_lightning_the_error_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.delitem(sys.modules, "elropt.integrations.lightning", raising=False)
     with pytest.raises(ImportError, match="pip install lightning"):
         importlib.import_module("elropt.integrations.lightning")
-
-
-def line(step: int) -> str:
-    return f'{{"step": {step}, "elr_spread": 1.0, "layers": {{}}}}\n'
-
-
-@pytest.mark.parametrize("cut_off", ["", '{"step": 1', "\0\0\0"])
-def test_records_after_the_checkpoint_are_dropped(tmp_path: Path, cut_off: str) -> None:
-    """Those of an earlier run in the same file stay, although its steps are later ones."""
-    path = tmp_path / "elr.jsonl"
-    earlier, kept = line(0) + line(40), line(0) + line(8)
-    path.write_text(earlier + kept + line(10) + line(12) + cut_off)
-    drop_records_from(path, 10)
-    assert path.read_text() == earlier + kept
-    drop_records_from(path, 10)
-    assert path.read_text() == earlier + kept
-
-
-def test_a_file_of_a_new_run_need_not_exist(tmp_path: Path) -> None:
-    drop_records_from(tmp_path / "elr.jsonl", 10)
-    assert not (tmp_path / "elr.jsonl").exists()

@@ -390,6 +390,25 @@ def test_a_record_starts_on_a_line_of_its_own(tmp_path: Path, removed: int) -> N
     assert len(run.notes) == (removed >= 2)
 
 
+@pytest.mark.parametrize("cut_off", ["", '{"step": 1', "\0\0\0"])
+def test_records_that_a_killed_run_has_left_are_written_again(tmp_path: Path, cut_off: str) -> None:
+    """An earlier run in the same file stays, although its steps have larger numbers."""
+    params = weights()
+    optimizer = ELRSGD(named(params), lr=0.1)
+    path = tmp_path / "run.jsonl"
+    for steps in (9, 6):
+        with Recorder(optimizer, path, every=2):
+            train(optimizer, params, steps)
+    before = path.read_bytes().splitlines(keepends=True)
+    with path.open("a") as file:
+        file.write(cut_off)
+    with Recorder(optimizer, path, every=2, first_step=3):
+        assert path.read_bytes() == b"".join(before[:7])
+        train(optimizer, params, 4)
+    assert [record["step"] for record in strict_records(path)] == [0, 2, 4, 6, 8, 0, 2, 4, 6]
+    assert read_run(path).steps.tolist() == [0, 2, 4, 6]
+
+
 class Broken(Scalars):
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         raise OSError("no space left on device")

@@ -12,7 +12,6 @@ from typing import Any
 
 from ..layer_table import Tracked
 from ..recorder import Recorder
-from .resume import drop_records_from
 
 __all__ = ["RecorderCallback"]
 
@@ -38,8 +37,7 @@ class RecorderCallback(_lightning().Callback):
     bar and callbacks that monitor them (on rank 0 alone). Any torch optimizer will do.
 
     Steps are counted for each optimizer apart. The counts are saved with the checkpoint, so that a resumed run goes on
-    with the next number. Records of steps after that checkpoint, which a killed run has left in the file, are removed:
-    those steps are made again. Where a checkpoint has no counts, ``trainer.global_step`` is the count, shared
+    with the next number. Where a checkpoint has no counts, ``trainer.global_step`` is the count, shared
     equally among several optimizers.
 
     Args:
@@ -100,8 +98,6 @@ class RecorderCallback(_lightning().Callback):
         self.recorders = []
         for i, (optimizer, step) in enumerate(zip(trainer.optimizers, steps, strict=True)):
             own = path if count == 1 else path.with_stem(f"{path.stem}-{i}")
-            if step and trainer.is_global_zero:
-                drop_records_from(own, step)
             prefix = "" if count == 1 else f"optimizer_{i}/"
             self.recorders.append(
                 Recorder(

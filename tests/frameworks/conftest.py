@@ -23,6 +23,7 @@ THIRD_PARTY_WARNINGS = [  # as in `filterwarnings` of pyproject.toml
     "ignore:Checkpoint directory .* exists and is not empty:UserWarning",  # Lightning, of a resumed run
     r"ignore:\s*(By default only one Jsonargparse|.*was deprecated in v4):DeprecationWarning",  # LightningCLI
     "ignore:.torch.jit.script:FutureWarning",  # fastai, of torch
+    "ignore:numpy.core is deprecated:DeprecationWarning",  # fastai
     "ignore:The 'mode.chained_assignment' option:DeprecationWarning",  # fastai, of pandas
 ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -40,21 +39,22 @@ def test_the_example_has_the_bits_of_the_plain_loop(example: Callable[[str], Mod
         assert elr == pytest.approx(0.01 * hypers["lr"][record["step"]] / 0.1, rel=1e-5)
 
 
-def test_the_example_resumed_is_as_if_it_had_not_been_stopped(
+def test_the_example_killed_and_resumed_is_as_if_it_had_not_been(
     example: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = example("with_fastai")
     whole = module.main("whole")
 
-    class Stop(module.SaveModelCallback):
-        def after_epoch(self, *_: Any) -> None:
-            super().after_epoch()
-            if self.epoch == 1:
-                raise module.CancelFitException
+    class Killed(module.SaveModelCallback):
+        def after_batch(self) -> None:
+            if self.epoch == 2 and self.training and self.iter == 5:
+                raise ZeroDivisionError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "SaveModelCallback", Stop)
-        module.main("parts")
+        patch.setattr(module, "SaveModelCallback", Killed)
+        with pytest.raises(ZeroDivisionError):
+            module.main("parts")
+    assert plain_loop.steps("parts/elr.jsonl") == [*range(0, 24, 4)]
     resumed = module.main("parts")
     plain_loop.assert_same_state(resumed.model, whole.model)
     assert plain_loop.steps("parts/elr.jsonl") == plain_loop.steps("whole/elr.jsonl") == [*range(0, 32, 4)]
