@@ -252,17 +252,17 @@ def report(
     The page is one file that needs no network. A click on a layer shows it alone, a click on a finding its steps.
     """
     out = out or run.with_suffix(".html")
-    with _errors_printed():
-        if out.suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"{out.name!r} has the suffix {out.suffix!r}; use .html")
-        history = read_run(run, all_layers=True)
     try:
         from .report_page import report_page
     except ImportError as error:
         _fail(str(error))
+    with _messages().status(Text(f"reading {run} …")), _errors_printed():
+        if out.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"{out.name!r} has the suffix {out.suffix!r}; use .html")
+        history = read_run(run, all_layers=True)
+        page = report_page(history, diagnose(history), title=run.name)
     for note in history.notes:
         _messages().print(Text(f"note: {note}"), soft_wrap=True)
-    page = report_page(history, diagnose(history), title=run.name)
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding="utf-8")

@@ -55,7 +55,8 @@ function reach(rows, log) {
     });
   }
   if (low > high) return null;
-  return log ? [low / 1.3, high * 1.3] : [Math.min(low, 0), high > 0 ? high * 1.05 : 1];
+  const margin = Math.max(1.3, (high / low) ** 0.04);
+  return log ? [low / margin, high * margin] : [Math.min(low, 0), high > 0 ? high * 1.05 : 1];
 }
 
 /** At most so many values to label on a log axis: decades if there are several, else 1, 2, 5 of each, else evenly spaced ones. */

@@ -73,7 +73,7 @@ def report_page(run: RunHistory, found: Sequence[Finding], *, title: str) -> str
         title=escape(title),
         facts=escape(" · ".join(filter(None, facts))),
         notes="".join(f"<li>{escape(note)}</li>" for note in notes),
-        findings="\n".join(_finding(i, finding, run.names) for i, finding in enumerate(found)),
+        findings="\n".join(_finding(i, finding, run) for i, finding in enumerate(found)),
         layers="\n".join(_layers(run, found)),
         style=_template("css").template,
         plotly=get_plotlyjs(),
@@ -128,20 +128,17 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _finding(index: int, finding: Finding, names: Sequence[str]) -> str:
+def _finding(index: int, finding: Finding, run: RunHistory) -> str:
     """A finding as an entry of a list. A click on it shows its steps and layers."""
     first, last = finding.steps
     where = f"step {first}" if first == last else f"steps {first} to {last}"
-    if set(finding.layers) >= set(names):
-        layers = "all layers"
-    else:
-        layers = ", ".join(finding.layers[:3])
-        if len(finding.layers) > 3:
-            layers += f" and {len(finding.layers) - 3} more"
+    layers = _all_of(finding, run) or ", ".join(finding.layers[:3])
+    if layers and len(finding.layers) > 3 and not _all_of(finding, run):
+        layers += f" and {len(finding.layers) - 3} more"
     sign = "!" if finding.severity == "warning" else "i"
     return (
-        f'<li><button type="button" class="finding {escape(finding.severity)}" data-finding="{index}">'
-        f'<span class="sign" aria-label="{escape(finding.severity)}">{sign}</span>'
+        f'<li><button type="button" class="finding {finding.severity}" data-finding="{index}">'
+        f'<span class="sign" role="img" aria-label="{finding.severity}">{sign}</span>'
         f'<span class="title">{escape(TITLES[finding.kind])}</span>'
         f'<span class="what">{escape(finding.what)}</span>'
         f'<span class="advice">{escape(finding.advice)}</span>'
@@ -149,11 +146,19 @@ def _finding(index: int, finding: Finding, names: Sequence[str]) -> str:
     )
 
 
+def _all_of(finding: Finding, run: RunHistory) -> str:
+    """The layers of a finding in short if these are all; else nothing."""
+    tracked = {name for name, each in zip(run.names, _tracked(run), strict=True) if each}
+    if set(finding.layers) == set(run.names):
+        return "all layers"
+    return "all tracked layers" if set(finding.layers) == tracked else ""
+
+
 def _layers(run: RunHistory, found: Sequence[Finding]) -> list[str]:
-    """The layers as entries of a list. A click on one shows it alone."""
-    names, tracked = run.names, _tracked(run)
-    of_some = [set(finding.layers) for finding in found if not set(finding.layers) >= set(names)]
-    counts = Counter(name for layers in of_some for name in layers)
+    """The layers as entries of a list, with the number of findings of each that are not of all. A click on one shows it
+    alone."""
+    tracked = _tracked(run)
+    counts = Counter(name for finding in found if not _all_of(finding, run) for name in set(finding.layers))
     colors = zip(layer_colors(tracked), layer_colors(tracked, "dark"), strict=True)
     return [
         f'<li><button type="button" class="layer" data-layer="{i}" aria-pressed="false" '
@@ -161,7 +166,7 @@ def _layers(run: RunHistory, found: Sequence[Finding]) -> list[str]:
         f'<span class="swatch" style="--light:{light};--dark:{dark}"></span>'
         f'<span class="name">{escape(name)}</span>'
         f'<span class="count">{counts[name] or ""}</span></button></li>'
-        for i, (name, (light, dark)) in enumerate(zip(names, colors, strict=True))
+        for i, (name, (light, dark)) in enumerate(zip(run.names, colors, strict=True))
     ]
 
 
@@ -191,7 +196,7 @@ def _data(
         "panels": _panels(run, shown),
         "rule": [span._asdict() for span in spans],
         "findings": [
-            {"steps": finding.steps, "layers": [place[name] for name in finding.layers if name in place]}
+            {"steps": finding.steps, "layers": sorted(place[name] for name in finding.layers)}
             for finding in found
         ],
     }
