@@ -4,6 +4,7 @@
 - The menu of the results has the pages that docs/results/index.md links to, in its order.
 - A link to another file of the repository leads to a copy of it in the site, under source/ (Markdown belongs into
   `PAGES`).
+- guide/example-report.html is what `elropt report` makes of guide/example-run.jsonl.
 - Formulas ($…$ and ```math, as GitHub shows them) become MathML, which browsers show without a script.
 """
 
@@ -18,6 +19,10 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from elropt.diagnosis import diagnose
+from elropt.report_page import report_page
+from elropt.run_history import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {  # the page on the site: the file of the repository
@@ -47,9 +52,12 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add `PAGES`."""
+    """Add `PAGES` and the example of a report."""
     for page, source in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    run = read_run(Path(config.docs_dir, "guide", "example-run.jsonl"), all_layers=True)
+    page = report_page(run, diagnose(run), title="example-run.jsonl")
+    files.append(File.generated(config, "guide/example-report.html", content=page))
     return files
 
 

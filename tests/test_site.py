@@ -59,6 +59,12 @@ def test_nothing_comes_from_another_server(site: Path) -> None:
         assert re.findall(r"(?:@import\s+|url\()[\"']?(?:https?:)?//", text) == [], style
 
 
+def test_the_example_of_a_report_is_there(site: Path) -> None:
+    pages = pages_of(site)
+    assert "What it sees" in pages["guide/example-report.html"]
+    assert 'href="../example-report.html"' in pages["guide/watching/index.html"]
+
+
 def test_formulas_are_mathml(site: Path) -> None:
     theory = pages_of(site)["theory/index.html"]
     assert theory.count("<math ") > 150
