@@ -1,6 +1,7 @@
 """What mkdocs does for this site beside its plugins.
 
 - Pages that lie outside of docs/ (`PAGES`) are shown as they are.
+- The page of the command line is made from the command.
 - The menu of the results has the pages that docs/results/index.md links to, in its order.
 - A link to another file of the repository leads to a copy of it in the site, under source/ (Markdown belongs into
   `PAGES`).
@@ -15,10 +16,12 @@ import posixpath
 import re
 from pathlib import Path
 
+import typer
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from typer.cli import get_docs_for_click
 
 from elropt.diagnosis import diagnose
 from elropt.report_page import report_page
@@ -36,6 +39,7 @@ PAGES = {  # the page on the site: the file of the repository
 PAGE_OF = {source: page for page, source in PAGES.items()} | {"README.md": "index.md"}
 FENCE = re.compile(r"(^[ ]*```.*?^[ ]*```[ ]*$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
+NAMED_PAGE = re.compile(r"(?<![\w/.])docs/([\w/-]+\.md)(?![^<]*(?:</a>|>))")
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</(?P=tag)>',
     re.DOTALL,
@@ -52,13 +56,24 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add `PAGES` and the example of a report."""
+    """Add `PAGES`, the page of the command line and the example of a report."""
+    files.append(File.generated(config, "api/command.md", content=command_page()))
     for page, source in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     run = read_run(Path(config.docs_dir, "guide", "example-run.jsonl"), all_layers=True)
     page = report_page(run, diagnose(run), title="example-run.jsonl")
     files.append(File.generated(config, "guide/example-report.html", content=page))
     return files
+
+
+def command_page() -> str:
+    """What `elropt --help` and the help of its commands say."""
+    from elropt.cli import app  # imports torch
+
+    command = typer.main.get_command(app)
+    context = typer.Context(command, info_name="elropt")
+    text = get_docs_for_click(obj=command, ctx=context, name="elropt", title="The command line")
+    return re.sub(r"^\* `--help`: .*\n", "", text, flags=re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -86,12 +101,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Write formulas in MathML."""
-    return FORMULA.sub(mathml, html)
+    """Write formulas in MathML, and make links of the pages that docstrings name."""
+
+    def link(match: re.Match[str]) -> str:
+        named = files.get_file_from_path(match[1])
+        if named is None:
+            return match[0]
+        return f'<a href="{named.url_relative_to(page.file)}">{match[0]}</a>'
+
+    return NAMED_PAGE.sub(link, FORMULA.sub(mathml, html))
 
 
 def mathml(match: re.Match[str]) -> str:
-    """A formula that arithmatex has found."""
-    if match["block"] is not None:
-        return convert(html.unescape(match["block"]), display="block")
-    return convert(html.unescape(match["inline"]))
+    """A formula that arithmatex has found. Primes are no exponents: browsers make those too small."""
+    block = match["block"] is not None
+    tex = html.unescape(match["block"] if block else match["inline"]).replace("'", "′")
+    return convert(tex, display="block" if block else "inline")

@@ -59,7 +59,7 @@ def control(
     r"""Have a rule decide how far the steps of any torch optimizer turn the tracked layers.
 
     The base optimizer makes the direction, the rule the length. Per tracked layer, with Δ the change of the weight w in
-    a step of the base optimizer and Δ⊥ = Δ − (⟨w,Δ⟩/‖w‖²)·w its tangential part::
+    a step of the base optimizer and Δ⊥ = Δ − (⟨w,Δ⟩/‖w‖²)·w its tangential part:
 
         w ← R·(cos φ·w/‖w‖ + sin φ·Δ⊥/‖Δ⊥‖)
 
@@ -91,13 +91,14 @@ def control(
         UserWarning: once, if "angle" is to turn layers by more than 0.1 rad per step.
 
     What else can happen, by name:
-        - weight decay of the base is radial and has no effect on tracked layers; only L2 decay inside Adam's moments
-          has, for these divide it by other numbers in every entry, and inside momentum, a little;
-        - Δ = 0 (a step that `torch.amp.GradScaler` leaves out, no gradient): the weight stays as it was, bit for bit;
-          so does one whose Δ is radial, to the rounding of its dtype;
-        - Δ not finite, or w = 0: the layer gets what the base optimizer made of it, and has no influence on others;
-        - a copy or an unpickled optimizer has no hooks, as always in torch: call `control` on it again, before
-          `load_state_dict`. It then goes on with the norms that the first one kept.
+
+    - weight decay of the base is radial and has no effect on tracked layers; only L2 decay inside Adam's moments
+      has, for these divide it by other numbers in every entry, and inside momentum, a little;
+    - Δ = 0 (a step that `torch.amp.GradScaler` leaves out, no gradient): the weight stays as it was, bit for bit;
+      so does one whose Δ is radial, to the rounding of its dtype;
+    - Δ not finite, or w = 0: the layer gets what the base optimizer made of it, and has no influence on others;
+    - a copy or an unpickled optimizer has no hooks, as always in torch: call `control` on it again, before
+      `load_state_dict`. It then goes on with the norms that the first one kept.
 
     State of a tracked parameter, beside that of the base optimizer: `control_radius`, float32 [1] or for "filter"
     [size of dimension 0]: R. It is saved and loaded with the optimizer, and absent while the base's own step runs.

@@ -58,7 +58,8 @@ def critical_lr(E_i: ArrayLike, E_j: ArrayLike) -> Array:
     Below it the layer with the larger E keeps it, above it the two change places.
 
     Args:
-        E_i, E_j: relative gradients, positive, broadcast against each other.
+        E_i: relative gradients, positive.
+        E_j: the same of the other layers, broadcast against `E_i`.
 
     Raises:
         ValueError: E_i or E_j not positive and finite.
@@ -224,7 +225,8 @@ def equilibrium_angle(lr: ArrayLike, weight_decay: ArrayLike, momentum: ArrayLik
     L2 decay added to the gradient, no projection, and no rescaling of w.
 
     Args:
-        lr, weight_decay: λ ≥ 0 and ω ≥ 0 with λω < 2(1+μ); beyond that the decay alone diverges.
+        lr: λ ≥ 0.
+        weight_decay: ω ≥ 0, with λω < 2(1+μ); beyond that the decay alone diverges.
         momentum: μ, 0 ≤ μ < 1.
 
     Returns:
@@ -256,7 +258,8 @@ def equilibrium_relative_grad(
 
     Args:
         lr: λ > 0.
-        weight_decay, momentum: as for `equilibrium_angle`.
+        weight_decay: as for `equilibrium_angle`.
+        momentum: as for `equilibrium_angle`.
         gradients: as for `simulate`.
 
     Returns:

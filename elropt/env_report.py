@@ -20,6 +20,7 @@ def collect() -> dict[str, object]:
     """Describe this machine and installation, ready for `json.dump`.
 
     Returns a dict with the keys:
+
     - date: now, ISO 8601 in UTC;
     - elropt, python, torch, numpy, triton: versions; None if triton is not installed;
     - os, cpu, cpu_count, torch_threads;

@@ -40,6 +40,7 @@ def param_groups(
 
     Returns plain dicts with the keys `name`, `params`, `param_names`, `scale_invariant` (bool) and, where it is said
     below, `weight_decay`; empty groups are left out:
+
     - "scale_invariant": what `find_scale_invariant` finds, if it has 2 or more dimensions;
     - "other": all else with 2 or more dimensions, for example the head;
     - "no_decay": norm gains and biases (fewer than 2 dimensions, or the magnitude of
@@ -48,15 +49,17 @@ def param_groups(
       ``project=False``, weight decay 0.
 
     Args:
-        model, inputs, outputs, kwargs: as for `find_scale_invariant`. If a batch is a dict:
-            ``param_groups(model, **batch)``. If the model has an argument of the same name as this function, pass it by
-            position.
+        model: any module, as for `find_scale_invariant`.
+        *inputs: the arguments of `model`, as for `find_scale_invariant`.
+        **kwargs: the same by name. If a batch is a dict: ``param_groups(model, **batch)``. If the model has an argument
+            of the same name as this function, pass it by position.
         weight_decay: weight decay of the first two groups, per step and unit of lr; not negative. None: they have no
             such entry, and the `weight_decay` of the optimizer holds.
         tracked_lr: the entry `tracked_lr` of the "scale_invariant" group, in the unit of the optimizer's rule (rad for
             "angle", `sphere_lr` for "sphere"), see `ELRSGD`. Other optimizers do not read it. None: no group has the
             entry, and the `tracked_lr` of the optimizer holds.
         exclude: names or `fnmatch` patterns ("head.*") of parameters that are never tracked.
+        outputs: what of the outputs counts, as for `find_scale_invariant`.
 
     Warns:
         UserWarning: nothing is tracked. Or: the invariance is only approximate, see `find_scale_invariant`.
@@ -163,10 +166,12 @@ def width_scaled_groups(
         model: any module in standard parameterization.
         base_width: the width at which `lr` was tuned; positive, counted as `width` is.
         lr: learning rate at `base_width`, in the optimizer's unit; finite, not negative. The default is torch's.
-        loss, optimizer: which exponents.
+        loss: which exponents: "cross_entropy" or "mse".
+        optimizer: which exponents: "sgd" or "adam".
         width: of `model`. None: the output features, channels or embedding size of the first layer with the role input.
-        input, output: names or `fnmatch` patterns ("*embed.weight") of the matrices whose fan-in (input) or fan-out
-            (output) does not grow with the width. By default the first and the last matrix.
+        input: names or `fnmatch` patterns ("*embed.weight") of the matrices whose fan-in does not grow with the width.
+            By default the first matrix.
+        output: the same of the matrices whose fan-out does not grow. By default the last matrix.
 
     Raises:
         ValueError: a number, `loss` or `optimizer` that is not allowed; fewer than 2 weight matrices; a pattern that

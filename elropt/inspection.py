@@ -217,8 +217,8 @@ def inspect_model(
 
     Args:
         model: any module.
-        inputs, kwargs: the arguments of `model`: a batch of at least 8 different samples, best real data. If the model
-            has an argument of the same name as this function, pass it by position.
+        *inputs: the arguments of `model`: a batch of at least 8 different samples, best real data.
+        **kwargs: the same by name. If the model has an argument of the same name as this function, pass it by position.
         loss: maps the outputs of `model` to a scalar.
         lr: learning rate λ > 0 to judge.
         momentum: μ, 0 ≤ μ < 1.

@@ -78,7 +78,7 @@ class ELRSGD(Optimizer):
     r"""`torch.optim.SGD` that measures and controls the effective learning rate (ELR) of every layer.
 
     In front of a normalization only the direction of a weight w matters, and one SGD step turns it by about
-    λ·E radians, E = ‖g‖/‖w‖. ELRSGD measures E for every such layer and lets a *rule* act on it::
+    λ·E radians, E = ‖g‖/‖w‖. ELRSGD measures E for every such layer and lets a *rule* act on it:
 
         measure   ‖w‖², ‖g‖², ⟨w,g⟩ of every tracked layer
         decide    the rule's s, a, p from these numbers alone
@@ -104,20 +104,24 @@ class ELRSGD(Optimizer):
             "sphere" it has hardly any effect on tracked layers (none without momentum), with "equilibrium" none but
             the angle.
         nesterov: Nesterov momentum; needs ``momentum > 0`` and ``dampening = 0``.
-        rule:
-            "warmup" (default): all tracked layers have the same ELR while their weights are rescaled, which
-            does not change the network's function, until they have it under plain SGD too (to 10 %); from
-            then on it is plain SGD. The ELR is λĒ, Ē the geometric mean, but no more than the critical one,
-            √((1−μ)³/(1+μ)): at 0.023 rad with momentum 0.9, steady gradients double ‖w‖² in a step. While a
-            schedule raises λ, as a linear warm-up does, the rule goes on; after the hand-over, often within 100 steps,
-            it starts again when λ (times what momentum makes of it) exceeds the largest so far. No hyper-parameters.
-            "uniform": s = Ē/E, Ē the geometric mean: all tracked layers have the same ELR.
-            "angle": every tracked layer has the ELR ``lr``, in radians per plain SGD step, and keeps its initial norm.
-            "sphere": SGD with learning rate ``lr`` on the unit sphere (Kodryan et al., NeurIPS 2022), norm kept.
-            "equilibrium": every tracked layer turns, from the first step on, by the angle at which SGD with this lr,
-            weight decay and momentum would settle, √(2·lr·weight_decay/(1+μ)), and keeps its norm. All other parameters
-            are held back where they would move further (`protect`). Needs ``weight_decay > 0`` for tracked layers.
-            None: plain SGD.
+        rule: what is done to the tracked layers.
+
+            - "warmup" (default): all tracked layers have the same ELR while their weights are rescaled, which does not
+              change the network's function, until they have it under plain SGD too (to 10 %); from then on it is plain
+              SGD. The ELR is λĒ, Ē the geometric mean, but no more than the critical one, √((1−μ)³/(1+μ)): at 0.023 rad
+              with momentum 0.9, steady gradients double ‖w‖² in a step. While a schedule raises λ, as a linear warm-up
+              does, the rule goes on; after the hand-over, often within 100 steps, it starts again when λ (times what
+              momentum makes of it) exceeds the largest so far. No hyper-parameters.
+            - "uniform": s = Ē/E, Ē the geometric mean: all tracked layers have the same ELR.
+            - "angle": every tracked layer has the ELR ``lr``, in radians per plain SGD step, and keeps its initial
+              norm.
+            - "sphere": SGD with learning rate ``lr`` on the unit sphere (Kodryan et al., NeurIPS 2022), norm kept.
+            - "equilibrium": every tracked layer turns, from the first step on, by the angle at which SGD with this lr,
+              weight decay and momentum would settle, √(2·lr·weight_decay/(1+μ)), and keeps its norm. All other
+              parameters are held back where they would move further (`protect`). Needs ``weight_decay > 0`` for tracked
+              layers.
+            - None: plain SGD.
+
             In "sphere", and in "angle" and "equilibrium" with ``elr_of="gradient"``, the stored weight is one step
             ahead of its sphere: each step first brings it back (a = radius/‖w‖), then moves it; its direction is
             exactly that of training on the sphere.
@@ -158,14 +162,16 @@ class ELRSGD(Optimizer):
             on the device alone: look at `elropt.effective_lrs`.)
 
     What else can happen, by name:
-        - a tracked layer whose ‖w‖² or ‖g‖² is zero or not finite in float32 is left out of the rule at that step: its
-          gradient enters the update as in SGD, one whose ‖g‖² overflows not at all, and it has no influence on the
-          others (a NaN stays in its own layer); more: docs/guide/faults.md;
-        - sparse gradients and complex parameters are never tracked; sparse ones need ``rule=None``, no decay;
-        - nothing to track: the rule does nothing, and "warmup" stays armed;
-        - layers that join after the hand-over of the warm-up see plain SGD, and are tested for reports;
-        - parameters flattened by FSDP1 or DeepSpeed ZeRO, and with rules that compare layers one optimizer for each
-          parameter, stepped in backward: ValueError, docs/guide/distributed.md.
+
+    - a tracked layer whose ‖w‖² or ‖g‖² is zero or not finite in float32 is left out of the rule at that step: its
+      gradient enters the update as in SGD, one whose ‖g‖² overflows not at all, and it has no influence on the
+      others (a NaN stays in its own layer); more: docs/guide/faults.md;
+    - sparse gradients and complex parameters are never tracked; sparse ones need ``rule=None``, no decay;
+    - nothing to track: the rule does nothing, and "warmup" stays armed;
+    - layers that join after the hand-over of the warm-up see plain SGD, and are tested for reports;
+    - parameters flattened by FSDP1 or DeepSpeed ZeRO, and with rules that compare layers one optimizer for each
+      parameter, stepped in backward: ValueError, docs/guide/distributed.md.
+
     State of a parameter: `momentum_buffer`, and with a rule or `project` the float32 tensors `sphere_grad_norm` (c,
     smoothed), `radius`, `tracked` (radial tests passed, or -1), `handed_over` and `largest_lr`
     (the same for all parameters: 1 while "warmup" is over; the largest λΓ that it acted at).

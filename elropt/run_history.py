@@ -46,7 +46,7 @@ class RunHistory:
         weight_decay: ω of each layer's param group, [T, L].
         optimizer: the class, such as "torch.optim.adamw.AdamW".
         control: the rule of `elropt.control`, None without.
-        options: [T][L] the options of each layer's param group, such as "momentum", "betas" and "rule".
+        options: by record and layer, the options of the layer's param group, such as "momentum", "betas" and "rule".
 
     `angle`, `relative_update` and `radial_update` are None for a file of an elropt that did not record them, and
     `optimizer` is "", `options` empty for one that did not describe the optimizer.

@@ -62,6 +62,7 @@ def find_scale_invariant(
 
     A deep copy of the model, in float64, runs forward, and backward from random gradients of its outputs. Then
     ⟨w, g⟩ = 0 is tested for all parameters at once, also for frozen ones.
+
     - Mode: the copy runs as after `model.train()`, whatever the mode of `model`. (In eval mode BatchNorm divides by a
       constant, and nothing in front of it is scale-invariant.)
     - Points: the test is made at two random points near the parameters. At a single point ⟨w, g⟩ may be zero by
@@ -83,9 +84,10 @@ def find_scale_invariant(
     Args:
         model: any module on CPU or CUDA, also a ScriptModule or the `.module()` of an exported program; outputs may
             be nested tuples, lists, dicts, dataclasses.
-        inputs, kwargs: the arguments of `model`: real data, at least 8 different samples. If a batch is a dict:
-            ``find_scale_invariant(model, **batch)``. Floating-point tensors in them, also in tuples, lists, dicts and
-            dataclasses, are cast to float64. If the model has an argument named `outputs`, pass it by position.
+        *inputs: the arguments of `model`: real data, at least 8 different samples. Floating-point tensors in them, also
+            in tuples, lists, dicts and dataclasses, are cast to float64.
+        **kwargs: the same by name. If a batch is a dict: ``find_scale_invariant(model, **batch)``. If the model has an
+            argument named `outputs`, pass it by position.
         outputs: a function that picks what counts from what `model` returns, for models that return more than the loss
             uses: ``lambda out: out["logits"]``, or the loss itself. None: all tensors count.
 
@@ -158,8 +160,9 @@ def equalize_(
     weights in front of BatchNorm with running statistics are not scale-invariant and are left out.
 
     Args:
-        model, inputs, kwargs: as for `find_scale_invariant`; an argument of the model that is called `loss` is
-            passed by position.
+        model: any module, as for `find_scale_invariant`.
+        *inputs: the arguments of `model`, as for `find_scale_invariant`.
+        **kwargs: the same by name; an argument of the model that is called `loss` is passed by position.
         loss: maps the outputs of `model` to a scalar tensor, like `lambda y: F.cross_entropy(y, target)`.
 
     Returns:

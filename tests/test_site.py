@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import elropt
+
 pytest.importorskip("material", reason="needs the extra docs")
 pytest.importorskip("latex2mathml", reason="needs the extra docs")
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("site")  # one build for all
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +45,12 @@ def test_every_page_is_there(site: Path) -> None:
         folder = source.parent if source.name == "index" else source
         assert str(folder / "index.html") in pages
     assert "development/architecture/index.html" in pages
-    assert "def step" not in pages["api/index.html"]
-    assert "ELRSGD" in pages["api/index.html"]
+
+
+def test_every_public_name_and_command_has_its_place(site: Path) -> None:
+    api = "".join(text for name, text in pages_of(site).items() if name.startswith("api/"))
+    assert [name for name in elropt.__all__ if f'id="elropt.{name}"' not in api] == []
+    assert {"elropt-inspect", "elropt-plot", "elropt-simulate"} <= set(re.findall(r'id="([\w-]+)"', api))
 
 
 def test_nothing_comes_from_another_server(site: Path) -> None:
@@ -57,6 +64,11 @@ def test_nothing_comes_from_another_server(site: Path) -> None:
     for style in site.rglob("*.css"):
         text = style.read_text(encoding="utf-8")
         assert re.findall(r"(?:@import\s+|url\()[\"']?(?:https?:)?//", text) == [], style
+
+
+def test_pages_that_docstrings_name_are_links(site: Path) -> None:
+    model = pages_of(site)["api/dynamics/index.html"]
+    assert '<a href="../../theory/">docs/theory.md</a> §7' in model
 
 
 def test_the_example_of_a_report_is_there(site: Path) -> None:

@@ -14,6 +14,7 @@ from benchmarks import results_pages
 from benchmarks.common.command_line import table_of
 from benchmarks.results_pages import RESULTS, ROOT, claims, fill, markdown, outdated
 
+pytestmark = pytest.mark.xdist_group("results_pages")  # a file is read and concluded from once
 PAGE = ROOT / "docs" / "results" / "page.md"
 
 
