@@ -177,6 +177,24 @@ def test_the_optimizers_of_the_first_page() -> None:
     ours = [max(g for name, g in of_task.items() if not name.startswith(others)) for of_task in gain]
     assert sum(of_task["muon"] > best for of_task, best in zip(gain, ours, strict=True)) == 3
 
+    residual = next(
+        task["methods"] for name, task in summary_of("control-small").items() if "resnet-20" in name
+    )
+    by_filter, muon = residual["equilibrium-filter"], residual["muon"]
+    assert round(by_filter["better_than_best_sgd"]["mean"], 1) == 7.3
+    assert round(muon["test"]["mean"] - by_filter["test"]["mean"], 1) == 1.8
+    mlp = next(iter(summary_of("accuracy-digits").values()))
+    assert round(mlp["warmup"]["against_best_sgd"]["mean"], 1) == 5.6
+    assert abs(mlp["warmup"]["test_accuracy"]["mean"] - mlp["muon"]["test_accuracy"]["mean"]) < 0.5
+    warm_up = {
+        (i, name): of_task[f"{name}+linear"] - of_task[name]
+        for i, of_task in enumerate(gain)
+        for name in ("adamw", "muon")
+        if f"{name}+linear" in of_task
+    }
+    gpt = next(i for i, name in enumerate(summary_of("control-small")) if "olmo-4" in name)
+    assert [key for key, gained in warm_up.items() if gained > 0] == [(gpt, "adamw")]
+
 
 ELSEWHERE = {
     "docs/guide/distributed.md": "tests/distributed/test_training.py",
