@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks import tracked_share
 from benchmarks.accuracy import ACCURACY
 from benchmarks.common.statistics import Interval, grouped
 from benchmarks.distributed import all_reduce
@@ -60,6 +61,10 @@ TABLES: dict[
         step_time.results_table(report, workload) for workload in by_workload(report)
     ],
     "sweep": lambda report: [kernels.best_settings(report["rows"])],
+    "tracked-share": lambda report: [
+        tracked_share.families_table(report["summary"]),
+        tracked_share.results_table(report["rows"]),
+    ],
 }
 
 BLOCK = re.compile(r"(<!-- (table|claims)\b:? ?(.*?) ?-->\n)(.*?)(<!-- end -->)", re.DOTALL)

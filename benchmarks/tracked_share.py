@@ -25,7 +25,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -434,6 +434,25 @@ def results_table(rows: Iterable[Row]) -> Table:
     return table
 
 
+def families_table(summary: Mapping[str, Any]) -> Table:
+    """The least and the largest share of each family, in %."""
+    table = table_of(
+        "tracked parameters by family, in %", "family", "models", "all", "without embeddings", wrap=True
+    )
+    for family, of_family in summary.items():
+        shares = (of_family["share"], of_family["share_without_embeddings"])
+        table.add_row(family, str(of_family["models"]), *(range_of(share) for share in shares))
+    return table
+
+
+def range_of(share: Sequence[float] | None) -> str:
+    """Least and largest share, in %."""
+    if share is None:
+        return "–"
+    low, high = (f"{100 * value:.0f}" for value in share)
+    return low if low == high else f"{low} to {high}"
+
+
 def main(
     model: Annotated[
         list[str] | None, typer.Option(help="Models to measure; all by default.", callback=one_of(MODELS))
@@ -458,6 +477,7 @@ def main(
     report = {"kind": "tracked-share", "env": env, "summary": summarized(rows), "rows": rows}
     write_json(out, report, indent=1)
     console.print(results_table(rows))
+    console.print(families_table(report["summary"]))
     console.print(f"wrote {out}")
 
 

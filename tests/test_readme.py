@@ -113,3 +113,21 @@ def test_step_time_is_that_of_the_result_file() -> None:
         if row["workload"] == "resnet-50" and row["graph"]
     }
     assert f"takes {us['elr-warmup'] / us['torch-fused']:.2f} times" in README
+
+
+def test_shares_are_those_of_the_result_file() -> None:
+    summary = json.loads((RESULTS / "tracked-share.json").read_text(encoding="utf-8"))["summary"]
+    families = {
+        "conv nets, BN": ["conv nets with BatchNorm"],
+        "graph nets, BN": ["graph nets with BatchNorm"],
+        "LMs, norms on outputs": ["language models with norms on the outputs of blocks"],
+        "LMs, QK-norm": ["language models, pre-norm with QK-norm"],
+        "LMs and ViTs, pre-norm": ["language models, pre-norm", "ViTs, pre-norm"],
+    }
+    shown = []
+    for of_column in families.values():
+        shares = [round(100 * share) for family in of_column for share in summary[family]["share"]]
+        least, largest = min(shares), max(shares)
+        shown.append(f"{least} to {largest} %" if least < largest else f"{least} %")
+    assert "| " + " | ".join(families) + " |" in README
+    assert "| " + " | ".join(shown) + " |" in README
