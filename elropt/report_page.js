@@ -16,8 +16,12 @@ function shownLayers() {
 }
 
 const THEMES = {
-  light: { ink: "#1f2328", faint: "#656d76", grid: "#e6e9ed", paper: "#ffffff", mark: "#0072b2", rule: "#d55e00" },
-  dark: { ink: "#e6edf3", faint: "#9198a1", grid: "#2a3038", paper: "#0d1117", mark: "#56b4e9", rule: "#ff8c4a" },
+  light: {
+    ink: "#1f2328", faint: "#656d76", grid: "#e6e9ed", paper: "#ffffff", finding: "#0072b2", rule: "#d55e00",
+  },
+  dark: {
+    ink: "#e6edf3", faint: "#9198a1", grid: "#2a3038", paper: "#0d1117", finding: "#56b4e9", rule: "#ff8c4a",
+  },
 };
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 const themeName = () => (prefersDark.matches && !printing ? "dark" : "light");
@@ -59,12 +63,13 @@ function reach(rows, log) {
   return log ? [low / margin, high * margin] : [Math.min(low, 0), high > 0 ? high * 1.05 : 1];
 }
 
-/** At most so many values to label on a log axis: decades if there are several, else 1, 2, 5 of each, else evenly spaced ones. */
+/** At most so many values to label on a log axis. */
 function logTicks(range, most) {
   const ticks = niceValues(range);
   return ticks.filter((_, i) => i % Math.ceil(ticks.length / most) === 0);
 }
 
+/** Decades if there are several, else 1, 2 and 5 of each, else evenly spaced values. */
 function niceValues([low, high]) {
   const decades = Math.log10(high / low);
   if (decades < 0.6) {
@@ -92,30 +97,32 @@ function stepAxis(theme) {
 // Panels
 
 function line(name, values, color, panel, layer) {
-  const alone = values.every((v, t) => v === null || ((values[t - 1] ?? null) === null && (values[t + 1] ?? null) === null));
+  const known = (t) => usable(values[t] ?? null, panel.log);
+  const joined = values.some((_, t) => known(t) && known(t + 1)); // else there is no line to be seen
+  const dotted = layer !== undefined && TRACKED.length > 0 && !data.tracked[layer];
   return {
-    type: "scatter", x: data.steps, y: values.map((v) => (usable(v, panel.log) ? v : null)),
-    mode: alone ? "markers" : data.steps.length <= FEW_RECORDS ? "lines+markers" : "lines",
-    name: escaped(name), meta: layer, text: values.map(short), line: { color, width: 1.4, dash: (TRACKED.length && !(data.tracked[layer] ?? true)) ? "dot" : "solid" }, marker: { color, size: alone ? 7 : 4 },
-    hovertemplate: "%{fullData.name}<br>step %{x}: %{text}<extra></extra>", showlegend: false,
+    type: "scatter", x: data.steps, y: values.map((v, t) => (known(t) ? v : null)),
+    mode: !joined ? "markers" : data.steps.length <= FEW_RECORDS ? "lines+markers" : "lines",
+    line: { color, width: 1.4, dash: dotted ? "dot" : "solid" }, marker: { color, size: joined ? 4 : 7 },
+    name: escaped(name), meta: layer, text: values.map(short), showlegend: false,
+    hovertemplate: "%{fullData.name}<br>step %{x}: %{text}<extra></extra>",
   };
 }
 
 function linesOf(panel, layers, theme) {
   if (panel.lines) {
-    const several = panel.lines.length > 1;
-    const drawn = panel.lines.map((l) => ({ ...line(l.name, l.values, l.color ?? theme.ink, panel), showlegend: several }));
-    return { drawn, rows: panel.lines.map((l) => l.values) };
+    const showlegend = panel.lines.length > 1;
+    return panel.lines.map((of) => ({ ...line(of.name, of.values, of.color ?? theme.ink, panel), showlegend }));
   }
   const colors = data.colors[themeName()];
-  const drawn = layers.map((i) => line(data.layers[i], panel.values[i], colors[i], panel, i));
-  return { drawn, rows: layers.map((i) => panel.values[i]) };
+  return layers.map((i) => line(data.layers[i], panel.values[i], colors[i], panel, i));
 }
 
 function linesFigure(panel, layers, theme) {
-  const { drawn, rows } = linesOf(panel, layers, theme);
-  const range = reach(rows, panel.log);
-  const yaxis = { gridcolor: theme.grid, zeroline: false, fixedrange: true, type: panel.log ? "log" : "linear" };
+  const drawn = linesOf(panel, layers, theme);
+  const range = reach(drawn.map((trace) => trace.y), panel.log);
+  const type = panel.log ? "log" : "linear";
+  const yaxis = { type, gridcolor: theme.grid, zeroline: false, fixedrange: true };
   if (range) {
     yaxis.range = panel.log ? range.map(Math.log10) : range;
     if (panel.log) {
@@ -167,39 +174,41 @@ function marks(theme, heat, withText) {
     if (end === null && first === data.steps[0]) continue; // all the time
     if (!heat) band(first, end ?? last, theme.faint, 0.12);
     if (end === null) continue;
-    shapes.push({ ...across, type: "line", x0: end, x1: end, line: { color: theme.rule, width: 1.5, dash: "dash" } });
+    const dashed = { color: theme.rule, width: 1.5, dash: "dash" };
+    shapes.push({ ...across, type: "line", x0: end, x1: end, line: dashed });
     if (withText && data.rule.length <= 4) {
       annotations.push({
-        x: end, y: 1, xref: "x", yref: "paper", text: "handed over", showarrow: false, xanchor: "left", yanchor: "bottom",
-        font: { size: 11, color: theme.rule },
+        x: end, y: 1, xref: "x", yref: "paper", xanchor: "left", yanchor: "bottom", showarrow: false,
+        text: "handed over", font: { size: 11, color: theme.rule },
       });
     }
   }
   if (state.finding !== null) {
     const [first, last] = data.findings[state.finding].steps;
-    band(first - 0.5, last + 0.5, heat ? "#56b4e9" : theme.mark, 0.13);
+    band(first - 0.5, last + 0.5, heat ? THEMES.dark.finding : theme.finding, 0.13);
   }
   return { shapes, annotations };
 }
 
 function draw(panel, index) {
-  const name = themeName();
-  const theme = THEMES[name];
+  const theme = THEMES[themeName()];
   const layers = shownLayers();
-  const heat = state.view === "heat" && panel.values && layers.length > 1; // a single layer is seen better as a line
+  const maps = state.view === "heat" && layers.length > 1; // a single layer is seen better as a line
+  const heat = maps && panel.values;
   const { drawn, yaxis, height } = (heat ? heatFigure : linesFigure)(panel, layers, theme);
-  const wide = state.view === "heat" && layers.length > 1; // all panels, so that their steps are one below the other
   const layout = {
-    height, xaxis: stepAxis(theme), yaxis: { ...yaxis, automargin: false }, ...marks(theme, heat, index === 0),
-    margin: { l: wide ? 165 : 66, r: wide ? 78 : 12, t: 20, b: 40 },
-    paper_bgcolor: theme.paper, plot_bgcolor: theme.paper, font: { color: theme.ink, family: "system-ui, sans-serif", size: 12 },
+    height, ...(printing ? { width: 690 } : { autosize: true }),
+    margin: { l: maps ? 165 : 66, r: maps ? 78 : 12, t: 20, b: 40 }, // equal, so that steps are one below the other
+    xaxis: stepAxis(theme), yaxis, ...marks(theme, heat, index === 0),
+    paper_bgcolor: theme.paper, plot_bgcolor: theme.paper,
+    font: { color: theme.ink, family: "system-ui, sans-serif", size: 12 },
     hovermode: "closest", hoverlabel: { namelength: -1 }, dragmode: "zoom",
     legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom" },
-    ...(printing && { width: 690 }),
   };
   const config = {
     responsive: true, displaylogo: false, doubleClick: false,
-    modeBarButtons: [["toImage"]], toImageButtonOptions: { filename: panel.title.replace(/\W+/g, "-"), scale: 2 },
+    modeBarButtons: [["toImage"]],
+    toImageButtonOptions: { filename: panel.title.replace(/\W+/g, "-"), scale: 2 },
   };
   return Plotly.react(panel.div, drawn, layout, config);
 }
@@ -209,26 +218,27 @@ function draw(panel, index) {
 function show(change) {
   Object.assign(state, change);
   data.panels.forEach(draw);
-  for (const button of document.querySelectorAll("[data-view]")) {
-    button.setAttribute("aria-pressed", String(button.dataset.view === state.view));
-  }
-  for (const button of document.querySelectorAll("[data-layer]")) {
-    button.setAttribute("aria-pressed", String(state.layers?.includes(Number(button.dataset.layer)) ?? false));
-  }
-  const only = state.finding === null ? state.layers : null; // a finding is shown among the others
-  for (const button of document.querySelectorAll("[data-finding]")) {
-    const index = Number(button.dataset.finding);
-    const layers = data.findings[index].layers;
-    button.setAttribute("aria-pressed", String(index === state.finding));
-    button.parentElement.hidden = only !== null && layers.length > 0 && !only.some((i) => layers.includes(i));
-  }
-  const visible = [...document.querySelectorAll("[data-finding]")].some((button) => !button.parentElement.hidden);
-  document.getElementById("no-finding").hidden = visible;
   const layers = shownLayers();
   const steps = state.steps ? `, steps ${Math.ceil(state.steps[0])} to ${Math.floor(state.steps[1])}` : "";
   const which = layers.length === 1 ? data.layers[layers[0]] : `${layers.length} of ${ALL.length} layers`;
   document.getElementById("shown").textContent = which + steps;
   document.getElementById("reset").hidden = !state.layers && !state.steps;
+  press("[data-view]", ({ view }) => view === state.view);
+  press("[data-layer]", ({ layer }) => state.layers?.includes(Number(layer)) ?? false);
+  press("[data-finding]", ({ finding }) => Number(finding) === state.finding);
+  const chosen = state.finding === null ? state.layers : null; // a finding is shown among the others
+  const concerns = (of) => !chosen || of.layers.length === 0 || chosen.some((i) => of.layers.includes(i));
+  for (const button of document.querySelectorAll("[data-finding]")) {
+    button.parentElement.hidden = !concerns(data.findings[button.dataset.finding]);
+  }
+  document.getElementById("no-finding").hidden = data.findings.some(concerns);
+}
+
+/** Mark the buttons that are pressed. */
+function press(selector, isPressed) {
+  for (const button of document.querySelectorAll(selector)) {
+    button.setAttribute("aria-pressed", String(isPressed(button.dataset)));
+  }
 }
 
 /** This layer alone; together with those that are shown already if `more`. */
@@ -273,19 +283,21 @@ function build() {
 }
 
 build();
-const oneColumn = matchMedia("(max-width: 800px)"); // as in the style
 const untracked = document.getElementById("untracked");
 untracked.hidden = TRACKED.length === 0 || TRACKED.length === ALL.length;
-untracked.addEventListener("change", (event) => show({ untracked: event.target.checked, layers: null, finding: null }));
+untracked.addEventListener("change", (event) => {
+  show({ untracked: event.target.checked, layers: null, finding: null });
+});
+const oneColumn = matchMedia("(max-width: 800px)"); // as in the style
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (!button) return;
   const { layer, finding, view } = button.dataset;
-  if ((layer ?? finding) !== undefined && oneColumn.matches) document.getElementById("plots").scrollIntoView();
   if (layer !== undefined) showLayer(Number(layer), event.ctrlKey || event.metaKey || event.shiftKey);
-  else if (finding !== undefined) showFinding(Number(finding));
-  else if (view !== undefined) show({ view });
-  else if (button.id === "reset") show(everything);
+  if (finding !== undefined) showFinding(Number(finding));
+  if (view !== undefined) show({ view });
+  if (button.id === "reset") show(everything);
+  if ((layer ?? finding) !== undefined && oneColumn.matches) document.getElementById("plots").scrollIntoView();
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") show(everything);

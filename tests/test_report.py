@@ -470,6 +470,23 @@ def test_the_hand_over_is_marked_and_dark_is_dark(page: Page) -> None:
 
 
 @pytest.mark.xdist_group("browser")
+def test_the_page_writes_numbers_as_the_tables_do(page: Page) -> None:
+    values = [0, 1, -3, 123, 999.4, 999.6, 1234.5, 0.1, 1 / 3, 1e-4, 9.999e-5, 1.5e-7, 2.5e20, 1e-300]
+    assert page.ask("arguments[0].map(short)", values) == [short(value) for value in values]
+    assert page.ask("short(null)") == short(float("nan"))
+
+
+@pytest.mark.xdist_group("browser")
+def test_it_prints_narrow_and_is_wide_again(page: Page) -> None:
+    widths = '[...document.querySelectorAll(".js-plotly-plot")].map((div) => div._fullLayout.width)'
+    before = page.ask(widths)
+    page.ask('dispatchEvent(new Event("beforeprint"))')
+    assert max(page.ask(widths)) < 700 < min(before)
+    page.ask('dispatchEvent(new Event("afterprint"))')
+    assert page.ask(widths) == before
+
+
+@pytest.mark.xdist_group("browser")
 @pytest.mark.parametrize("layers", [1, 300])
 def test_one_record_and_many_layers_are_drawn(browser: Any, tmp_path: Path, layers: int) -> None:
     names = [f"layer{i}" for i in range(layers)]
