@@ -284,7 +284,8 @@ def adamw_equilibrium_angle(lr: ArrayLike, weight_decay: ArrayLike, beta1: Array
     turn the weight by less, since they lengthen it faster.
 
     Args:
-        lr, weight_decay: λ ≥ 0 and ω ≥ 0.
+        lr: λ ≥ 0.
+        weight_decay: ω ≥ 0.
         beta1: β₁, 0 ≤ β₁ < 1.
 
     Returns:
@@ -309,8 +310,10 @@ def lion_equilibrium_angle(
     Q = (1−β₁)² + β₁²(1−β₂)/(1+β₂).
 
     Args:
-        lr, weight_decay: λ ≥ 0 and ω ≥ 0.
-        beta1, beta2: 0 ≤ β < 1.
+        lr: λ ≥ 0.
+        weight_decay: ω ≥ 0.
+        beta1: β₁, 0 ≤ β₁ < 1.
+        beta2: β₂, 0 ≤ β₂ < 1.
 
     Returns:
         radians per step, the arguments broadcast against each other.
@@ -340,7 +343,8 @@ def muon_equilibrium_angle(
     angle 1.2 times as large, and one of low rank more.
 
     Args:
-        lr, weight_decay: λ ≥ 0 and ω ≥ 0.
+        lr: λ ≥ 0.
+        weight_decay: ω ≥ 0.
         momentum: μ, 0 ≤ μ < 1.
 
     Returns:
