@@ -20,7 +20,7 @@ def train(config):
     labels = inputs[:, :4].argmax(1)
     hidden = [nn.Linear(8, config.width, bias=False), nn.BatchNorm1d(config.width), nn.ReLU()]
     net = nn.Sequential(*hidden, nn.Linear(config.width, 4))
-    optimizer = hydra.utils.instantiate(config.optimizer).make(net, inputs[:64])
+    optimizer = hydra.utils.instantiate(config.optimizer)(elropt.param_groups(net, inputs[:64]))
     first_step, path = 0, Path(config.folder, "checkpoint.pt")
     if path.exists():
         checkpoint = torch.load(path)

@@ -16,8 +16,7 @@ import elropt
 class Net(NeuralNetClassifier):
     def get_params_for_optimizer(self, prefix, named_parameters):
         _, options = super().get_params_for_optimizer(prefix, named_parameters)
-        decay = options.pop("weight_decay", 0.0)  # not of norm gains and biases
-        return (elropt.param_groups(self.module_, torch.randn(64, 8), weight_decay=decay),), options
+        return (elropt.param_groups(self.module_, torch.randn(64, 8)),), options
 
 
 class Layers(Callback):
@@ -52,7 +51,7 @@ def main(folder="runs/skorch", epochs=4):
         optimizer__momentum=0.9,
         optimizer__rule="angle",
         optimizer__tracked_lr=0.01,  # of the scale-invariant layers, in radians
-        optimizer__weight_decay=5e-4,
+        optimizer__weight_decay=5e-4,  # not of norm gains and biases
         lr=0.1,
         batch_size=64,
         train_split=None,

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from types import ModuleType
 
 import pytest
+import torch
 from torch import nn
 
 import elropt
 
+from .. import nets
 from . import plain_loop
 from .conftest import EXAMPLES
 
@@ -43,5 +45,7 @@ def test_the_example_resumed_is_as_if_it_had_not_been_stopped(example: Callable[
 
 def test_the_command_line_changes_any_option() -> None:
     chosen = config("optimizer.rule=uniform", "optimizer.tracked_lr=null", "+optimizer.nesterov=true")
-    factory = hydra.utils.instantiate(chosen.optimizer)
-    assert (factory.rule, factory.tracked_lr, factory.options) == ("uniform", None, {"nesterov": True})
+    net, batch = nets.bn_mlp(), torch.randn(16, 8)
+    optimizer = hydra.utils.instantiate(chosen.optimizer)(elropt.param_groups(net, batch))
+    group = optimizer.param_groups[0]
+    assert (group["rule"], group["tracked_lr"], group["nesterov"]) == ("uniform", None, True)
