@@ -55,6 +55,23 @@ def test_the_command_line_changes_any_option(command: Callable[..., LightningCLI
     assert (tracked["tracked_lr"], tracked["nesterov"], tracked["lr"]) == (0.003, True, 0.1)
 
 
+def test_elrsgd_by_its_path_needs_no_code(
+    example: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plain(example("with_lightning_cli").Net):
+        def __init__(self) -> None:
+            super().__init__(optimizer=None)
+
+        configure_optimizers = lightning.LightningModule.configure_optimizers
+
+    arguments = ["--optimizer=elropt.ELRSGD", "--optimizer.lr=0.1", "--optimizer.rule=angle"]
+    monkeypatch.setattr("sys.argv", ["main.py", *arguments, "--optimizer.tracked_lr=0.01"])
+    optimizer = LightningCLI(Plain, run=False).model.configure_optimizers()
+    assert isinstance(optimizer, elropt.ELRSGD)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["rule"], group["tracked_lr"]) == (0.1, "angle", 0.01)
+
+
 def test_an_unknown_option_is_refused(
     command: Callable[..., LightningCLI], capsys: pytest.CaptureFixture[str]
 ) -> None:
