@@ -151,8 +151,10 @@ def tables(marker: str, page: Path) -> str:
         if (
             captions[index] and captions[index] not in captions[index + 1 :]
         ):  # once, below the last that has it
-            shown.append(f"*{captions[index]}*")
-    return "\n\n".join([*shown, f"*{source}: {origin(result.report, [str(t.title) for t in found])}*"])
+            shown.append(f"<small>{captions[index]}</small>")
+    return "\n\n".join(
+        [*shown, f"<small>{source}: {origin(result.report, [str(t.title) for t in found])}</small>"]
+    )
 
 
 def caption_of(table: Table) -> str:
@@ -213,19 +215,29 @@ def origin(report: Report, titles: Sequence[str]) -> str:
 
 
 def seeds(report: Report, titles: Sequence[str]) -> str:
-    """How many seeds the rows behind these tables have: of the task that the titles name, else of all tasks."""
+    """How many seeds the rows behind these tables have: of the tasks that the titles name, else of all."""
     rows = report["rows"]
-    of_task = [row for row in rows if any(t.startswith(task_of(row)) for t in titles if task_of(row))]
-    chosen, fresh = set(), set()
-    for row in of_task or rows:
-        spec = row["spec"]
-        is_fresh = spec.get("part") == "test" or spec["seed"] >= comparison.FRESH_SEEDS
-        (fresh if is_fresh else chosen).add(spec["seed"])
+    named = [row for row in rows if any(t.startswith(task_of(row)) for t in titles if task_of(row))]
+    chosen, fresh = [], []
+    for of_one in grouped(named or rows, lambda row: (task_of(row), row["spec"].get("kind"))).values():
+        is_fresh = [
+            row["spec"].get("part") == "test" or row["spec"]["seed"] >= comparison.FRESH_SEEDS
+            for row in of_one
+        ]
+        for counts, wanted in ((chosen, False), (fresh, True)):
+            found = {
+                row["spec"]["seed"] for row, it_is in zip(of_one, is_fresh, strict=True) if it_is == wanted
+            }
+            counts += [len(found)] if found else []
     if not fresh:
-        return f"{len(chosen)} seeds"
-    return (
-        f"{len(chosen)} seed{'s' * (len(chosen) != 1)} to choose the learning rate, {len(fresh)} fresh ones"
-    )
+        return f"{from_to(chosen)} seeds"
+    return f"seeds: {from_to(chosen)} to choose the learning rate, {from_to(fresh)} fresh"
+
+
+def from_to(counts: Sequence[int]) -> str:
+    """As "3", or "3 to 5"."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def samples(report: Report) -> str:
@@ -240,9 +252,7 @@ def samples(report: Report) -> str:
     counts = found(report["rows"]) or [
         number for key, number in report.get("config", {}).items() if key in ("turns", "rounds")
     ]
-    if not counts:
-        return ""
-    return f"n = {min(counts)}" + (f" to {max(counts):,}" if max(counts) > min(counts) else "")
+    return f"n = {from_to(counts)}" if counts else ""
 
 
 def task_of(row: dict[str, Any]) -> str:

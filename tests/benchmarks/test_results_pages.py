@@ -51,10 +51,10 @@ def test_a_table_says_where_it_is_from() -> None:
     assert "old" not in filled
     assert "\n| optimizer | graph | of copy |\n|---|---:|---:|\n" in filled
     assert "[step-time-h200.json](../../benchmarks/results/step-time-h200.json): n = " in filled
-    assert re.search(r"torch 2\.11\S+, triton 3\.6\.0, Python 3\.12\.3; 2026-11-28\*\n", filled)
+    assert re.search(r"torch 2\.11\S+, triton 3\.6\.0, Python 3\.12\.3; 2026-11-28</small>\n", filled)
     of_study = fill("<!-- table: control-small | resnet-20*: accuracy* -->\n<!-- end -->", ROOT / "README.md")
     assert "[control-small.json](benchmarks/results/control-small.json): size small; " in of_study
-    assert "1 seed to choose the learning rate, 2 fresh ones; 2 cores, AMD EPYC, no GPU;" in of_study
+    assert "seeds: 1 to choose the learning rate, 2 fresh; 2 cores, AMD EPYC, no GPU;" in of_study
 
 
 def test_markdown_of_a_table() -> None:
