@@ -108,7 +108,7 @@ def control(
     Source: W ← R·normalize(W − η·R·normalize(u)), u = −Δ, is the Hyperball update (Wen et al. 2026, arXiv 2606.16899);
     it turns by φ = atan2(η·√(1−ρ²), 1−ηρ), ρ = cos(w,u). Derived, docs/guide/control.md.
 
-    Example:
+    Examples:
         >>> groups = elropt.param_groups(model, x, weight_decay=0.01)
         >>> for group in groups:
         ...     group["lr"] = 0.01 if group["scale_invariant"] else 1e-3  # radians per step; AdamW's

@@ -180,7 +180,7 @@ def width_scaled_groups(
 
     Source: derived, docs/guide/width-scaling.md; the regimes are those of Haas et al. (arXiv 2505.22491).
 
-    Example:
+    Examples:
         >>> optimizer = ELRSGD(width_scaled_groups(model, 256, lr=0.1), momentum=0.9, rule=None)
     """
     for argument, value in (("base_width", base_width), ("width", width)):

@@ -163,7 +163,7 @@ def layer_stats(optimizer: object, *, tracked: Tracked = None) -> LayerTable:
     Before the first step, and where the last step measured nothing, it measures the weights and gradients as they are
     now. An ELRSGD measures at every step while its rule acts; other optimizers only at steps that a `Recorder` or
     `record_next_step` asks for. One host read in all. Names are those of `model.named_parameters()` if the optimizer
-    was given these (or `elropt.param_groups`), else "<group>.<index>".
+    was given these (or `elropt.param_groups`), else `<group>.<index>`.
 
     `angle`, `relative_update` and `radial_update` need the weights from before the step: they are NaN unless the last
     step was recorded, by a `Recorder` or after `record_next_step`. A step that `torch.amp.GradScaler` leaves out

@@ -178,7 +178,7 @@ class ELRSGD(Optimizer):
 
     Source: derived, docs/theory.md; the model is that of Mehmeti-Göpel & Wand, ICML 2024 (arXiv 2306.00700).
 
-    Example:
+    Examples:
         >>> optimizer = ELRSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     """
 

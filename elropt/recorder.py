@@ -57,8 +57,8 @@ class Recorder:
         first_step: number of the next step; after a resume, how many steps the run has made. Records of this step and
             of later ones at the end of the file, which a run that was killed after its last checkpoint has left, are
             removed: those steps are made again.
-        writer: anything with ``add_scalar(tag, value, step)``, such as a `SummaryWriter`. It gets elr/<name>,
-            angle/<name>, elr_spread, log_elr_std and angle_spread.
+        writer: anything with ``add_scalar(tag, value, step)``, such as a `SummaryWriter`. It gets `elr/<name>`,
+            `angle/<name>`, elr_spread, log_elr_std and angle_spread.
         on_record: called with the same scalars as ``on_record({tag: value}, step=step)``: `wandb.log`,
             `accelerator.log`, `mlflow.log_metrics`, `log_metrics` of Lightning's loggers, or a function of your own.
         tracked: for other optimizers than ELRSGD, which weights are scale-invariant, see `layer_stats`.

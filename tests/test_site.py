@@ -50,6 +50,8 @@ def test_every_page_is_there(site: Path) -> None:
 def test_every_public_name_and_command_has_its_place(site: Path) -> None:
     api = "".join(text for name, text in pages_of(site).items() if name.startswith("api/"))
     assert [name for name in elropt.__all__ if f'id="elropt.{name}"' not in api] == []
+    modules = [path.stem for path in (ROOT / "elropt" / "integrations").glob("[a-z]*.py")]
+    assert [name for name in modules if f'id="elropt.integrations.{name}' not in api] == []
     assert {"elropt-inspect", "elropt-plot", "elropt-simulate"} <= set(re.findall(r'id="([\w-]+)"', api))
 
 

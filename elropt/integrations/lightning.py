@@ -32,9 +32,9 @@ def _lightning() -> Any:
 class RecorderCallback(_lightning().Callback):
     """An `elropt.Recorder` for each optimizer of a `Trainer`, while it fits.
 
-    Every `every` steps of an optimizer the layers are written to its file, and elr/<name>, angle/<name>, elr_spread,
-    log_elr_std and angle_spread to all loggers of the trainer. The last three also go to ``self.log``, for the progress
-    bar and callbacks that monitor them (on rank 0 alone). Any torch optimizer will do.
+    Every `every` steps of an optimizer the layers are written to its file, and `elr/<name>`, `angle/<name>`,
+    elr_spread, log_elr_std and angle_spread to all loggers of the trainer. The last three also go to ``self.log``, for
+    the progress bar and callbacks that monitor them (on rank 0 alone). Any torch optimizer will do.
 
     Steps are counted for each optimizer apart. The counts are saved with the checkpoint, so that a resumed run goes on
     with the next number. Where a checkpoint has no counts, ``trainer.global_step`` is the count, shared
@@ -55,7 +55,7 @@ class RecorderCallback(_lightning().Callback):
         ValueError: `every` is below 1; when the fit starts: `tracked` does not fit the optimizer.
         OSError: when the fit starts: a file cannot be written.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(callbacks=[RecorderCallback(every=50)])
     """
 
