@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from elropt import diagnosis
 from elropt.run_history import read_run
 from tests.docs_code import ROOT, run_page
 
@@ -76,9 +77,12 @@ def test_a_second_optimizer_takes_what_the_first_wrote_into_the_groups(run: Run)
 
 def test_learning_rates(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     names = run("docs/guide/learning-rates.md")
-    equilibrium, critical, muon, adamw = re.findall(r"\d\.\d+", capsys.readouterr().out)
+    equilibrium, critical, adamw_settles, muon_settles, muon, adamw = re.findall(
+        r"\d\.\d+", capsys.readouterr().out
+    )
     assert float(equilibrium) == pytest.approx(0.00725, abs=5e-6)
     assert float(critical) == pytest.approx((4.58 * 0.128) ** -0.5)
+    assert [f"{float(angle):.2g}" for angle in (adamw_settles, muon_settles)] == ["0.0018", "0.0035"]
     assert 0.014 < float(muon) < 0.017  # of lr 0.01
     assert float(adamw) == pytest.approx(1e-3 * (3 * 512) ** 0.5, rel=0.02)
     optimizer = names["optimizer"]  # after half of a cosine
@@ -114,6 +118,23 @@ def test_watching(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run("docs/guide/watching.md")
     assert re.search(r"step 0: 0\.weight turned by 0\.\d+ rad", capsys.readouterr().out)
     assert Path("adamw.png").stat().st_size > 0
+
+
+def test_what_a_report_sees_is_explained() -> None:
+    """docs/guide/watching.md has every title, and the thresholds."""
+    text = (ROOT / "docs" / "guide" / "watching.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|`]+) \| (.+) \|$", text.split("| it says |")[1].split("##")[0], flags=re.M)
+    explained = {title: row[1] for row in rows for title in row[0].split(", ")}
+    assert set(diagnosis.TITLES.values()) <= set(explained)
+    for kind, threshold in (
+        ("large_angle", f"more than {diagnosis.LARGE_ANGLE:g} rad"),
+        ("update_spike", f"{diagnosis.SPIKE:g} times as far"),
+        ("small_angle", f"less than {diagnosis.SMALL_PATH:g} rad"),
+        ("uneven_angles", f"a factor of {diagnosis.UNEVEN:g}"),
+        ("norm_growth", f"a factor of {diagnosis.GROWTH:g}"),
+        ("idle_decay", f"less than {100 * diagnosis.IDLE_DECAY:g} %"),
+    ):
+        assert threshold in explained[diagnosis.TITLES[kind]]
 
 
 def test_checkpoints(run: Run) -> None:
