@@ -19,6 +19,8 @@ EXTRAS = {  # the only modules of elropt that need more than torch and NumPy, or
     "elropt/_rich_tables.py": {"rich"},
     "elropt/plots.py": {"matplotlib"},
     "elropt/report_page.py": {"plotly"},
+    "elropt/integrations/timm.py": {"timm"},
+    "elropt/integrations/transformers.py": {"transformers"},
 }
 
 

@@ -25,6 +25,7 @@ THIRD_PARTY_WARNINGS = [  # as in `filterwarnings` of pyproject.toml
     "ignore:.torch.jit.script:FutureWarning",  # fastai, of torch
     "ignore:numpy.core is deprecated:DeprecationWarning",  # fastai
     "ignore:The 'mode.chained_assignment' option:DeprecationWarning",  # fastai, of pandas
+    "ignore:'pin_memory' argument is set as true but no accelerator:UserWarning",  # torch, of transformers
 ]
 
 
