@@ -115,6 +115,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "angle-update-filter": of_rule("angle", elr_of="update", granularity="filter"),
     "equilibrium-gradient": of_rule("equilibrium", elr_of="gradient"),
     "equilibrium-filter": of_rule("equilibrium", granularity="filter"),
+    "equilibrium-gradient-filter": of_rule("equilibrium", elr_of="gradient", granularity="filter"),
     "equilibrium-unprotected": of_rule("equilibrium", protect=False),
 }
 
@@ -128,6 +129,7 @@ class Method:
         linear: share of the steps over which the learning rate rises from zero.
         start: a name in `warmups.WARMUPS`, for "sgd".
         release: share of the steps after which the rule gives way to plain SGD.
+        cosine_power: the learning rate falls as half a cosine wave to this power.
         separate_lr: the learning rate is that of the tracked weights; the others have `Task.other_lr`.
         unit: of the learning rate.
         lrs: the grid to choose the learning rate from.
@@ -139,6 +141,7 @@ class Method:
     linear: float = 0.0
     start: str | None = None
     release: float = 1.0
+    cosine_power: float = 1.0
     separate_lr: bool = False
     unit: str = "SGD's"
     lrs: tuple[float, ...] = LRS["SGD's"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -26,7 +26,7 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
 
 
 class Interval(NamedTuple):
-    """A mean and its percentile bootstrap interval at 95 %; of fewer than 2 values, NaN … NaN."""
+    """A mean and its interval at 95 %; of fewer than 2 values, NaN … NaN."""
 
     mean: float
     low: float
@@ -39,7 +39,8 @@ class Interval(NamedTuple):
 
 
 def interval(values: ArrayLike) -> Interval:
-    """Mean and interval of one value per seed. With 3 to 5 seeds it covers the true mean less often than in 95 %."""
+    """Mean and percentile bootstrap interval of one value per seed. With 3 to 5 seeds it covers the true mean less
+    often than in 95 %."""
     values = np.asarray(values, dtype=np.float64)
     if values.size < 2 or np.ptp(values) == 0:
         bound = values[0] if values.size > 1 else np.nan
@@ -53,6 +54,18 @@ def interval(values: ArrayLike) -> Interval:
     return Interval(float(values.mean()), float(low), float(high), values.size)
 
 
+def student_interval(values: ArrayLike) -> Interval:
+    """Mean and 95 % interval by Student's t distribution, of one value per seed: right for few seeds, if values scatter
+    normally. NaN … NaN of fewer than 2 values."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.size < 2:
+        return interval(values)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1) * stats.sem(values)
+    return Interval(
+        float(values.mean()), float(values.mean() - half), float(values.mean() + half), values.size
+    )
+
+
 def geometric_interval(values: ArrayLike) -> Interval:
     """Geometric mean and its interval, by `interval` of the logarithms. Only finite values above 0 count."""
     values = np.asarray(values, dtype=np.float64)
@@ -60,7 +73,11 @@ def geometric_interval(values: ArrayLike) -> Interval:
     return Interval(math.exp(mean), math.exp(low), math.exp(high), n)
 
 
-def paired(ours: dict[int, float], theirs: dict[int, float]) -> Interval:
+def paired(
+    ours: Mapping[int, float],
+    theirs: Mapping[int, float],
+    interval: Callable[[ArrayLike], Interval] = interval,
+) -> Interval:
     """ours − theirs by seed, over the seeds that both have."""
     return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 

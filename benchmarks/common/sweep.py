@@ -7,8 +7,8 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def sweep(
-    specs: Sequence[Spec],
+    specs: Sequence[Spec] | Callable[[Sequence[Row]], Sequence[Spec]],
     work: Callable[[Spec], Row],
     rows_file: Path,
     *,
@@ -41,14 +41,38 @@ def sweep(
     soon as its run is done; a spec with a row in that file is not run again. `work` is a function of a module, as other
     processes import it. If it raises, the other runs are done first, and then the first error is raised.
 
+    Args:
+        specs: in the order in which they are run; or a function that gives them, from all rows of the file. It is
+            called again after every run, so it can choose by what the runs before have shown.
+
     Returns:
         The rows, in the order of `specs`.
     """
     done = read_rows(rows_file)
-    missing = [spec for spec in dict.fromkeys(specs) if _key(dataclasses.asdict(spec)) not in done]
+    given = specs if callable(specs) else lambda rows: specs
     rows_file.parent.mkdir(parents=True, exist_ok=True)
-    if not missing:
-        return [done[_key(dataclasses.asdict(spec))] for spec in specs]
+    if missing_specs(given, done):
+        _run_missing(given, work, done, rows_file, jobs, console, describe)
+    wanted = [spec_key(spec) for spec in given(list(done.values()))]
+    return [done[key] for key in wanted]
+
+
+def missing_specs(specs: Callable[[Sequence[Row]], Sequence[Spec]], done: Mapping[str, Row]) -> list[Spec]:
+    """The specs without a row among those of `read_rows`, each once."""
+    wanted = dict.fromkeys(specs(list(done.values())))
+    return [spec for spec in wanted if spec_key(spec) not in done]
+
+
+def _run_missing(
+    specs: Callable[[Sequence[Row]], Sequence[Spec]],
+    work: Callable[[Spec], Row],
+    done: dict[str, Row],
+    rows_file: Path,
+    jobs: int,
+    console: Console,
+    describe: Callable[[Spec], str],
+) -> None:
+    """Runs what is missing, adds the rows to `done` and to the file, and raises the first error at the end."""
     env = env_report.collect()
     commit = f"{env['git_commit']}{' with changes' if env['git_dirty'] else ''}"
     with (
@@ -56,32 +80,41 @@ def sweep(
         rows_file.open("a", encoding="utf-8") as file,
         ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
-        task = progress.add_task("running", total=len(missing))
-        futures = {pool.submit(_work_on_one_thread, work, spec): spec for spec in missing}
-        failed: list[Exception] = []
+        task = progress.add_task("running", total=None)
+        running: dict[Future[Row], Spec] = {}
+        failed: dict[Spec, Exception] = {}
+        count = 0
         try:
-            for future in as_completed(futures):
-                spec = futures[future]
-                if (error := future.exception()) is not None:
-                    if not isinstance(error, Exception) or isinstance(error, BrokenProcessPool):
-                        raise error
-                    error.add_note(f"in the run {spec}")
-                    failed.append(error)
-                    continue
-                row = {"spec": dataclasses.asdict(spec), "commit": commit, **future.result()}
-                file.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
-                file.flush()
-                done[_key(row["spec"])] = json.loads(json.dumps(without_nan(row)))
-                progress.update(task, advance=1, description=describe(spec))
+            while True:
+                busy = {*running.values(), *failed}
+                ready = [spec for spec in missing_specs(specs, done) if spec not in busy]
+                progress.update(task, total=count + len(running) + len(ready))
+                for spec in ready[: jobs - len(running)]:
+                    running[pool.submit(_work_on_one_thread, work, spec)] = spec
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    spec = running.pop(future)
+                    count += 1
+                    if (error := future.exception()) is not None:
+                        if not isinstance(error, Exception) or isinstance(error, BrokenProcessPool):
+                            raise error
+                        error.add_note(f"in the run {spec}")
+                        failed[spec] = error
+                        continue
+                    row = {"spec": dataclasses.asdict(spec), "commit": commit, **future.result()}
+                    file.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
+                    file.flush()
+                    done[_key(row["spec"])] = json.loads(json.dumps(without_nan(row)))
+                    progress.update(task, advance=1, description=describe(spec))
         except BaseException as error:
             pool.shutdown(cancel_futures=True)  # the end of `with` alone would wait for all runs in the queue
             if isinstance(error, KeyboardInterrupt):
                 console.print(f"{len(done)} rows are in {rows_file}: the same command goes on from there")
             raise
     if failed:
-        console.print(f"{len(failed)} of {len(missing)} runs failed; the others are in {rows_file}")
-        raise failed[0]
-    return [done[_key(dataclasses.asdict(spec))] for spec in specs]
+        console.print(f"{len(failed)} of {count} runs failed; the others are in {rows_file}")
+        raise next(iter(failed.values()))
 
 
 def read_rows(rows_file: Path) -> dict[str, Row]:
@@ -124,6 +157,11 @@ def default_jobs(device: str) -> int:
 def _work_on_one_thread(work: Callable[[Spec], Row], spec: Spec) -> Row:
     torch.set_num_threads(1)
     return work(spec)
+
+
+def spec_key(spec: DataclassInstance) -> str:
+    """What `read_rows` knows a spec's row by."""
+    return _key(dataclasses.asdict(spec))
 
 
 def _key(spec: Any) -> str:

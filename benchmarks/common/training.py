@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 import elropt
 from benchmarks.common import data, models, optimizers, warmups
@@ -53,9 +54,10 @@ class Task:
     Attributes:
         model, data, root, image_size, limit: see `models.build` and `data.load`.
         split: seed of the validation split.
+        validation: share of the training part that becomes the validation part.
         weight_decay: SGD's, inside the gradient; others get `Entry.decay_factor` times as much, in their own way.
         other_lr: of the untracked parameters where the method has a separate one.
-        curve: how often the metric is taken on the validation part on the way, evenly spaced.
+        curve: how often the metric is taken on the validation part on the way, at steps equally far apart.
         amp: bfloat16 autocast.
     """
 
@@ -65,6 +67,7 @@ class Task:
     image_size: int | None = None
     limit: int | None = None
     split: int = 0
+    validation: float = 0.2
     epochs: int = 25
     batch_size: int = 128
     momentum: float = 0.9
@@ -85,6 +88,7 @@ class Run:
     Attributes:
         part: what its metric is measured on at the end.
         layers: whether its row has E and the applied ELR of every layer.
+        share: of the task's steps that are trained, with the whole schedule: a shorter run to choose by.
     """
 
     task: Task
@@ -93,6 +97,13 @@ class Run:
     seed: int
     part: Part = "val"
     layers: bool = False
+    share: float = 1.0
+
+
+def run_of(spec: Mapping[str, Any]) -> Run:
+    """The run of a row, from the row's "spec"."""
+    method = Method(**{**spec["method"], "lrs": tuple(spec["method"]["lrs"])})
+    return Run(**{**spec, "task": Task(**spec["task"]), "method": method})
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -105,20 +116,22 @@ def train(run: Run) -> dict[str, Any]:
     model = models.build(task.model, in_shape=dataset.in_shape, classes=dataset.classes).to(task.device)
     if task.channels_last and method.entry.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    steps = len(dataset.train_y) // task.batch_size * task.epochs
+    in_epoch = max(1, len(dataset.train_y) // task.batch_size)
+    steps = max(1, round(in_epoch * task.epochs * run.share))
     optimizer, tracked = make_optimizer(model, run, dataset)
     if method.start is not None:
         warmups.WARMUPS[method.start](optimizer, list(tracked.values()))
-    scheduler = make_schedule(optimizer, steps, method.linear)
+    scheduler = make_schedule(optimizer, steps, method.linear, method.cosine_power)
     trace = Trace(optimizer, tracked, steps)
     forward = compiled(model, dataset, task) if task.compile else model
-    evaluated = {round((i + 1) * task.epochs / task.curve) for i in range(task.curve)}
-    curve: list[tuple[int, float, float]] = []
+    points = round(task.curve * run.share)
+    evaluated = {round((i + 1) * steps / points) for i in range(points)}
+    curve: list[tuple[float, float, float]] = []
     losses, finite = torch.zeros(0), True
     step, seconds = 0, 0.0
-    for epoch in range(task.epochs):
+    for epoch in range(math.ceil(steps / in_epoch)):
         started = time.perf_counter()
-        in_epoch = []
+        of_epoch = []
         batches = dataset.batches(
             "train",
             task.batch_size,
@@ -126,27 +139,29 @@ def train(run: Run) -> dict[str, Any]:
             augment=task.augment,
             channels_last=task.channels_last,
         )
-        for images, labels in batches:
+        for images, labels in itertools.islice(batches, steps - step):
             if step == round(method.release * steps):
                 for group in optimizer.param_groups:
-                    group["rule"] = None
+                    group.update(rule=None, elr_of=None, granularity="layer")
             optimizer.zero_grad()
             with _autocast(task):
                 loss = F.cross_entropy(forward(images), labels)
             loss.backward()
-            in_epoch.append(loss.detach())
+            of_epoch.append(loss.detach())
             trace.before(step)
             optimizer.step()
             trace.after(step)
             scheduler.step()
             step += 1
-        losses = torch.stack(in_epoch).cpu()  # waits for the device
+            if step in evaluated and loss.isfinite():  # waits for the device
+                seconds += time.perf_counter() - started
+                curve.append((step / in_epoch, seconds, evaluate(model, dataset, "val", task)))
+                started = time.perf_counter()
+        losses = torch.stack(of_epoch).cpu()  # waits for the device
         seconds += time.perf_counter() - started
         finite = bool(losses.isfinite().all())
         if not finite:
             break
-        if epoch + 1 in evaluated:
-            curve.append((epoch + 1, seconds, evaluate(model, dataset, "val", task)))
     return {
         dataset.metric.column: evaluate(model, dataset, run.part, task),
         "classes": dataset.classes,
@@ -190,14 +205,20 @@ def make_optimizer(model: nn.Module, run: Run, dataset: Dataset) -> tuple[Optimi
     )
 
 
-def make_schedule(optimizer: Optimizer, steps: int, linear: float) -> LRScheduler:
-    """Cosine to zero, after a linear warm-up over a share of the steps."""
+def make_schedule(optimizer: Optimizer, steps: int, linear: float, cosine_power: float = 1.0) -> LRScheduler:
+    """Half a cosine wave to zero, to the power `cosine_power`, after a linear warm-up over a share of the steps."""
     warmup = round(linear * steps)
-    cosine = CosineAnnealingLR(optimizer, steps - warmup)
+    falling: LRScheduler
+    if cosine_power == 1:
+        falling = CosineAnnealingLR(optimizer, steps - warmup)
+    else:
+        falling = LambdaLR(
+            optimizer, lambda step: (0.5 + 0.5 * math.cos(math.pi * step / (steps - warmup))) ** cosine_power
+        )
     if not warmup:
-        return cosine
+        return falling
     rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
-    return SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
+    return SequentialLR(optimizer, [rise, falling], milestones=[warmup])
 
 
 class Trace:
@@ -337,11 +358,19 @@ def _autocast(task: Task) -> torch.autocast:
 
 def load(task: Task) -> Dataset:
     """The data set of a task on its device, read once by a process."""
-    return _load(task.data, task.root, task.image_size, task.limit, task.split, task.device)
+    return _load(task.data, task.root, task.image_size, task.limit, task.split, task.validation, task.device)
 
 
 @functools.cache
 def _load(
-    name: str, root: str | None, image_size: int | None, limit: int | None, split: int, device: str
+    name: str,
+    root: str | None,
+    image_size: int | None,
+    limit: int | None,
+    split: int,
+    validation: float,
+    device: str,
 ) -> Dataset:
-    return data.load(name, root=root, image_size=image_size, limit=limit, seed=split).to(device)
+    return data.load(
+        name, root=root, image_size=image_size, limit=limit, seed=split, validation=validation
+    ).to(device)

@@ -2,6 +2,7 @@
 
 from benchmarks.studies.control.run import CONTROL
 from benchmarks.studies.dynamics.run import DYNAMICS
+from benchmarks.studies.evidence.run import EVIDENCE
 from benchmarks.studies.linearization.run import LINEARIZATION
 from benchmarks.studies.radians.run import RADIANS
 from benchmarks.studies.regimes.run import REGIMES
@@ -12,5 +13,16 @@ from benchmarks.studies.widths.run import WIDTHS
 
 STUDIES = {
     study.name: study
-    for study in (WARMUP, SPREAD, SWAP_IN, DYNAMICS, RADIANS, REGIMES, WIDTHS, LINEARIZATION, CONTROL)
+    for study in (
+        WARMUP,
+        SPREAD,
+        SWAP_IN,
+        DYNAMICS,
+        RADIANS,
+        REGIMES,
+        WIDTHS,
+        LINEARIZATION,
+        CONTROL,
+        EVIDENCE,
+    )
 }

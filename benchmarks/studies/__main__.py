@@ -11,10 +11,10 @@ import torch
 import typer
 
 from benchmarks.accuracy import ACCURACY
-from benchmarks.common.sweep import default_jobs
+from benchmarks.common.sweep import default_jobs, read_rows
 from benchmarks.studies import STUDIES
 from benchmarks.studies import study as studies
-from benchmarks.studies.study import SIZES, Study
+from benchmarks.studies.study import Study
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,8 +29,10 @@ def command(study: Study) -> Callable[..., None]:
     def run(
         size: Annotated[
             str,
-            typer.Option(help="tiny: does it run; small: minutes on 2 cores; full: hours on a GPU."),
-        ] = "small",
+            typer.Option(
+                help="tiny: does it run; small: minutes on 2 cores; medium: many hours on them; full: hours on a GPU."
+            ),
+        ] = study.sizes[1],
         device: Annotated[
             str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU if there is one.")
         ] = None,
@@ -40,34 +42,47 @@ def command(study: Study) -> Callable[..., None]:
         out: Annotated[Path, typer.Option(help="Folder for the rows, the JSON file and the plots.")] = Path(
             "runs/studies"
         ),
-        fresh: Annotated[bool, typer.Option("--fresh", help="Forget the rows of an earlier call.")] = False,
+        fresh: Annotated[
+            bool,
+            typer.Option(
+                "--fresh", help="Forget the rows of an earlier call, and those of benchmarks/results."
+            ),
+        ] = False,
+        show_left: Annotated[
+            bool, typer.Option("--list", help="Say what is left to run, and run nothing.")
+        ] = False,
     ) -> None:
-        if size not in SIZES:
-            raise typer.BadParameter(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
+        if size not in study.sizes:
+            raise typer.BadParameter(f"unknown size {size!r}; choose one of {', '.join(study.sizes)}")
         device = device or studies.default_device()
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise typer.BadParameter(f"--device {device} cannot be used: {error}") from error
-        if fresh:
-            (out / f"{study.name}-{size}.rows.jsonl").unlink(missing_ok=True)
+        stem, console = f"{study.name}-{size}", studies.make_console()
         try:
             stages = study.stages(size, device)
         except (FileNotFoundError, ValueError) as error:  # data or a package is missing
             raise typer.BadParameter(str(error)) from error
-        studies.run(
-            study,
-            stages,
-            f"{study.name}-{size}",
-            out,
-            jobs=jobs or default_jobs(device),
-            console=studies.make_console(),
-            size=size,
-        )
+        rows_file = out / f"{stem}.rows.jsonl"
+        if fresh:
+            rows_file.unlink(missing_ok=True)
+        elif taken := studies.take_over(stem, out):
+            console.print(f"{taken} rows of {studies.RESULTS / rows_file.name} are taken over")
+        if not show_left:
+            studies.run(
+                study, stages, stem, out, jobs=jobs or default_jobs(device), console=console, size=size
+            )
+        elif study.left is None:
+            console.print(
+                "\n".join(map(study.describe, studies.left(stages, rows_file))) or "nothing is left"
+            )
+        else:
+            console.print(study.left(size, device, list(read_rows(rows_file).values())))
 
     run.__doc__ = (
-        f"{study.question}\n\nA call that was stopped goes on where it stopped. "
-        f"Example: python -m benchmarks.studies {study.name} --size small --out runs/studies"
+        f"{study.question}\n\nSizes: {', '.join(study.sizes)}. A call that was stopped goes on where it stopped. "
+        f"Example: python -m benchmarks.studies {study.name} --size {study.sizes[1]} --out runs/studies"
     )
     return run
 

@@ -32,7 +32,7 @@ from benchmarks.common.statistics import (
     usable_range,
 )
 from benchmarks.common.sweep import Row
-from benchmarks.common.training import TRACE_COLUMNS, Run, Task, load, train
+from benchmarks.common.training import TRACE_COLUMNS, Run, Task, load, run_of, train
 from benchmarks.studies.study import Stage, Study
 from elropt import plots
 
@@ -149,10 +149,9 @@ def finals(rows: Sequence[Row], seeds: int) -> list[Run]:
     runs = []
     for of_one in by_method(row for row in rows if row["spec"]["part"] == "val").values():
         best = validation_curve(of_one).best_lr
-        spec = of_one[0]["spec"]
-        method = Method(**{**spec["method"], "lrs": tuple(spec["method"]["lrs"])})
+        first = run_of(of_one[0]["spec"])
         runs += [
-            Run(Task(**spec["task"]), method, best, FRESH_SEEDS + index, "test", layers=index == 0)
+            Run(first.task, first.method, best, FRESH_SEEDS + index, "test", layers=index == 0)
             for index in range(seeds)
         ]
     return runs

@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 
 from benchmarks.common.figures import save_all
-from benchmarks.common.sweep import Row, sweep, without_nan
+from benchmarks.common.sweep import Row, missing_specs, read_rows, spec_key, sweep, without_nan
 from elropt import env_report
 
 SIZES = ("tiny", "small", "full")
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
-
-Stage = Callable[[list[Row]], Sequence[Any]]  # the specs to measure next, given the rows so far
+# The specs to measure next, given the rows so far; or a function that gives them anew after every run, see `sweep`.
+Stage = Callable[[list[Row]], Sequence[Any] | Callable[[Sequence[Row]], Sequence[Any]]]
 
 
 class Study(NamedTuple):
@@ -31,6 +32,8 @@ class Study(NamedTuple):
     tables: (rows, summary) → what to print.
     draw: (rows, summary) → the figures, by the names of their files without .png.
     kept: what of a row the result file keeps; enough for the other functions.
+    sizes: that it can be run at; the second is the default.
+    left: (size, device, rows) → a table of what is left to run; None: a list of the runs.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Study(NamedTuple):
     draw: Callable[[list[Row], dict[str, Any]], Mapping[str, Figure]]
     describe: Callable[[Any], str] = str
     kept: Callable[[Row], Row] = dict
+    sizes: tuple[str, ...] = SIZES
+    left: Callable[[str, str, Sequence[Row]], RenderableType] | None = None
 
 
 def run(
@@ -77,6 +82,31 @@ def run(
     report(study, result, out, console)
     console.print(f"{len(rows)} runs; wrote {result_file}")
     return result_file
+
+
+def take_over(stem: str, out: Path) -> int:
+    """Adds the rows that are committed for `STEM` and that `out` does not have to its rows file; how many they were."""
+    rows_file = out / f"{stem}.rows.jsonl"
+    have = read_rows(rows_file)
+    new = [row for key, row in read_rows(RESULTS / rows_file.name).items() if key not in have]
+    if new:
+        out.mkdir(parents=True, exist_ok=True)
+        with rows_file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in new)
+    return len(new)
+
+
+def left(stages: Sequence[Stage], rows_file: Path) -> list[Any]:
+    """The specs without a row, of the first stage that has some; later stages depend on their rows."""
+    done = read_rows(rows_file)
+    rows: list[Row] = []
+    for stage in stages:
+        specs = stage(rows)
+        given = specs if callable(specs) else lambda _, specs=specs: specs
+        if missing := missing_specs(given, done):
+            return missing
+        rows += [done[spec_key(spec)] for spec in given(list(done.values()))]
+    return []
 
 
 def report(study: Study, result: dict[str, Any], out: Path, console: Console) -> list[Path]:

@@ -1,0 +1,339 @@
+"""What the study runs, in the order of what it is worth: blocks of one task and some methods.
+
+Every row tells the block's question by its task, method, learning rate and part alone, so that blocks share runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from benchmarks.common import training
+from benchmarks.common.dataset import metric_of
+from benchmarks.common.optimizers import METHODS, Method, check_installed
+from benchmarks.common.sweep import Row
+from benchmarks.common.training import Run, Task, run_of
+from benchmarks.studies import comparison
+from benchmarks.studies.comparison import FRESH_SEEDS, USABLE
+
+SHARE = 1 / 3  # of the steps, in the runs that a learning rate is chosen by
+MOST = 9  # learning rates of one method
+DECAY = 5e-4  # SGD's
+COSINE_SQUARED = "+cosine²"  # the angle of "equilibrium" is √lr, so it falls as a cosine with this one
+RELEASED = "+release"  # SGD takes over after `RELEASE_AT` of the steps
+RELEASE_AT = 0.7
+
+# Where the grid begins; it goes on at both ends, see `lrs_to_try`.
+STARTS: dict[str, tuple[float, ...]] = {
+    "SGD's": (0.03, 0.1, 0.3),
+    "radians": (0.003, 0.01, 0.03),
+    "AdamW's": (0.003, 0.01, 0.03),
+    "of LARS": (0.3, 1.0, 3.0),
+}
+START_OF_EQUILIBRIUM = (0.1, 0.3, 1.0)  # in SGD's unit
+
+OURS = ("equilibrium-gradient", "equilibrium-filter")  # the forms that the small study chose
+CORE = ("sgd", "sgd+linear", *OURS, "muon", "adamw", "warmup")
+REST = (
+    *("adamw+linear", "muonh", "adamh", "angle", "lars", "sgdp", "equilibrium", "uniform"),
+    *("equilibrium-gradient-filter", "warmup+linear", "muon+linear"),
+    *(f"{name}+linear" for name in OURS),
+)
+ON_PLAIN = ("adamw+linear", "muonh", "angle", "lars", "warmup+linear", *(f"{name}+linear" for name in OURS))
+OF_TEXT = (
+    *("adamw", "adamw+linear", "muon", "muonh", "adamh", "muon+linear", "sgd+linear"),
+    *("equilibrium-gradient", "muonh+linear", "adamh+linear"),
+)
+OF_DEEP = ("sgd", "sgd+linear", *OURS, "muon", "angle")
+OF_BATCHES = ("sgd+linear", "lars+linear", *OURS, "muon", "adamw+linear")
+OF_TRANSFER = ("sgd+linear", "adamw", "angle", "adamh", "equilibrium-gradient")
+OF_BUDGETS = ("sgd+linear", *OURS, *(name + COSINE_SQUARED for name in OURS), "muon")
+LEFT_OUT = {  # by what the small studies show
+    "sphere": "behind SGD on both nets of swap-in, and its learning rate has a unit of its own",
+    "uniform-update, angle-update": "equal true angles train no better than equal ELRs (control)",
+    "angle-filter, angle-update-filter": "no better than by layer on a residual net (control)",
+    "equilibrium-unprotected": "usable at SGD's learning rate alone (control)",
+}
+
+
+class Block(NamedTuple):
+    """Methods on one task.
+
+    Attributes:
+        question: of the study, a key of `summarize.QUESTIONS`.
+        seeds: fresh seeds at full length, each read once on the test part; 0: learning rates only.
+        lrs_from: the task whose runs a learning rate is chosen by; None: this one.
+        lr_of: the method whose learning rate all take, in place of their own.
+    """
+
+    question: str
+    task: Task
+    methods: Sequence[str]
+    seeds: int = 3
+    lrs_from: Task | None = None
+    lr_of: str | None = None
+
+
+def method_of(name: str) -> Method:
+    """A method by name; it does not hold its grid, so that rows stay valid when a grid changes."""
+    for ending, changes in (
+        (COSINE_SQUARED, {"cosine_power": 2.0}),
+        (RELEASED, {"release": RELEASE_AT}),
+    ):
+        if name.endswith(ending):
+            return dataclasses.replace(method_of(name.removesuffix(ending)), name=name, **changes)
+    return dataclasses.replace(METHODS[name], lrs=())
+
+
+def chosen_as(name: str) -> str:
+    """The method whose learning rate a method takes: the same without another end of the schedule."""
+    return name.removesuffix(COSINE_SQUARED).removesuffix(RELEASED)
+
+
+def start_of(name: str) -> tuple[float, ...]:
+    """Where the grid of a method begins."""
+    return START_OF_EQUILIBRIUM if "equilibrium" in name else STARTS[METHODS[name].unit]
+
+
+def neighbour(lr: float, step: int) -> float:
+    """The next learning rate up (1) or down (−1) among 1, 3, 10, 30 …"""
+    place = round(2 * math.log10(lr)) + step
+    return float(f"{(1, 3)[place % 2] * 10.0 ** (place // 2):.0e}")
+
+
+def lrs_to_try(start: Sequence[float], scores: Mapping[float, float], chance: float) -> list[float]:
+    """What to measure next, empty if there is enough: first the start, then on from an end as long as that end has
+    `USABLE` of the best gain over chance, so that neither the best nor the usable range is cut off; at most `MOST`."""
+    if missing := [lr for lr in start if lr not in scores]:
+        return missing
+    best = max(scores.values())
+    bar = chance + USABLE * (best - chance)
+    beyond = [
+        neighbour(end(scores), step) for end, step in ((max, 1), (min, -1)) if scores[end(scores)] >= bar
+    ]
+    return beyond[: max(0, MOST - len(scores))]
+
+
+class Known:
+    """Rows by run."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = {run_of(row["spec"]): row for row in rows}
+        self._scores: dict[tuple[Task, str], dict[float, float]] = {}
+        self.chances: dict[tuple[Task, str], float] = {}
+        for run, row in self.rows.items():
+            if run.part == "val":
+                key, metric = (run.task, run.method.name), metric_of(row)
+                self._scores.setdefault(key, {})[run.lr] = metric.score(row)
+                self.chances[key] = metric.chance(row)
+
+    def scores(self, task: Task, method: str) -> dict[float, float]:
+        """Validation score by learning rate, of the runs for choosing."""
+        return self._scores.get((task, method), {})
+
+    def next_lrs(self, task: Task, method: str) -> list[float]:
+        """What to measure next before the learning rate can be chosen."""
+        scores = self.scores(task, method)
+        return lrs_to_try(start_of(method), scores, self.chances.get((task, method), 0.0))
+
+    def best_lr(self, task: Task, method: str) -> float | None:
+        """The chosen learning rate; None if it is not known yet."""
+        scores = self.scores(task, method)
+        return None if self.next_lrs(task, method) else max(scores, key=scores.__getitem__)
+
+    def lr(self, block: Block, name: str) -> float | None:
+        """The learning rate of a method in a block; None if it is not known yet."""
+        return self.best_lr(block.lrs_from or block.task, block.lr_of or chosen_as(name))
+
+
+def choosing(block: Block, known: Known) -> Iterator[Run]:
+    """The runs that are known to be needed to choose the learning rates."""
+    task = block.lrs_from or block.task
+    for name in dict.fromkeys([block.lr_of] if block.lr_of else map(chosen_as, block.methods)):
+        scores = known.scores(task, name)
+        for lr in [*scores, *known.next_lrs(task, name)]:
+            yield Run(task, method_of(name), lr, 0, share=SHARE)
+
+
+def finals(block: Block, known: Known) -> Iterator[Run]:
+    """The runs with fresh seeds whose learning rate is known; seed by seed, so that methods can soon be compared."""
+    for seed in range(FRESH_SEEDS, FRESH_SEEDS + block.seeds):
+        for name in block.methods:
+            if (lr := known.lr(block, name)) is not None:
+                yield Run(block.task, method_of(name), lr, seed, "test", layers=False)
+
+
+def runs_of(blocks: Sequence[Block], rows: Sequence[Row]) -> list[Run]:
+    """All runs that are known to be needed, block by block."""
+    known = Known(rows)
+    return list(
+        dict.fromkeys(run for block in blocks for part in (choosing, finals) for run in part(block, known))
+    )
+
+
+def waiting(block: Block, known: Known) -> list[Run]:
+    """The runs with fresh seeds whose learning rate is not known yet, with 0 in its place."""
+    return [
+        Run(block.task, method_of(name), 0.0, FRESH_SEEDS + index, "test")
+        for index in range(block.seeds)
+        for name in block.methods
+        if known.lr(block, name) is None
+    ]
+
+
+class Nets(NamedTuple):
+    """The tasks of one size."""
+
+    residual: Task
+    plain: Task
+    deep: Task
+    text: Task | None
+    budgets: tuple[int, int]
+    batches: tuple[int, ...]
+    models: tuple[str, ...]  # narrower, wider, shallower and deeper ones than the residual net
+    large: Task | None  # images at full size
+
+
+def blocks(nets: Nets) -> list[Block]:
+    """All blocks; the first are worth most."""
+    residual, plain = nets.residual, nets.plain
+    untuned = (*OURS, "warmup")
+    ends = [name + end for end in (COSINE_SQUARED, RELEASED) for name in OURS]
+    short, long = (dataclasses.replace(residual, epochs=epochs, curve=epochs) for epochs in nets.budgets)
+    result = [
+        Block("tuned", residual, CORE),
+        Block("annealing", residual, ends),
+        Block("untuned", residual, untuned, lr_of="sgd"),
+        Block("tuned", plain, CORE),
+        Block("untuned", plain, untuned, lr_of="sgd"),
+        Block("budget", short, OF_BUDGETS, lrs_from=residual),
+        Block("tuned", residual, REST),
+    ]
+    if nets.text is not None:
+        result.append(Block("text", nets.text, OF_TEXT))
+    result += [
+        Block("tuned", plain, ON_PLAIN),
+        Block("budget", long, OF_BUDGETS, 2, lrs_from=residual),
+        *(
+            Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES, 2)
+            for size in nets.batches
+        ),
+        *(
+            Block("transfer", dataclasses.replace(residual, model=model), OF_TRANSFER, 0)
+            for model in nets.models
+        ),
+        Block("tuned", nets.deep, OF_DEEP),
+        Block("untuned", nets.deep, untuned, lr_of="sgd"),
+    ]
+    if nets.large is not None:
+        result.append(Block("large", nets.large, ("sgd+linear", *OURS), 2, lrs_from=residual))
+    return [*result, Block("tuned", residual, CORE, 5), Block("tuned", plain, CORE, 5)]
+
+
+def tiny(device: str) -> list[Block]:
+    """Does it run?"""
+    task = dataclasses.replace(
+        comparison.tiny_tasks(device)[0], epochs=3, curve=3, weight_decay=DECAY, limit=400
+    )
+    other = dataclasses.replace(task, model="bn-mlp-3-w16")
+    text = Task(
+        "olmo-1-w32", "python", batch_size=16, limit=96, split=1, epochs=1, weight_decay=DECAY, curve=3
+    )
+    nets = Nets(task, other, other, text, (1, 4), (64,), ("bn-mlp-4-w8",), None)
+    few = ("sgd", "sgd+linear", *OURS)
+    return [
+        block._replace(
+            methods=[name for name in block.methods if chosen_as(name) in (*few, "adamw", "adamw+linear")],
+            seeds=min(block.seeds, 2),
+        )
+        for block in blocks(nets)
+    ]
+
+
+def medium(device: str) -> list[Block]:
+    """CIFAR-10 at 16×16, 45,000 images to train on and 5,000 to choose by; nets of half the width."""
+    recipe = {
+        "data": "cifar10",
+        "image_size": 16,
+        "split": 1,
+        "validation": 0.1,
+        "batch_size": 128,
+        "epochs": 15,
+        "curve": 15,
+        "weight_decay": DECAY,
+        "augment": True,
+        "channels_last": True,
+        "device": device,
+    }
+    residual, plain, deep = (Task(net, **recipe) for net in ("resnet-20-w8", "plain-20-w8", "plain-56-w8"))
+    text = Task(
+        "olmo-4-w160",
+        "python",
+        batch_size=16,
+        limit=16 * 1500,
+        split=1,
+        epochs=1,
+        curve=15,
+        weight_decay=DECAY,
+        device=device,
+    )
+    large = dataclasses.replace(residual, model="resnet-20", image_size=None, epochs=10, curve=10)
+    others = ("resnet-20-w4", "resnet-20-w16", "resnet-8-w8", "resnet-56-w8")
+    return blocks(Nets(residual, plain, deep, text, (5, 40), (1024, 4096), others, large))
+
+
+def full(device: str) -> list[Block]:
+    """The nets of the literature at 32×32, with all methods: for a GPU."""
+    residual, plain, deep, large = (
+        comparison.full_cifar(net, device, validation=0.1, curve=30)
+        for net in ("resnet-20", "plain-20", "plain-56", "resnet-18")
+    )
+    text = Task(
+        "olmo-4-w160", "python", batch_size=16, limit=96_000, split=1, epochs=1, curve=30, device=device
+    )
+    text = dataclasses.replace(text, weight_decay=DECAY)
+    others = ("resnet-20-w8", "resnet-20-w32", "resnet-8", "resnet-56")
+    return blocks(Nets(residual, plain, deep, text, (10, 90), (1024, 4096), others, large))
+
+
+PLANS = {"tiny": tiny, "medium": medium, "full": full}
+
+
+def check(of_size: Sequence[Block]) -> None:
+    """Raises ValueError or FileNotFoundError if a package or data are missing."""
+    check_installed([METHODS[chosen_as(name)] for block in of_size for name in block.methods])
+    for task in dict.fromkeys(block.task for block in of_size):
+        training.load(task)
+
+
+def estimated_seconds(run: Run, known: Known) -> float:
+    """Of the rows' runs of the same task without regard to its epochs, else of a guess from depth, width and size."""
+    steps = steps_of(run)
+    like = [
+        row["seconds"] / row["steps"]
+        for other, row in known.rows.items()
+        if dataclasses.replace(other.task, epochs=0, curve=0)
+        == dataclasses.replace(run.task, epochs=0, curve=0)
+    ]
+    return steps * (sum(like) / len(like) if like else guess(run.task))
+
+
+def steps_of(run: Run) -> int:
+    """How many steps a run has, about."""
+    task = run.task
+    examples = task.limit or {"cifar10": 50_000, "digits": 1437}.get(task.data, 100_000)
+    if task.data != "python":  # its limit is that of the training part alone
+        examples *= 1 - task.validation
+    return round(examples / task.batch_size * task.epochs * run.share)
+
+
+def guess(task: Task) -> float:
+    """Seconds of a step on one quiet core, from a ResNet-20-w8 on 16×16 images."""
+    if task.data == "python":
+        return 0.15
+    depth, width = (re.search(rf"-{mark}(\d+)", task.model) for mark in ("", "w"))
+    relative = int(depth[1] if depth else 20) / 20 * (int(width[1] if width else 16) / 8) ** 1.5
+    return 0.03 * relative * task.batch_size / 128 * ((task.image_size or 32) / 16) ** 2

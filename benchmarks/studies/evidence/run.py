@@ -1,0 +1,78 @@
+"""At a size that counts: which optimizer is how accurate, after how long, over which learning rates?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from benchmarks.common import training
+from benchmarks.common.command_line import table_of
+from benchmarks.common.sweep import Row
+from benchmarks.common.training import TRACE_COLUMNS, Run
+from benchmarks.studies import comparison
+from benchmarks.studies.comparison import FRESH_SEEDS
+from benchmarks.studies.evidence import plan
+from benchmarks.studies.evidence.plan import PLANS, Known, runs_of
+from benchmarks.studies.evidence.report import draw, tables
+from benchmarks.studies.evidence.summarize import summarize
+from benchmarks.studies.study import Stage, Study
+
+
+def train(run: Run) -> Row:
+    """One run; only the first fresh seed keeps its trace, so that the rows stay small enough to be committed."""
+    row = training.train(run)
+    return row if run.seed == FRESH_SEEDS else {k: v for k, v in row.items() if k not in TRACE_COLUMNS}
+
+
+def stages(size: str, device: str) -> Sequence[Stage]:
+    """One stage that goes on from what its rows show, see `plan.runs_of`."""
+    blocks = PLANS[size](device)
+    plan.check(blocks)
+    return [lambda _: lambda rows: runs_of(blocks, rows)]
+
+
+def left(size: str, device: str, rows: Sequence[Row]) -> Table:
+    """What is left of every block, and about how long it takes in core hours."""
+    known = Known(rows)
+    table = table_of(
+        f"evidence, {size}: what is left",
+        *("task", "block", "done", "to choose by", "with fresh seeds", "core hours"),
+        caption="at the speed of the rows of the same task, else by a guess; while a learning rate is not chosen yet, "
+        "its grid can grow",
+    )
+    counted: set[Run] = set()
+    hours_in_all = 0.0
+    for block in PLANS[size](device):
+        every = [*plan.choosing(block, known), *plan.finals(block, known), *plan.waiting(block, known)]
+        new = [run for run in every if run not in counted]
+        counted.update(new)
+        missing = [run for run in new if run not in known.rows]
+        choose = sum(run.part == "val" for run in missing)
+        hours = sum(plan.estimated_seconds(run, known) for run in missing) / 3600
+        hours_in_all += hours
+        table.add_row(
+            comparison.label(vars(block.task)),
+            block.question,
+            str(len(new) - len(missing)),
+            str(choose),
+            str(len(missing) - choose),
+            f"{hours:.1f}",
+        )
+    table.add_section()
+    table.add_row("together", *[""] * 4, f"{hours_in_all:.1f}")
+    return table
+
+
+EVIDENCE = Study(
+    "evidence",
+    "At a size that counts: which optimizer is how accurate, after how long, over which learning rates?",
+    train,
+    stages,
+    summarize,
+    tables,
+    draw,
+    comparison.describe,
+    sizes=("tiny", "medium", "full"),
+    left=left,
+)
