@@ -168,11 +168,12 @@ def mean_curve(found: Found, task: Task, method: str) -> list[tuple[float, float
 
 
 def tuned(found: Found) -> dict[str, Any]:
-    """On every task with images: the methods that are surely better or worse than the best-tuned SGD."""
+    """On every task with images that learning rates were chosen on: who is surely better or worse than the best-tuned
+    SGD."""
     result = {}
     for task in image_tasks(found):
         baseline = found.best_sgd(task)
-        if baseline is None:
+        if baseline is None or task not in found.choosing:
             continue
         better = {
             name: gain

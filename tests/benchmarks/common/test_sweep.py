@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,21 @@ def test_rows_come_in_the_order_of_the_specs_and_no_spec_runs_twice(tmp_path: Pa
     assert again[:4] == rows
     assert again[4]["square"] == 25
     assert sorted((tmp_path / "calls").read_text().split()) == ["1.0", "2.0", "3.0", "5.0"]
+
+
+@pytest.mark.usefixtures("threads_for_processes")
+def test_specs_can_be_chosen_by_what_earlier_runs_have_shown(tmp_path: Path) -> None:
+    def until_thirty(rows: Sequence[dict[str, Any]]) -> list[Spec]:
+        largest = max((row["spec"]["value"] for row in rows), default=0.0)
+        go_on = all(row["square"] < 30 for row in rows)
+        return [Spec(float(value), str(tmp_path)) for value in range(1, int(largest) + 1 + go_on)]
+
+    for _ in range(2):
+        rows = sweeps.sweep(until_thirty, square, tmp_path / "rows.jsonl", jobs=1, console=QUIET)
+        assert [row["square"] for row in rows] == [1, 4, 9, 16, 25, 36]
+    assert (tmp_path / "calls").read_text().split() == ["1.0", "2.0", "3.0", "4.0", "5.0", "6.0"]
+    with pytest.raises(ValueError, match="two"):  # what fails is not tried again and again
+        sweeps.sweep(lambda _: [Spec(2.0)], fails_at_two, tmp_path / "other", jobs=1, console=QUIET)
 
 
 @pytest.mark.usefixtures("threads_for_processes")

@@ -60,6 +60,49 @@ def test_linear_warmup_then_cosine(share: float) -> None:
     np.testing.assert_allclose(lrs, expected, atol=1e-9)
 
 
+def test_cosine_to_a_power() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = training.make_schedule(optimizer, 40, 0.25, 2.0)
+    lrs = []
+    for _ in range(40):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    expected = [
+        0.5 * ((t + 1) / 10 if t < 10 else (0.5 + 0.5 * math.cos(math.pi * (t - 10) / 30)) ** 2)
+        for t in range(40)
+    ]
+    np.testing.assert_allclose(lrs, expected, atol=1e-9)
+
+
+def test_a_share_of_the_steps_has_the_whole_schedule() -> None:
+    task = dataclasses.replace(TASK, epochs=3, curve=6)
+    third = train("sgd", task, share=1 / 3)
+    alone = train("sgd", dataclasses.replace(task, epochs=1, curve=2))
+    in_epoch = alone["steps"]
+    assert third["steps"] == in_epoch
+    timed = {"seconds", "curve"}
+    assert {k: v for k, v in third.items() if k not in timed} == {
+        k: v for k, v in alone.items() if k not in timed
+    }
+    assert [(p[0], p[2]) for p in third["curve"]] == [(p[0], p[2]) for p in alone["curve"]]
+    half = train("sgd", task, share=0.5)
+    assert half["steps"] == round(1.5 * in_epoch)
+    assert [point[0] for point in half["curve"]] == pytest.approx([0.5, 1.0, 1.5], abs=1 / in_epoch)
+
+
+def test_the_validation_part_has_the_share_that_the_task_says() -> None:
+    sizes = {s: len(training.load(dataclasses.replace(TASK, validation=s)).val_y) for s in (0.1, 0.2)}
+    assert sizes[0.2] == pytest.approx(2 * sizes[0.1], abs=1)
+
+
+@pytest.mark.parametrize("name", ["equilibrium-gradient", "equilibrium-filter"])
+def test_every_form_of_a_rule_can_be_released(name: str) -> None:
+    task = dataclasses.replace(TASK, weight_decay=5e-4)
+    method = dataclasses.replace(METHODS[name], release=0.5)
+    assert train(method, task)["finite"]
+
+
 def test_the_same_run_gives_the_same_row() -> None:
     first, second = (train("warmup") for _ in range(2))
     del first["seconds"], second["seconds"]
