@@ -310,15 +310,20 @@ def check(of_size: Sequence[Block]) -> None:
 
 
 def estimated_seconds(run: Run, known: Known) -> float:
-    """Of the rows' runs of the same task without regard to its epochs, else of a guess from depth, width and size."""
-    steps = steps_of(run)
+    """As long a step as those of the same task, whatever its epochs (on a CPU in its own time, not in that of others on
+    the machine); else a guess from depth, width and size."""
+    column = "cpu_seconds" if run.task.device == "cpu" else "seconds"
     like = [
-        row["seconds"] / row["steps"]
+        row[column] / row["steps"]
         for other, row in known.rows.items()
-        if dataclasses.replace(other.task, epochs=0, curve=0)
-        == dataclasses.replace(run.task, epochs=0, curve=0)
+        if column in row and without_epochs(other.task) == without_epochs(run.task)
     ]
-    return steps * (sum(like) / len(like) if like else guess(run.task))
+    return steps_of(run) * (sum(like) / len(like) if like else guess(run.task))
+
+
+def without_epochs(task: Task) -> Task:
+    """The same task whatever its budget."""
+    return dataclasses.replace(task, epochs=0, curve=0)
 
 
 def steps_of(run: Run) -> int:

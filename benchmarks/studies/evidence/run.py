@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -9,7 +10,7 @@ from rich.table import Table
 from benchmarks.common import training
 from benchmarks.common.command_line import table_of
 from benchmarks.common.sweep import Row
-from benchmarks.common.training import TRACE_COLUMNS, Run
+from benchmarks.common.training import TRACE_COLUMNS, Run, rounded, significant
 from benchmarks.studies import comparison
 from benchmarks.studies.comparison import FRESH_SEEDS
 from benchmarks.studies.evidence import plan
@@ -20,8 +21,11 @@ from benchmarks.studies.study import Stage, Study
 
 
 def train(run: Run) -> Row:
-    """One run; only the first fresh seed keeps its trace, so that the rows stay small enough to be committed."""
+    """One run, with its `cpu_seconds`: on a busy machine they say better than seconds how long it takes. Only the first
+    fresh seed keeps its trace, so that the rows stay small enough to be committed."""
+    started = time.process_time()
     row = training.train(run)
+    row |= {"curve": rounded(row["curve"]), "cpu_seconds": significant(time.process_time() - started)}
     return row if run.seed == FRESH_SEEDS else {k: v for k, v in row.items() if k not in TRACE_COLUMNS}
 
 
@@ -38,8 +42,8 @@ def left(size: str, device: str, rows: Sequence[Row]) -> Table:
     table = table_of(
         f"evidence, {size}: what is left",
         *("task", "block", "done", "to choose by", "with fresh seeds", "core hours"),
-        caption="at the speed of the rows of the same task, else by a guess; while a learning rate is not chosen yet, "
-        "its grid can grow",
+        caption="at the speed of the rows of the same task, else by a guess for a quiet machine; while a learning rate "
+        "is not chosen yet, its grid can grow",
     )
     counted: set[Run] = set()
     hours_in_all = 0.0

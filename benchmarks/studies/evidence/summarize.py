@@ -24,7 +24,7 @@ from benchmarks.common.statistics import (
 from benchmarks.common.sweep import Row
 from benchmarks.common.training import Task, run_of
 from benchmarks.studies.comparison import USABLE, label, top
-from benchmarks.studies.evidence.plan import COSINE_SQUARED, OURS, RELEASED, chosen_as
+from benchmarks.studies.evidence.plan import COSINE_SQUARED, OURS, RELEASED, chosen_as, without_epochs
 
 QUESTIONS = {
     "tuned": "at its own best learning rate, against the best-tuned SGD",
@@ -87,11 +87,6 @@ class Found(NamedTuple):
         there = [name for name in BASELINES if self.tuned(task, name)]
         chosen = self.chosen_on(task)
         return max(there, key=lambda name: max(chosen.get(name, {0: -np.inf}).values()), default=None)
-
-
-def without_epochs(task: Task) -> Task:
-    """The same task whatever its budget."""
-    return dataclasses.replace(task, epochs=0, curve=0)
 
 
 def find(rows: Sequence[Row]) -> Found:

@@ -264,6 +264,17 @@ def test_only_the_first_fresh_seed_keeps_its_trace() -> None:
     assert "mean_angle" in kept
     assert set(kept) - set(dropped) == set(kept) & set(run.TRACE_COLUMNS)
     assert len(dropped["curve"]) == 1
+    assert dropped["cpu_seconds"] > 0
+
+
+def test_estimates_are_those_of_the_same_task_whatever_its_epochs() -> None:
+    known = Known([{**r, "cpu_seconds": 8.0} for r in final(RESIDUAL, "sgd", 0.1, [60.0])])  # 4 steps
+    long = dataclasses.replace(RESIDUAL, epochs=30, curve=30)
+    a_run = Run(long, method_of("adamw"), 0.1, 0, share=0.5)
+    assert plan.steps_of(a_run) == round(50_000 * 0.8 / 128 * 15)
+    assert plan.estimated_seconds(a_run, known) == pytest.approx(2.0 * plan.steps_of(a_run))
+    text = Run(Task("olmo-4-w160", "python", batch_size=16, limit=1600, epochs=1), method_of("sgd"), 0.1, 0)
+    assert plan.estimated_seconds(text, known) == pytest.approx(100 * 0.15)
 
 
 def test_committed_rows_are_taken_over_and_the_list_counts_them(
