@@ -17,9 +17,11 @@ from ._look import (
     APPLIED_LR,
     COLORS,
     ELR,
+    HAND_OVER_COLOR,
     SPREAD,
     depth_colors,
     layer_quantities,
+    rule_spans,
     shared_values,
     spread_of,
 )
@@ -93,8 +95,7 @@ def spread_over_steps(ax: Axes, spreads: Mapping[str, tuple[ArrayLike, ArrayLike
         _reach(ax, steps, spread, below=1)
     ax.axhline(1, color="0.6", linewidth=0.8, linestyle=":")
     ax.set_ylabel("ELR spread (max / min)")
-    ax.yaxis.set_major_formatter(LogFormatter())
-    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    _plain_numbers(ax)
     _finish_steps(ax)
     if len(spreads) > 1:
         ax.legend(frameon=False)
@@ -161,7 +162,8 @@ def accuracy_against_lr(
 
 def run_figure(run: RunHistory) -> Figure:
     """A recorded run, one panel above the other: ELR of every layer, the angle that it turned by, the spread of both,
-    the weight norm, and the applied learning rate. What was not recorded has no panel."""
+    the weight norm, and the applied learning rate. A dashed line is where a rule had handed over. What was not recorded
+    has no panel."""
     quantities = layer_quantities(run)
     turns = [quantity for quantity in quantities if quantity.turns]
     heights = [*[2] * len(turns), 1, *[2] * (len(quantities) - len(turns)), 1]
@@ -171,10 +173,15 @@ def run_figure(run: RunHistory) -> Figure:
     for ax, quantity in zip(axes, quantities, strict=True):
         elr_over_steps(ax, run.steps, quantity.values)
         ax.set_ylabel(quantity.title)
+        _plain_numbers(ax)
     spread_over_steps(middle, {q.key: (run.steps, spread_of(q.values)) for q in turns})
     if any(q.title != ELR for q in turns):
         middle.set_ylabel(SPREAD)
     lr_over_steps(bottom, run.steps, run.applied_lr)
+    for ax in (*axes, middle, bottom):
+        for span in rule_spans(run):
+            if span.handed_over is not None:
+                ax.axvline(span.handed_over, color=HAND_OVER_COLOR, linewidth=1, linestyle="--")
     for ax in (*axes, middle):
         ax.set_xlabel("")
     fig.align_ylabels()
@@ -247,6 +254,12 @@ def _style(index: int) -> tuple[str, str]:
 def _marker(steps: NDArray[np.float64]) -> str:
     """A marker for a single point, through which a line is invisible."""
     return "o" if len(steps) == 1 else ""
+
+
+def _plain_numbers(ax: Axes) -> None:
+    """Numbers such as 0.01 and 20 at a log axis, also between decades if there are few."""
+    ax.yaxis.set_major_formatter(LogFormatter())
+    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
 def _finish_steps(ax: Axes) -> None:

@@ -203,7 +203,7 @@ function draw(panel, index) {
     paper_bgcolor: theme.paper, plot_bgcolor: theme.paper,
     font: { color: theme.ink, family: "system-ui, sans-serif", size: 12 },
     hovermode: "closest", hoverlabel: { namelength: -1 }, dragmode: "zoom",
-    legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom" },
+    legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom" },
   };
   const config = {
     responsive: true, displaylogo: false, doubleClick: false,
@@ -246,6 +246,7 @@ function showLayer(layer, more) {
   const before = more && state.finding === null ? (state.layers ?? []) : [];
   const layers = before.includes(layer) ? before.filter((i) => i !== layer) : [...before, layer];
   show({ layers: layers.length ? layers.sort((a, b) => a - b) : null, finding: null });
+  document.querySelector(`[data-layer="${layer}"]`).scrollIntoView({ block: "nearest" });
 }
 
 /** The steps of a finding, with some before and after them, and its layers. */

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,10 @@ from ._look import (
     APPLIED_LR,
     COLORS,
     SPREAD,
+    RuleSpan,
     layer_colors,
     layer_quantities,
+    rule_spans,
     shared_values,
     spread_of,
 )
@@ -35,24 +37,10 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError('elropt report needs plotly: pip install "elropt[cli]"') from error
 
-__all__ = ["RuleSpan", "report_page", "rule_spans"]
+__all__ = ["report_page"]
 
 OPTIONS = ("rule", "momentum", "betas", "weight_decay")
-FACTOR_TOLERANCE = 1e-6  # up to which a factor counts as 1
 VALUES_PER_PLOT = 300_000  # layers times records; of longer runs the page shows every k-th record
-
-
-class RuleSpan(NamedTuple):
-    """Recorded steps, one after the other, at which a rule acted.
-
-    Attributes:
-        first, last: the first and the last of them.
-        handed_over: the recorded step after them, by which the rule had handed over; None at the end of the run.
-    """
-
-    first: int
-    last: int
-    handed_over: int | None
 
 
 def report_page(run: RunHistory, found: Sequence[Finding], *, title: str) -> str:
@@ -80,20 +68,6 @@ def report_page(run: RunHistory, found: Sequence[Finding], *, title: str) -> str
         data=_as_script(_data(run, found, spans, shown)),
         script=_template("js").template,
     )
-
-
-def rule_spans(run: RunHistory) -> list[RuleSpan]:
-    """When the factors of a rule, those of the gradient and of the weight, were not 1 in all layers."""
-    acts = np.zeros(len(run.steps), dtype=np.int64)
-    for factors in (run.grad_factor, run.weight_factor):
-        if factors.size:
-            acts |= (np.abs(factors - 1) > FACTOR_TOLERANCE).any(axis=1)
-    edges = np.flatnonzero(np.diff(acts, prepend=0, append=0))
-    steps = run.steps.tolist()
-    return [
-        RuleSpan(steps[begin], steps[end - 1], steps[end] if end < len(steps) else None)
-        for begin, end in zip(edges[::2], edges[1::2], strict=True)
-    ]
 
 
 def _optimizer_in_words(run: RunHistory) -> str:

@@ -17,12 +17,12 @@ import torch
 from matplotlib.colors import to_hex
 from rich.console import Console
 
-from elropt._look import layer_colors, short
+from elropt._look import layer_colors, rule_spans, short
 from elropt._rich_tables import weight_table
 from elropt.diagnosis import Finding
 from elropt.inspection import inspect_model
 from elropt.plots import run_figure
-from elropt.report_page import report_page, rule_spans
+from elropt.report_page import report_page
 from elropt.run_history import RunHistory, read_run
 
 from .nets import bn_mlp
@@ -158,6 +158,15 @@ def test_when_a_rule_acted() -> None:
     assert [tuple(span) for span in rule_spans(run)] == [(0, 290, None)]
     run.grad_factor[:], run.weight_factor[:] = np.nan, 1.0
     assert rule_spans(run) == []
+
+
+def test_the_hand_over_is_marked_in_plots() -> None:
+    marked = [
+        [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == "--"]  # type: ignore[index]
+        for ax in run_figure(made_up_run()).axes
+        if ax.get_lines()
+    ]
+    assert marked == [[100]] * 5
 
 
 def test_the_hand_over_of_a_real_warmup_is_found(tmp_path: Path) -> None:
@@ -312,6 +321,8 @@ class Page:
         path.write_text(report_page(run, found, title="elr.jsonl"), encoding="utf-8")
         self.browser, self.address = browser, path.as_uri()
         browser.get(self.address)
+        wait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait(browser, 60)
+        wait.until(lambda _: self.ask('document.querySelector(".js-plotly-plot .main-svg") !== null'))
 
     def ask(self, script: str, *args: object) -> Any:
         return self.browser.execute_script(f"return {script}", *args)
