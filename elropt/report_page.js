@@ -16,12 +16,8 @@ function shownLayers() {
 }
 
 const THEMES = {
-  light: {
-    ink: "#1f2328", faint: "#656d76", grid: "#e6e9ed", paper: "#ffffff", finding: "#0072b2", rule: "#d55e00",
-  },
-  dark: {
-    ink: "#e6edf3", faint: "#9198a1", grid: "#2a3038", paper: "#0d1117", finding: "#56b4e9", rule: "#ff8c4a",
-  },
+  light: { ink: "#1f2328", faint: "#656d76", grid: "#e6e9ed", paper: "#ffffff", finding: "#0072b2" },
+  dark: { ink: "#e6edf3", faint: "#9198a1", grid: "#2a3038", paper: "#0d1117", finding: "#56b4e9" },
 };
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 const themeName = () => (prefersDark.matches && !printing ? "dark" : "light");
@@ -174,12 +170,12 @@ function marks(theme, heat, withText) {
     if (end === null && first === data.steps[0]) continue; // all the time
     if (!heat) band(first, end ?? last, theme.faint, 0.12);
     if (end === null) continue;
-    const dashed = { color: theme.rule, width: 1.5, dash: "dash" };
+    const dashed = { color: data.handOverColor, width: 1.5, dash: "dash" };
     shapes.push({ ...across, type: "line", x0: end, x1: end, line: dashed });
     if (withText && data.rule.length <= 4) {
       annotations.push({
         x: end, y: 1, xref: "x", yref: "paper", xanchor: "left", yanchor: "bottom", showarrow: false,
-        text: "handed over", font: { size: 11, color: theme.rule },
+        text: "handed over", font: { size: 11, color: data.handOverColor },
       });
     }
   }

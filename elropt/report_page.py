@@ -21,6 +21,7 @@ from ._json import to_json
 from ._look import (
     APPLIED_LR,
     COLORS,
+    HAND_OVER_COLOR,
     SPREAD,
     RuleSpan,
     layer_colors,
@@ -168,6 +169,7 @@ def _data(
         "tracked": tracked.tolist(),
         "colors": {theme: layer_colors(tracked, theme) for theme in ("light", "dark")},
         "panels": _panels(run, shown),
+        "handOverColor": HAND_OVER_COLOR,
         "rule": [span._asdict() for span in spans],
         "findings": [
             {"steps": finding.steps, "layers": sorted(place[name] for name in finding.layers)}
