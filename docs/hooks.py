@@ -23,6 +23,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from typer.cli import get_docs_for_click
 
+import elropt
+from elropt.cli import app
 from elropt.diagnosis import diagnose
 from elropt.report_page import report_page
 from elropt.run_history import read_run
@@ -40,6 +42,8 @@ PAGE_OF = {source: page for page, source in PAGES.items()} | {"README.md": "inde
 FENCE = re.compile(r"(^[ ]*```.*?^[ ]*```[ ]*$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
 NAMED_PAGE = re.compile(r"(?<![\w/.])docs/([\w/-]+\.md)(?![^<]*(?:</a>|>))")
+LINKED = "|".join(name for name in elropt.__all__ if name != "control")  # which is also an ordinary word
+PUBLIC_NAME = re.compile(rf"<code>((?:elropt\.)?({LINKED}))</code>(?!</a>|</h\d)")
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</(?P=tag)>',
     re.DOTALL,
@@ -68,8 +72,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def command_page() -> str:
     """What `elropt --help` and the help of its commands say."""
-    from elropt.cli import app  # imports torch
-
     command = typer.main.get_command(app)
     context = typer.Context(command, info_name="elropt")
     text = get_docs_for_click(obj=command, ctx=context, name="elropt", title="The command line")
@@ -101,7 +103,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Write formulas in MathML, and make links of the pages that docstrings name."""
+    """Write formulas in MathML, and make links of the pages and the public names that a page names."""
 
     def link(match: re.Match[str]) -> str:
         named = files.get_file_from_path(match[1])
@@ -109,7 +111,10 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
             return match[0]
         return f'<a href="{named.url_relative_to(page.file)}">{match[0]}</a>'
 
-    return NAMED_PAGE.sub(link, FORMULA.sub(mathml, html))
+    html = NAMED_PAGE.sub(link, FORMULA.sub(mathml, html))
+    if not page.file.src_uri.startswith("api/"):
+        return html
+    return PUBLIC_NAME.sub(r'<autoref identifier="elropt.\2" optional>\g<0></autoref>', html)
 
 
 def mathml(match: re.Match[str]) -> str:

@@ -73,6 +73,14 @@ def test_pages_that_docstrings_name_are_links(site: Path) -> None:
     assert '<a href="../../theory/">docs/theory.md</a> §7' in model
 
 
+def test_public_names_in_docstrings_are_links(site: Path) -> None:
+    groups = pages_of(site)["api/groups/index.html"]
+    assert re.search(
+        r'<a [^>]*href="#elropt\.find_scale_invariant"><code>find_scale_invariant</code></a>', groups
+    )
+    assert re.search(r'<a [^>]*href="\.\./optimizer/#elropt\.ELRSGD"><code>ELRSGD</code></a>', groups)
+
+
 def test_the_example_of_a_report_is_there(site: Path) -> None:
     pages = pages_of(site)
     assert "What it sees" in pages["guide/example-report.html"]
