@@ -68,6 +68,12 @@ def test_nothing_comes_from_another_server(site: Path) -> None:
         assert re.findall(r"(?:@import\s+|url\()[\"']?(?:https?:)?//", text) == [], style
 
 
+def test_docstrings_are_shown_as_they_are_written(site: Path) -> None:
+    """An example under "Example:" instead of "Examples:" would be a quotation, and <name> without backticks a tag."""
+    api = {name: text for name, text in pages_of(site).items() if name.startswith("api/")}
+    assert [name for name, text in api.items() if "<blockquote>" in text or "<name>" in text] == []
+
+
 def test_pages_that_docstrings_name_are_links(site: Path) -> None:
     model = pages_of(site)["api/dynamics/index.html"]
     assert '<a href="../../theory/">docs/theory.md</a> §7' in model

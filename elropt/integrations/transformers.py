@@ -35,7 +35,7 @@ class RecorderCallback(TrainerCallback):  # pyright: ignore[reportGeneralTypeIss
         path: JSONL file. None: ``elr.jsonl`` in the `output_dir` of the training arguments.
         every: record the steps whose number is a multiple of it.
         tracked: for other optimizers than ELRSGD, which weights are scale-invariant, see `layer_stats`.
-        log: ``trainer.log``, to have elr/<name>, angle/<name>, elr_spread, log_elr_std and angle_spread in the
+        log: ``trainer.log``, to have `elr/<name>`, `angle/<name>`, elr_spread, log_elr_std and angle_spread in the
             trainer's logs, and so in all that it reports to (`report_to`). None: they are in the file alone.
 
     Attributes:
@@ -45,7 +45,7 @@ class RecorderCallback(TrainerCallback):  # pyright: ignore[reportGeneralTypeIss
         ValueError: `every` is below 1; when the training starts: `tracked` does not fit the optimizer.
         OSError: when the training starts: the file cannot be written.
 
-    Example:
+    Examples:
         >>> trainer.add_callback(RecorderCallback(every=50, log=trainer.log))
     """
 
@@ -117,7 +117,7 @@ def grouped_elrsgd() -> Callable[..., ELRSGD]:
     Raises:
         ValueError, TypeError: when the training starts: those of `param_groups` and `ELRSGD`.
 
-    Example:
+    Examples:
         >>> batch = collator([dataset[i] for i in range(8)])
         >>> options = {"batch": batch, "lr": 0.1, "momentum": 0.9, "rule": "angle", "tracked_lr": 0.01}
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(grouped_elrsgd, options))
