@@ -120,6 +120,24 @@ def test_watching(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("adamw.png").stat().st_size > 0
 
 
+def test_what_recording_costs() -> None:
+    """The figures of docs/guide/watching.md."""
+    path = ROOT / "benchmarks" / "results" / "recording-cpu.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    cost = {row["optimizer"]: row["cost"] for row in rows if row["cost"]}
+    text = " ".join((ROOT / "docs" / "guide" / "watching.md").read_text(encoding="utf-8").split())
+    sgd, adamw = (f"{cost[name]['every=1']:.0%}".replace("%", " %") for name in ("sgd", "adamw"))
+    assert f"took {sgd} longer than a training step of SGD without it (AdamW: {adamw})" in text
+    assert [f"{of_optimizer['every=100']:.0%}" for of_optimizer in cost.values()] == ["1%", "1%"]
+
+
+def test_code_fits_the_page() -> None:
+    """On the site a line has room for about 84 characters."""
+    for path in (ROOT / "docs").rglob("*.md"):
+        for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.S):
+            assert [line for line in block.splitlines() if len(line) > 84] == [], path
+
+
 def test_what_a_report_sees_is_explained() -> None:
     """docs/guide/watching.md has every title, and the thresholds."""
     text = (ROOT / "docs" / "guide" / "watching.md").read_text(encoding="utf-8")
