@@ -53,7 +53,9 @@ def command(study: Study) -> Callable[..., None]:
         ] = False,
     ) -> None:
         if size not in study.sizes:
-            raise typer.BadParameter(f"unknown size {size!r}; choose one of {', '.join(study.sizes)}")
+            others = [name for name, other in STUDIES.items() if size in other.sizes]
+            hint = f"; {', '.join(others)} can be run at {size!r}" if others else ""
+            raise typer.BadParameter(f"unknown size {size!r}; choose one of {', '.join(study.sizes)}{hint}")
         device = device or studies.default_device()
         try:
             torch.empty(0, device=device)

@@ -297,7 +297,8 @@ def test_committed_rows_are_taken_over_and_the_list_counts_them(
 def test_a_study_without_this_size_says_which_it_has() -> None:
     result = CliRunner().invoke(app, ["control", "--size", "medium"], env={"COLUMNS": "200"})
     assert result.exit_code == 2
-    assert "choose one of tiny, small, full" in " ".join(result.output.split())
+    text = " ".join(result.output.replace("│", " ").split())
+    assert "unknown size 'medium'; choose one of tiny, small, full; evidence can be run at 'medium'" in text
 
 
 def test_list_of_another_study(tmp_path: Path) -> None:
