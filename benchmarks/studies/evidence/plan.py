@@ -110,7 +110,7 @@ def lrs_to_try(start: Sequence[float], scores: Mapping[float, float], chance: fl
     if missing := [lr for lr in start if lr not in scores]:
         return missing
     best = max(scores.values())
-    bar = chance + USABLE * (best - chance)
+    bar = min(best, chance + USABLE * (best - chance))  # the best itself where all are worse than chance
     beyond = [
         neighbour(end(scores), step) for end, step in ((max, 1), (min, -1)) if scores[end(scores)] >= bar
     ]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from benchmarks.common.command_line import table_of
 from benchmarks.common.dataset import Metric
-from benchmarks.common.figures import grid, legend_beside
+from benchmarks.common.figures import finish, legend_below, legend_key, panels
 from benchmarks.common.statistics import Interval
 from benchmarks.common.sweep import Row
 from benchmarks.studies.comparison import label
@@ -59,21 +59,58 @@ def shown(values: dict[str, Any] | None, spec: str) -> str:
 
 
 def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
-    """The metric on the validation part over the epochs, at each method's own learning rate: a panel for each task."""
+    """The metric on the validation part, a panel for each task: over the epochs at each method's own learning rate, and
+    against the learning rate, of the methods with SGD's unit."""
     found = find(rows)
-    panels = {
-        label(vars(task)): metric
-        for task, metric in found.metric.items()
-        if any(it["curve"] for it in summary["tasks"][label(vars(task))].values())
+    metrics = {label(vars(task)): metric for task, metric in found.metric.items()}
+    names = list(dict.fromkeys(name for of_one in summary["tasks"].values() for name in of_one))
+    curves = {
+        task: {name: it["curve"] for name, it in of_one.items() if it["curve"]}
+        for task, of_one in summary["tasks"].items()
     }
-    if not panels:
-        return {}
-    figure, axes = grid(1, len(panels), (5, 4), (1.5, 0))
-    for ax, (task, metric) in zip(axes[0], panels.items(), strict=True):
-        lines = {name: it["curve"] for name, it in summary["tasks"][task].items() if it["curve"]}
-        for index, (name, points) in enumerate(lines.items()):
-            style: dict[str, Any] = {"color": plots.COLORS[index % 7], "marker": plots.MARKERS[index % 7]}
-            ax.plot(*zip(*points, strict=True), ("-", "--", ":")[index // 7 % 3], label=name, **style)
-        ax.set(title=task, xlabel="epoch", ylabel=f"validation {metric.title}")
-    legend_beside(figure, axes[0, 0])
-    return {"evidence": figure}
+    lrs = {
+        label(vars(task)): {
+            name: sorted((lr, found.metric[task].value(score)) for lr, score in scores.items())
+            for name, scores in choosing.items()
+            if found.units[name] == "SGD's"
+        }
+        for task, choosing in found.choosing.items()
+    }
+    figures = {"evidence-curves": (curves, "epoch", "linear"), "evidence-lrs": (lrs, "learning rate", "log")}
+    return {
+        stem: lines_figure(
+            {task: of_one for task, of_one in lines.items() if of_one}, names, metrics, xlabel, xscale
+        )
+        for stem, (lines, xlabel, xscale) in figures.items()
+        if any(lines.values())
+    }
+
+
+def lines_figure(
+    lines: dict[str, dict[str, Sequence[tuple[float, float]]]],
+    names: Sequence[str],
+    metrics: dict[str, Metric],
+    xlabel: str,
+    xscale: str,
+) -> Figure:
+    """task → method → points, a panel for each task; a method looks the same in all."""
+    figure, axes = panels(len(lines), columns=3, size=(4.6, 3.4))
+    for ax, (task, of_one) in zip(axes, lines.items(), strict=True):
+        for name, points in of_one.items():
+            ax.plot(*zip(*points, strict=True), **style(names.index(name)))
+        ax.set(title=task, xlabel=xlabel, xscale=xscale, ylabel=f"validation {metrics[task].title}")
+        finish(ax)
+    shown = [name for name in names if any(name in of_one for of_one in lines.values())]
+    keys = [legend_key(name, **style(names.index(name))) for name in shown]
+    legend_below(figure, keys, columns=5)
+    return figure
+
+
+def style(index: int) -> dict[str, Any]:
+    """Colour, marker and line of the index-th method."""
+    return {
+        "color": plots.COLORS[index % len(plots.COLORS)],
+        "marker": plots.MARKERS[index % len(plots.MARKERS)],
+        "markersize": 3,
+        "linestyle": ("-", "--", ":", "-.")[index // len(plots.COLORS) % 4],
+    }

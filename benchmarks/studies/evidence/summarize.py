@@ -36,7 +36,9 @@ QUESTIONS = {
     "transfer": "one learning rate for all widths and depths",
     "batch": "large batches at equal epochs",
     "text": "a language model: AdamH and MuonH against AdamW and Muon",
+    "default": "which rule to recommend first where weight decay is on",
 }
+RULES = (*OURS, "equilibrium", "equilibrium-gradient-filter", "warmup", "uniform", "angle")
 BASELINES = ("sgd", "sgd+linear")
 LEVELS = (
     0.5,
@@ -51,6 +53,7 @@ Scores = dict[int, float]  # by fresh seed
 class Found(NamedTuple):
     """The rows of a study by what they are for. Scores are the metric's: more is better."""
 
+    units: dict[str, str]  # of the learning rate, by method
     metric: dict[Task, Metric]
     chance: dict[Task, float]
     choosing: dict[Task, dict[str, dict[float, float]]]  # task → method → learning rate → score
@@ -91,9 +94,10 @@ class Found(NamedTuple):
 
 def find(rows: Sequence[Row]) -> Found:
     """Sort rows by what they are for."""
-    found = Found({}, {}, {}, {}, {})
+    found = Found({}, {}, {}, {}, {}, {})
     for row in rows:
         run, metric = run_of(row["spec"]), metric_of(row)
+        found.units[run.method.name] = run.method.unit
         found.metric[run.task], found.chance[run.task] = metric, metric.chance(row)
         if run.part == "val":
             found.choosing.setdefault(run.task, {}).setdefault(run.method.name, {})[run.lr] = metric.score(
@@ -380,9 +384,34 @@ def language(found: Found) -> dict[str, Any]:
     return {"found": result, "verdict": verdict_by_task(result)}
 
 
+def default(found: Found) -> dict[str, Any]:
+    """Of our rules with results on every net with images: how much better than the best-tuned SGD, in the mean over the
+    nets and at worst, each at its own learning rate."""
+    tasks = [task for task in image_tasks(found) if task in found.choosing and found.best_sgd(task)]
+    batch_size = min((task.batch_size for task in tasks), default=0)
+    tasks = [task for task in tasks if task.batch_size == batch_size]
+    result = {}
+    for name in RULES:
+        gains = {
+            label(vars(task)): difference(
+                found.tuned(task, name), found.tuned(task, found.best_sgd(task) or "")
+            )
+            for task in tasks
+        }
+        means = [gain["mean"] for gain in gains.values() if gain]
+        if means and len(means) == len(tasks):
+            result[name] = {"mean": float(np.mean(means)), "worst": min(means), "tasks": list(gains)}
+    ordered = sorted(result, key=lambda name: -result[name]["mean"])
+    words = [f"{name} {result[name]['mean']:+.1f} (worst {result[name]['worst']:+.1f})" for name in ordered]
+    verdict = (
+        f"points to the best-tuned SGD, mean of {len(tasks)} tasks: {', '.join(words)}" if words else NOT_YET
+    )
+    return {"found": result, "verdict": verdict}
+
+
 def image_tasks(found: Found) -> list[Task]:
     """The tasks with images that have runs with fresh seeds."""
     return [task for task in found.final if task.data != "python"]
 
 
-ANSWERS = (tuned, untuned, budget, annealing, ranges, warm_up, transfer, batch, language)
+ANSWERS = (tuned, untuned, budget, annealing, ranges, warm_up, transfer, batch, language, default)

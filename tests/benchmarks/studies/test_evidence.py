@@ -21,7 +21,7 @@ from benchmarks.studies.__main__ import app
 from benchmarks.studies.comparison import FRESH_SEEDS, label
 from benchmarks.studies.evidence import plan, run, summarize
 from benchmarks.studies.evidence.plan import Block, Known, method_of, runs_of
-from benchmarks.studies.evidence.report import tables
+from benchmarks.studies.evidence.report import draw, tables
 
 RESIDUAL = Task("resnet-8-w4", "cifar10", epochs=15, curve=15, weight_decay=5e-4)
 PLAIN = dataclasses.replace(RESIDUAL, model="plain-8-w4")
@@ -68,7 +68,9 @@ def test_a_grid_goes_on_until_it_holds_the_best_and_the_whole_usable_range() -> 
     assert scores[min(scores)] < bar
     assert scores[max(scores)] < bar
     assert max(scores) == 10.0  # 3 is good, 10 is not
-    flat = {}
+    below_chance = {0.03: -5.0, 0.1: -4.7, 0.3: -4.1}
+    assert plan.lrs_to_try(start, below_chance, -3.3) == [1.0]
+    flat: dict[float, float] = {}
     while missing := plan.lrs_to_try(start, flat, 10.0):
         flat |= dict.fromkeys(missing, 10.0)
     assert len(flat) == plan.MOST
@@ -256,6 +258,32 @@ def test_large_batches_and_text() -> None:
     assert questions["batch"]["verdict"].endswith("lars+linear -6.0")
     (against,) = questions["text"]["found"].values()
     assert against["better"]["adamh"]["mean"] == pytest.approx(0.1)
+
+
+def test_the_default_is_judged_on_all_nets() -> None:
+    plain = [
+        *chosen(PLAIN, "sgd", {0.1: 60.0}),
+        *chosen(PLAIN, "equilibrium-filter", {0.1: 60.0}),
+        *final(PLAIN, "sgd", 0.1, [60.0, 61.0]),
+        *final(PLAIN, "equilibrium-filter", 0.1, [59.0, 61.0]),
+        *chosen(PLAIN, "warmup", {0.1: 60.0}),
+        *final(PLAIN, "warmup", 0.1, [70.0, 70.0]),
+    ]
+    it = summarize.summarize([*ROWS, *plain])["questions"]["default"]
+    assert list(it["found"]) == ["equilibrium-filter"]  # "warmup" has no result on the residual net
+    assert it["found"]["equilibrium-filter"]["mean"] == pytest.approx((2.1 - 0.5) / 2)
+    assert it["found"]["equilibrium-filter"]["worst"] == pytest.approx(-0.5)
+
+
+def test_figures_have_a_panel_for_each_task_with_results() -> None:
+    drawn = draw(ROWS, summarize.summarize(ROWS))
+    assert {stem: len(figure.axes) for stem, figure in drawn.items()} == {
+        "evidence-curves": 1,
+        "evidence-lrs": 1,
+    }
+    assert len(drawn["evidence-curves"].axes[0].lines) == 4
+    assert len(drawn["evidence-lrs"].axes[0].lines) == 3
+    assert draw([], summarize.summarize([])) == {}
 
 
 def test_only_the_first_fresh_seed_keeps_its_trace() -> None:
