@@ -103,7 +103,7 @@ def package(session: nox.Session, source: str) -> None:
     address = {
         "wheel": f"elropt{{}} @ {next(folder.glob('*.whl')).as_uri()}",
         "sdist": f"elropt{{}} @ {next(folder.glob('*.tar.gz')).as_uri()}",
-        "git": f"git+{Path.cwd().as_uri()}@HEAD",  # a name in front takes addresses with a host only
+        "git": f"git+{Path.cwd().as_uri()}",  # a name in front takes addresses with a host only
         "zip": f"elropt{{}} @ {(folder / 'main.zip').as_uri()}",
     }[source]
     for extra, code in EXTRAS.items():
