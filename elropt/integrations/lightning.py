@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -92,7 +93,7 @@ class RecorderCallback(_lightning().Callback):
         folder = trainer.log_dir  # on every rank: it is a broadcast
         path = Path(folder or trainer.default_root_dir, "elr.jsonl") if self.path is None else Path(self.path)
         count = len(trainer.optimizers)
-        steps = self.state_dict()["steps"] if trainer.global_step else []
+        steps = self.state_dict()["steps"] if trainer.global_step and count > 1 else []
         if len(steps) != count:
             steps = [trainer.global_step // count] * count
         self.recorders = []
@@ -111,10 +112,17 @@ class RecorderCallback(_lightning().Callback):
             )
 
     def _log(self, trainer: Any, prefix: str, scalars: dict[str, float], step: int) -> None:
-        named = {prefix + tag: value for tag, value in scalars.items()}
-        self._new |= {prefix + tag: value for tag, value in scalars.items() if "/" not in tag}
+        known = {tag: value for tag, value in scalars.items() if not math.isnan(value)}  # AdamW has no ELR
+        named = {prefix + tag: value for tag, value in known.items()}
+        self._new |= {prefix + tag: value for tag, value in known.items() if "/" not in tag}
         for logger in trainer.loggers:
             logger.log_metrics(named, step)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if len(self.recorders) == 1:
+            self.recorders[
+                0
+            ].step = trainer.global_step  # which counts the steps that a GradScaler leaves out
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -182,10 +182,24 @@ def test_each_of_several_optimizers_counts_its_own_steps() -> None:
     assert plain_loop.steps("two-1.jsonl") == [0, 3, 6]
     assert "optimizer_0/elr/0.weight" in logger.logged[3]
     assert logger.logged[3]["optimizer_1/angle/0.0"] > 0
+    assert "optimizer_1/elr/0.0" not in logger.logged[3]  # AdamW has no ELR
     assert {tag.partition("/")[0] for tags in logger.logged.values() for tag in tags} == {
         "optimizer_0",
         "optimizer_1",
     }
+
+
+def test_a_step_that_the_grad_scaler_leaves_out_has_a_number_but_no_record() -> None:
+    """As in `trainer.global_step`. Here a plugin leaves out the steps 2 and 3."""
+
+    class LeavesOut(lightning.plugins.Precision):
+        def optimizer_step(self, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:
+            loss = closure()
+            return loss if model.trainer.global_step in (2, 3) else optimizer.step(**kwargs)
+
+    fit = trainer(RecorderCallback("elr.jsonl", every=1), max_epochs=1, plugins=[LeavesOut()])
+    fit.fit(Net(elrsgd), loader())
+    assert plain_loop.steps("elr.jsonl") == [0, 1, 4, 5, 6, 7]
 
 
 def test_a_checkpoint_of_a_run_without_the_callback_says_the_step() -> None:
