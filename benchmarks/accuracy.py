@@ -157,7 +157,8 @@ def main(
         list[str] | None,
         typer.Option(
             callback=one_of(METHODS),
-            help=f"Repeatable; of {', '.join(OPTIMIZERS)} (lars and sgdp need pytorch-optimizer), each with "
+            help=f"Repeatable; of {', '.join(OPTIMIZERS)} (lars and sgdp need pytorch-optimizer, hyperball needs "
+            "heavyball), each with "
             f"+linear for a linear warm-up of its lr. Default: {', '.join(DEFAULT_METHODS)}; those that need weight "
             "decay only with it.",
         ),

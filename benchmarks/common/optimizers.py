@@ -6,6 +6,7 @@ To add an optimizer to all comparisons, add an entry to `OPTIMIZERS`.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -91,6 +92,13 @@ def by_angle(base: Callable[..., Optimizer]) -> Entry:
     return Entry(build, UNITS["rad per step"], separate_lr=True, **OF_ADAMW)
 
 
+def hyperball(params: Any, *, momentum: float, **options: Any) -> Optimizer:
+    """HeavyBall's AdamW whose matrices keep their norms, head and embedding too; momentum is its first beta."""
+    heavyball = importlib.import_module("heavyball")
+    heavyball.utils.compile_mode = None  # for a CPU without a compiler, and to compare times with the others'
+    return heavyball.HyperBallAdamW(params, betas=(momentum, 0.999), **options)
+
+
 def of_rule(rule: str, **options: Any) -> Entry:
     """ELRSGD with a rule, and more of its arguments."""
     spec = RULES[rule]
@@ -106,6 +114,14 @@ OPTIMIZERS: dict[str, Entry] = {
     "adamh": by_angle(adamw),  # the names in the literature: Wen et al., 2026
     "muonh": by_angle(muon_with_adamw),
     "lars": Entry(imported("pytorch_optimizer", "LARS"), "of LARS", package="pytorch_optimizer"),
+    "hyperball": Entry(
+        hyperball,
+        UNITS["rad per step"],
+        separate_lr=True,
+        decay_factor=0.0,
+        other_lr_factor=OF_ADAMW["other_lr_factor"],
+        package="heavyball",
+    ),
     # SGDP takes views of its weights.
     "sgdp": Entry(imported("pytorch_optimizer", "SGDP"), channels_last=False, package="pytorch_optimizer"),
     **{rule: of_rule(rule) for rule in RULES if rule is not None},

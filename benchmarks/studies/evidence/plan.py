@@ -6,6 +6,7 @@ Every row tells the block's question by its task, method, learning rate and part
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -230,6 +231,8 @@ def blocks(nets: Nets) -> list[Block]:
     ]
     if nets.large is not None:
         result.append(Block("large", nets.large, ("sgd+linear", *OURS), 2, lrs_from=residual))
+    if importlib.util.find_spec("heavyball") is not None:  # a check of AdamH by another implementation
+        result += [Block("tuned", task, ("hyperball",)) for task in (residual, nets.text) if task is not None]
     return [*result, Block("tuned", residual, CORE, 5), Block("tuned", plain, CORE, 5)]
 
 
