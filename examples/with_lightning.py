@@ -23,19 +23,15 @@ EPOCHS = 4
 class Net(LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        hidden = [nn.Linear(8, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU()]
-        self.layers = nn.Sequential(
-            *hidden, nn.Linear(32, 32, bias=False), nn.BatchNorm1d(32), nn.Linear(32, 4)
-        )
+        layers = [m for n in (8, 32) for m in (nn.Linear(n, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU())]
+        self.layers = nn.Sequential(*layers, nn.Linear(32, 4))
         self.example_input_array = torch.randn(64, 8)
 
     def forward(self, x):
         return self.layers(x)
 
     def training_step(self, batch, batch_idx):
-        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
-        self.log("loss", loss)
-        return loss
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self):
         batch = self.example_input_array.to(self.device)
@@ -44,20 +40,17 @@ class Net(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)]
 
 
-def main(folder="runs/lightning", epochs=EPOCHS):
+def main(folder="runs/lightning"):
     torch.manual_seed(0)
     inputs = torch.randn(512, 8)
     loader = DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), batch_size=64)
+    callbacks = [
+        RecorderCallback(Path(folder, "elr.jsonl"), every=4),
+        ModelCheckpoint(folder, save_last=True),
+    ]
+    logger = CSVLogger(folder)
+    trainer = Trainer(max_epochs=EPOCHS, callbacks=callbacks, logger=logger, log_every_n_steps=4)
     last = Path(folder, "last.ckpt")
-    trainer = Trainer(
-        max_epochs=epochs,
-        logger=CSVLogger(folder),
-        log_every_n_steps=4,
-        callbacks=[
-            RecorderCallback(Path(folder, "elr.jsonl"), every=4),
-            ModelCheckpoint(folder, save_last=True),
-        ],
-    )
     trainer.fit(Net(), loader, ckpt_path=last if last.exists() else None)
     return trainer
 

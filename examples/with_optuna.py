@@ -26,8 +26,8 @@ def objective(trial):
     torch.manual_seed(0)
     inputs = torch.randn(512, 8)
     labels = inputs[:, :4].argmax(1)
-    hidden = [nn.Linear(8, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU()]
-    net = nn.Sequential(*hidden, nn.Linear(32, 32, bias=False), nn.BatchNorm1d(32), nn.Linear(32, 4))
+    layers = [m for n in (8, 32) for m in (nn.Linear(n, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Linear(32, 4))
     groups = elropt.param_groups(net, inputs[:64], weight_decay=5e-4, tracked_lr=tracked_lr)
     optimizer = elropt.ELRSGD(groups, lr=lr, momentum=0.9, rule=rule)
     loss = torch.tensor(0.0)
@@ -45,13 +45,10 @@ def objective(trial):
     return loss.item()
 
 
-def main(folder="runs/optuna", trials=8, seed=None):
+def main(folder="runs/optuna", trials=8, sampler=None):
     Path(folder).mkdir(parents=True, exist_ok=True)
-    storage = f"sqlite:///{folder}/study.db"
-    sampler, pruner = optuna.samplers.TPESampler(seed=seed), optuna.pruners.MedianPruner()
-    study = optuna.create_study(
-        study_name="rules", storage=storage, load_if_exists=True, sampler=sampler, pruner=pruner
-    )
+    options = {"study_name": "rules", "storage": f"sqlite:///{folder}/study.db", "load_if_exists": True}
+    study = optuna.create_study(sampler=sampler, **options)
     study.optimize(objective, n_trials=trials)
     print(study.best_params, study.best_value)
     return study

@@ -12,8 +12,8 @@ optuna = pytest.importorskip("optuna")
 
 def test_the_example_searches_each_rule_in_its_unit(example: Callable[[str], ModuleType]) -> None:
     module = example("with_optuna")
-    module.main("run", trials=4, seed=0)
-    study = module.main("run", trials=4, seed=1)
+    module.main("run", trials=4, sampler=optuna.samplers.RandomSampler(seed=0))
+    study = module.main("run", trials=4, sampler=optuna.samplers.RandomSampler(seed=1))
     assert len(study.trials) == 8  # the second call went on
     rules = {trial.params["rule"] for trial in study.trials}
     assert len(rules) > 1

@@ -34,7 +34,7 @@ def test_the_example_resumed_is_as_if_it_had_not_been_stopped(example: Callable[
     main = example("with_skorch").main
     whole = main("whole")
     main("parts", epochs=2)
-    resumed = main("parts")
+    resumed = main("parts", epochs=2)
     plain_loop.assert_same_state(resumed.module_, whole.module_)
     assert len(resumed.history) == 4
     assert plain_loop.steps("parts/elr.jsonl") == plain_loop.steps("whole/elr.jsonl")
