@@ -117,8 +117,9 @@ def _run_missing(
         raise next(iter(failed.values()))
 
 
-def read_rows(rows_file: Path) -> dict[str, Row]:
-    """The rows of a sweep by their spec. If a killed process left a last line that is cut short, the file loses it.
+def read_rows(rows_file: Path, *, mend: bool = True) -> dict[str, Row]:
+    """The rows of a sweep by their spec. If a killed process left a last line that is cut short, the file loses it,
+    unless `mend` is False: while another process writes, such a line is about to be whole.
 
     Raises ValueError if another line is not a row.
     """
@@ -126,7 +127,7 @@ def read_rows(rows_file: Path) -> dict[str, Row]:
         return {}
     text = rows_file.read_text(encoding="utf-8")
     complete, _, cut = text.rpartition("\n")
-    if cut:
+    if cut and mend:
         os.truncate(rows_file, len((complete + "\n").encode()) if complete else 0)
     rows = {}
     for number, line in enumerate(complete.splitlines(), start=1):

@@ -66,21 +66,19 @@ def command(study: Study) -> Callable[..., None]:
             stages = study.stages(size, device)
         except (FileNotFoundError, ValueError) as error:  # data or a package is missing
             raise typer.BadParameter(str(error)) from error
-        rows_file = out / f"{stem}.rows.jsonl"
+        if show_left:
+            known = {} if fresh else studies.known_rows(stem, out)
+            if study.left is not None:
+                console.print(study.left(size, device, list(known.values())))
+            else:
+                missing = studies.left(stages, known)
+                console.print("\n".join(map(study.describe, missing)) or "nothing is left")
+            return
         if fresh:
-            rows_file.unlink(missing_ok=True)
+            (out / f"{stem}{studies.ROWS}").unlink(missing_ok=True)
         elif taken := studies.take_over(stem, out):
-            console.print(f"{taken} rows of {studies.RESULTS / rows_file.name} are taken over")
-        if not show_left:
-            studies.run(
-                study, stages, stem, out, jobs=jobs or default_jobs(device), console=console, size=size
-            )
-        elif study.left is None:
-            console.print(
-                "\n".join(map(study.describe, studies.left(stages, rows_file))) or "nothing is left"
-            )
-        else:
-            console.print(study.left(size, device, list(read_rows(rows_file).values())))
+            console.print(f"{taken} rows of benchmarks/results are taken over")
+        studies.run(study, stages, stem, out, jobs=jobs or default_jobs(device), console=console, size=size)
 
     run.__doc__ = (
         f"{study.question}\n\nSizes: {', '.join(study.sizes)}. A call that was stopped goes on where it stopped. "
@@ -95,7 +93,10 @@ for _study in STUDIES.values():
 
 @app.command()
 def report(
-    result: Annotated[Path, typer.Argument(help="The JSON file of a study.")],
+    result: Annotated[
+        Path,
+        typer.Argument(help="The JSON file of a study, or STUDY-SIZE.rows.jsonl, what it has done so far."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("runs/studies"),
 ) -> None:
     """Print and draw a result again, of a study or of benchmarks.accuracy.
@@ -103,7 +104,12 @@ def report(
     Example: python -m benchmarks.studies report benchmarks/results/warmup-small.json --out plots
     """
     try:
-        content = json.loads(result.read_text(encoding="utf-8"))
+        if result.name.endswith(studies.ROWS):
+            result.stat()  # read_rows takes a missing file for an empty one
+            rows = list(read_rows(result, mend=False).values())
+            content = {"study": result.name.rpartition("-")[0], "rows": rows}
+        else:
+            content = json.loads(result.read_text(encoding="utf-8"))
         study = {**STUDIES, "accuracy": ACCURACY}[content["study"]]
     except OSError as error:
         raise typer.BadParameter(f"{result} cannot be read: {error.strerror}") from error

@@ -17,6 +17,7 @@ from benchmarks.common.sweep import Row, missing_specs, read_rows, spec_key, swe
 from elropt import env_report
 
 SIZES = ("tiny", "small", "full")
+ROWS = ".rows.jsonl"  # the end of the name of a file with rows
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 # The specs to measure next, given the rows so far; or a function that gives them anew after every run, see `sweep`.
@@ -59,7 +60,7 @@ def run(
     started = time.perf_counter()
     rows: list[Row] = []
     for stage in stages:
-        specs, rows_file = stage(rows), out / f"{stem}.rows.jsonl"
+        specs, rows_file = stage(rows), out / f"{stem}{ROWS}"
         rows += sweep(specs, study.work, rows_file, jobs=jobs, console=console, describe=study.describe)
     result = {
         "study": study.name,
@@ -84,11 +85,17 @@ def run(
     return result_file
 
 
+def known_rows(stem: str, out: Path) -> dict[str, Row]:
+    """The rows of `STEM` by their spec: those that are committed, and those in `out`."""
+    files = [folder / f"{stem}{ROWS}" for folder in (RESULTS, out)]
+    return {key: row for file in files for key, row in read_rows(file, mend=False).items()}
+
+
 def take_over(stem: str, out: Path) -> int:
-    """Adds the rows that are committed for `STEM` and that `out` does not have to its rows file; how many they were."""
-    rows_file = out / f"{stem}.rows.jsonl"
+    """Adds the committed rows that `out` does not have to its rows file; how many they were."""
+    rows_file = out / f"{stem}{ROWS}"
     have = read_rows(rows_file)
-    new = [row for key, row in read_rows(RESULTS / rows_file.name).items() if key not in have]
+    new = [row for key, row in known_rows(stem, out).items() if key not in have]
     if new:
         out.mkdir(parents=True, exist_ok=True)
         with rows_file.open("a", encoding="utf-8") as file:
@@ -96,16 +103,15 @@ def take_over(stem: str, out: Path) -> int:
     return len(new)
 
 
-def left(stages: Sequence[Stage], rows_file: Path) -> list[Any]:
+def left(stages: Sequence[Stage], known: Mapping[str, Row]) -> list[Any]:
     """The specs without a row, of the first stage that has some; later stages depend on their rows."""
-    done = read_rows(rows_file)
     rows: list[Row] = []
     for stage in stages:
         specs = stage(rows)
         given = specs if callable(specs) else lambda _, specs=specs: specs
-        if missing := missing_specs(given, done):
+        if missing := missing_specs(given, known):
             return missing
-        rows += [done[spec_key(spec)] for spec in given(list(done.values()))]
+        rows += [known[spec_key(spec)] for spec in given(list(known.values()))]
     return []
 
 

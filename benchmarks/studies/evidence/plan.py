@@ -344,4 +344,4 @@ def guess(task: Task) -> float:
         return 0.15
     depth, width = (re.search(rf"-{mark}(\d+)", task.model) for mark in ("", "w"))
     relative = int(depth[1] if depth else 20) / 20 * (int(width[1] if width else 16) / 8) ** 1.5
-    return 0.03 * relative * task.batch_size / 128 * ((task.image_size or 32) / 16) ** 2
+    return 0.037 * relative * task.batch_size / 128 * ((task.image_size or 32) / 16) ** 2

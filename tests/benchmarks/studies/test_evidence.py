@@ -305,21 +305,42 @@ def test_estimates_are_those_of_the_same_task_whatever_its_epochs() -> None:
     assert plan.estimated_seconds(text, known) == pytest.approx(100 * 0.15)
 
 
-def test_committed_rows_are_taken_over_and_the_list_counts_them(
+def test_committed_rows_are_listed_taken_over_and_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results, out = tmp_path / "results", tmp_path / "out"
     results.mkdir()
     monkeypatch.setattr(study, "RESULTS", results)
-    committed = [row(r, 50.0) for r in runs_of(plan.tiny("cpu"), [])[:5]]
-    (results / "evidence-tiny.rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in committed))
+    wanted = runs_of(plan.tiny("cpu"), [])
+    committed, file = results / "evidence-tiny.rows.jsonl", out / "evidence-tiny.rows.jsonl"
+    committed.write_text("".join(json.dumps(row(r, 50.0)) + "\n" for r in wanted[:5]))
     arguments = ["evidence", "--size", "tiny", "--device", "cpu", "--out", str(out), "--list"]
-    listed = [CliRunner().invoke(app, arguments, env={"COLUMNS": "200"}) for _ in range(2)][-1]
+    listed = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert listed.exit_code == 0, listed.output
-    assert len((out / "evidence-tiny.rows.jsonl").read_text().splitlines()) == 5
     assert "tuned     5            12" in listed.output
     fresh = CliRunner().invoke(app, [*arguments, "--fresh"], env={"COLUMNS": "200"})
     assert "tuned     0            15" in fresh.output
+    assert not out.exists()  # a list changes nothing
+
+    out.mkdir()
+    own = json.dumps(row(wanted[4], 60.0)) + "\n"
+    file.write_text(own + own[:20])  # a line that a killed process has cut short
+    assert study.take_over("evidence-tiny", out) == 4
+    assert study.take_over("evidence-tiny", out) == 0
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [r["accuracy"] for r in kept] == [0.6, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_a_report_of_what_is_done_so_far(tmp_path: Path) -> None:
+    file = tmp_path / "evidence-medium.rows.jsonl"
+    text = "".join(json.dumps(r) + "\n" for r in ROWS) + '{"spec": {"ta'  # the sweep is writing
+    file.write_text(text)
+    result = CliRunner().invoke(app, ["report", str(file), "--out", str(tmp_path)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "68.6 [66.8, 70.4]" in result.output
+    assert file.read_text() == text
+    missing = CliRunner().invoke(app, ["report", "nothing-tiny.rows.jsonl"], env={"COLUMNS": "200"})
+    assert "cannot be read: No such file" in " ".join(missing.output.split())
 
 
 def test_a_study_without_this_size_says_which_it_has() -> None:
