@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 VERDICTS = ("holds", "holds in part", "does not hold", "not measured")
 
+LONGEST_NUMBER = 60  # characters of a cell, with intervals, that is not a sentence
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Report = dict[str, Any]  # the content of a result file
@@ -175,7 +176,10 @@ def markdown(table: Table, chosen: str = "") -> str:
     ]
     columns = [[plain(column.header), *map(plain, column.cells)] for column in shown]
     head, *rows = zip(*columns, strict=True)
-    rule = ["---:" if column.justify == "right" else "---" for column in shown]
+    rule = [
+        "---:" if column.justify == "right" and max(map(len, cells)) < LONGEST_NUMBER else "---"
+        for column, cells in zip(shown, columns, strict=True)
+    ]
     lines = ["| " + " | ".join(line) + " |" for line in (head, rule, *rows)]
     lines[1] = "|" + "|".join(rule) + "|"
     return "\n".join([f"**{plain(table.title)}**", "", *lines] if table.title else lines)

@@ -66,6 +66,7 @@ def test_markdown_of_a_table() -> None:
         "| sgd | 0.3\\* | −1.5 [−2.0, 3·10⁻⁵], 1600 |\n| \\< 1 | – |  |"
     )
     assert markdown(table, "y").splitlines()[2] == "| method | y |"
+    assert "\n|---|---|\n" in markdown(table_of("", "question", "answer", rows=[("a", 80 * "b")]))
 
 
 @pytest.mark.parametrize(
