@@ -13,6 +13,7 @@ what is named and what is a false alarm. "Healthy" runs are those on which they 
 | `SPIKE_IN_RUN` | 2 | times the layer's median over the run: late in a run small steps vary, without harm |
 | `UNEVEN` | 100 | between medians over the second half of a run; healthy layers differed by up to 6 |
 | `GROWTH` | 1.5 | times the norm at the start, half the ELR of SGD; healthy layers grew by up to 1.2 |
+| `UNBOUNDED` | 0.1 | share of that growth that decay takes back at most; the norm would settle at 3 times its length |
 | `IDLE_DECAY` | 0.02 | the share of a weight that decay takes away over the whole run |
 | `BALANCED` | 0.25 | change of ln‖w‖ over what decay takes from it: 0 at equilibrium, −1 without growth |
 | `WINDOW` | 0.25 | what decay takes from ln‖w‖ in the stretch of steps that `BALANCED` is judged over |
@@ -69,12 +70,13 @@ SPIKE = 5.0
 SPIKE_IN_RUN = 2.0
 UNEVEN = 100.0
 GROWTH = 1.5
+UNBOUNDED = 0.1
 IDLE_DECAY = 0.02
 BALANCED = 0.25
 WINDOW = 0.25
 
-BEFORE_SPIKE = 8  # records at least that say what is usual
-AROUND_SPIKE = 40  # records at most on each side
+BEFORE_SPIKE = 8, 16  # records at least and at most that say what was usual before
+AFTER_SPIKE = 8, 40  # and after; a tenth of these must be much smaller, as momentum goes on for some steps
 SPIKE_GAP = 5  # records between two spikes at least; momentum spreads one over several
 USEFUL_DECAY = 0.5  # what a proposed decay takes from ln‖w‖ in a run
 MOST = 0.8  # of the tracked layers, for "most"
@@ -218,19 +220,24 @@ def _large_angles(seen: _Seen) -> list[Finding]:
 def _spikes(seen: _Seen) -> list[Finding]:
     run, angle = seen.run, seen.angle
     ratio = np.zeros(angle.shape)
-    for t in range(BEFORE_SPIKE, len(angle)):
-        before = slice(max(0, t - AROUND_SPIKE), t)
-        after = angle[t + 1 : t + 1 + AROUND_SPIKE]
+    for t in range(BEFORE_SPIKE[0], len(angle)):
+        before, after = _before(t), angle[t + 1 : t + 1 + AFTER_SPIKE[1]]
         usual = _quantile(angle[before])
-        if len(after) >= BEFORE_SPIKE:  # less than the median, as momentum goes on for some steps
-            usual = np.fmax(usual, _quantile(after, 0.25))
-        else:  # the angle may have risen with the learning rate, to stay
-            usual = usual * np.fmax(1.0, run.lr[t] / _quantile(run.lr[before]))
+        # a learning rate that has risen to stay is no spike, nor is an angle that has
+        stays = np.fmin(run.lr[t], run.lr[min(t + 1, len(angle) - 1)])
+        usual = usual * np.fmax(1.0, stays / _quantile(run.lr[before]))
+        if len(after) >= AFTER_SPIKE[0]:
+            usual = np.fmax(usual, _quantile(after, 0.1))
         ratio[t] = np.where(usual > 0, angle[t] / np.where(usual > 0, usual, 1.0), 0.0)
     spiking = (ratio > SPIKE) & (angle > SPIKE_IN_RUN * _quantile(angle))
     return [
         _spike(seen, records, spiking, ratio) for records in _stretches(np.any(spiking, axis=1), SPIKE_GAP)
     ]
+
+
+def _before(t: int) -> slice:
+    """The records before t that say what was usual."""
+    return slice(max(0, t - BEFORE_SPIKE[1]), t)
 
 
 def _spike(seen: _Seen, records: Indices, spiking: NDArray[np.bool_], ratio: Array) -> Finding:
@@ -241,7 +248,7 @@ def _spike(seen: _Seen, records: Indices, spiking: NDArray[np.bool_], ratio: Arr
     layers = layers[np.argsort(-ratios[:, layers].max(axis=0), kind="stable")]
     worst = layers[0]
     t = int(records[ratios[:, worst].argmax()])
-    before = slice(max(0, t - AROUND_SPIKE), t)
+    before = _before(t)
     what = (
         f"In step {seen.steps[t]} {run.names[worst]} turns by {seen.angle[t, worst]:.2g} rad, "
         f"{ratio[t, worst]:.2g} times as far as usual. {_of(len(layers), run)} spiked."
@@ -361,7 +368,7 @@ def _norm_growth(seen: _Seen) -> list[Finding]:
         growth[layer] = 0.0 if in_one_step else log_norm[-1] - log_norm[0]
     columns = np.arange(len(run.names))
     taken = taken[end, columns] - taken[start, columns]
-    layers = np.flatnonzero((growth > math.log(GROWTH)) & (taken < growth / 2))
+    layers = np.flatnonzero((growth > math.log(GROWTH)) & (taken <= UNBOUNDED * (growth + taken)))
     if not len(layers):
         return []
     layers = layers[np.argsort(-growth[layers], kind="stable")]

@@ -363,9 +363,75 @@ def test_nesterov_has_the_equilibrium_angles_of_the_theory_page(gradients):
     assert angles[-1] == pytest.approx(math.sqrt(2 * lr * weight_decay * per_decay), rel=0.01)
 
 
+def settled_angle(direction, shape, lr, weight_decay, steps=2500):
+    """Root mean square of the angles of w ← (1 − λω)w − λ·u, u = direction(g) from random gradients orthogonal to w.
+
+    From random weights, in float64; the first half of the steps is left out.
+    """
+    random = np.random.default_rng(2)
+    w = random.normal(size=shape) * 0.05
+    squares = []
+    for _ in range(steps):
+        g = random.normal(size=shape)
+        g -= (g * w).sum() / (w * w).sum() * w
+        new = (1 - lr * weight_decay) * w - lr * direction(g)
+        cosine = (w * new).sum() / np.linalg.norm(w) / np.linalg.norm(new)
+        squares.append(math.acos(min(cosine, 1.0)) ** 2)
+        w = new
+    return math.sqrt(np.mean(squares[steps // 2 :]))
+
+
+@pytest.mark.parametrize("beta1", [0.5, 0.9])
+def test_adamw_settles_at_its_equilibrium(beta1):
+    m, v = 0.0, 1.0  # v has settled
+
+    def direction(g):
+        nonlocal m, v
+        m, v = beta1 * m + (1 - beta1) * g, 0.999 * v + 0.001 * g**2
+        return m / np.sqrt(v)
+
+    expected = dynamics.adamw_equilibrium_angle(0.01, 0.3, beta1)
+    assert expected == pytest.approx(math.sqrt(2 * 0.01 * 0.3 * (1 - beta1) / (1 + beta1)))
+    assert settled_angle(direction, 400, 0.01, 0.3) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.0, 0.9), (0.9, 0.9), (0.95, 0.98)])
+def test_lion_settles_at_its_equilibrium(beta1, beta2):
+    m = 0.0
+
+    def direction(g):
+        nonlocal m
+        u = np.sign(beta1 * m + (1 - beta1) * g)
+        m = beta2 * m + (1 - beta2) * g
+        return u
+
+    expected = dynamics.lion_equilibrium_angle(0.003, 0.8, beta1, beta2)
+    assert settled_angle(direction, 400, 0.003, 0.8) == pytest.approx(expected, rel=0.05)
+    if beta1 == beta2 == 0.9:  # linearized, as Kosson et al. have it
+        squares = (1 - beta1) ** 2 + beta1**2 * (1 - beta2) / (1 + beta2)
+        assert expected == pytest.approx(math.sqrt(math.pi * 0.003 * 0.8 * squares), rel=0.06)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_muon_settles_at_its_equilibrium(nesterov):
+    """With the exact polar factor in place of Newton-Schulz steps."""
+    m = 0.0
+
+    def direction(g):
+        nonlocal m
+        m = 0.9 * m + 0.1 * g
+        u, _, v = np.linalg.svd(0.9 * m + 0.1 * g if nesterov else m, full_matrices=False)
+        return u @ v
+
+    expected = dynamics.muon_equilibrium_angle(0.01, 0.3, 0.9, nesterov=nesterov)
+    assert settled_angle(direction, (4, 64), 0.01, 0.3) == pytest.approx(expected, rel=0.05)
+
+
 def test_without_decay_there_is_no_equilibrium():
     assert dynamics.equilibrium_angle(0.1, 0.0, 0.9) == 0
     assert dynamics.equilibrium_relative_grad(0.1, 0.0, 0.9) == 0
+    assert dynamics.adamw_equilibrium_angle(0.1, 0.0) == dynamics.lion_equilibrium_angle(0.1, 0.0) == 0
+    assert dynamics.muon_equilibrium_angle(0.1, 0.0) == 0
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
