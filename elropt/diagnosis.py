@@ -9,14 +9,15 @@ what is named and what is a false alarm. "Healthy" runs are those on which they 
 | `SAFE_ANGLE` | 0.1 rad | what a proposed learning rate would turn such a layer by |
 | `SMALL_PATH` | 0.02 rad | all angles of a run added up; in 300 steps healthy layers came to 0.14 and more |
 | `SHORT_RUN` | 100 steps | in less it says nothing that a layer hardly turns or that decay does nothing |
-| `SPIKE` | 5 | times what is usual just before and after; healthy layers stayed below 3.6 |
+| `SPIKE` | 5 | times what is usual just before and after; healthy layers stayed below 4.1 |
 | `SPIKE_IN_RUN` | 2 | times the layer's median over the run: late in a run small steps vary, without harm |
 | `UNEVEN` | 100 | between medians over the second half of a run; healthy layers differed by up to 6 |
 | `GROWTH` | 1.5 | times the norm at the start, half the ELR of SGD; healthy layers grew by up to 1.2 |
 | `UNBOUNDED` | 0.1 | share of that growth that decay takes back at most; the norm would settle at 3 times its length |
 | `IDLE_DECAY` | 0.02 | the share of a weight that decay takes away over the whole run |
-| `BALANCED` | 0.25 | change of ln‖w‖ over what decay takes from it: 0 at equilibrium, −1 without growth |
+| `BALANCED` | 0.5 | change of ln‖w‖ over what decay takes from it: b = 0 at equilibrium, where the angle is φ, else √(1+b)·φ |
 | `WINDOW` | 0.25 | what decay takes from ln‖w‖ in the stretch of steps that `BALANCED` is judged over |
+| `ANNEALED` | 0.1 | of the largest learning rate: below it nothing is said of an equilibrium |
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ UNEVEN = 100.0
 GROWTH = 1.5
 UNBOUNDED = 0.1
 IDLE_DECAY = 0.02
-BALANCED = 0.25
+BALANCED = 0.5
 WINDOW = 0.25
+ANNEALED = 0.1
 
 BEFORE_SPIKE = 8, 16  # records at least and at most that say what was usual before
 AFTER_SPIKE = 8, 40  # and after; a tenth of these must be much smaller, as momentum goes on for some steps
@@ -202,7 +204,7 @@ def _large_angles(seen: _Seen) -> list[Finding]:
     t = int(angles[:, worst].argmax())
     records = np.flatnonzero(large.any(axis=1))
     what = (
-        f"{run.names[worst]} turns by {angles[t, worst]:.2g} rad in step {seen.steps[t]}. {_of(len(layers), run)} "
+        f"{run.names[worst]} turns by {_show(angles[t, worst])} rad in step {seen.steps[t]}. {_of(len(layers), run)} "
         f"turned by more than {LARGE_ANGLE} rad, in {len(records)} of {len(seen.steps)} recorded steps."
     )
     too_long = math.tan(min(angles[t, worst], 1.5)) / SAFE_ANGLE
@@ -210,9 +212,9 @@ def _large_angles(seen: _Seen) -> list[Finding]:
         too_long = too_long**2
     lr = run.lr[t, worst]
     advice = (
-        f"A learning rate of about {lr / too_long:.1g} instead of {lr:.2g} would turn it by {SAFE_ANGLE} rad there."
+        f"A learning rate of about {_show(lr / too_long, 1)} instead of {_show(lr)} turns it by {SAFE_ANGLE} rad there."
         if np.isfinite(lr)
-        else f"A learning rate {too_long:.2g} times smaller would turn it by {SAFE_ANGLE} rad there."
+        else f"A learning rate {_show(too_long)} times smaller turns it by {SAFE_ANGLE} rad there."
     )
     return [seen.finding("large_angle", records, layers, what, advice)]
 
@@ -250,21 +252,21 @@ def _spike(seen: _Seen, records: Indices, spiking: NDArray[np.bool_], ratio: Arr
     t = int(records[ratios[:, worst].argmax()])
     before = _before(t)
     what = (
-        f"In step {seen.steps[t]} {run.names[worst]} turns by {seen.angle[t, worst]:.2g} rad, "
-        f"{ratio[t, worst]:.2g} times as far as usual. {_of(len(layers), run)} spiked."
+        f"In step {seen.steps[t]} {run.names[worst]} turns by {_show(seen.angle[t, worst])} rad, "
+        f"{_show(ratio[t, worst])} times as far as usual. {_of(len(layers), run)} spiked."
     )
     advice = ""
     lr_rise = run.lr[t, worst] / _quantile(run.lr[before])[worst]
     usual_grad = _quantile(run.grad_norm[before])
     grad_rise = run.grad_norm[t, worst] / usual_grad[worst]
     if lr_rise > 2:
-        what += f" The learning rate was {lr_rise:.2g} times the usual one."
+        what += f" The learning rate was {_show(lr_rise)} times the usual one."
         advice = f"Look at the schedule of the learning rate around step {seen.steps[t]}."
     elif grad_rise > 2:
-        what += f" Its gradient was {grad_rise:.2g} times as long as usual."
+        what += f" Its gradient was {_show(grad_rise)} times as long as usual."
         norm = 2 * math.sqrt(np.nansum(usual_grad**2))
         advice = (
-            f"Look at the batch of step {seen.steps[t]}. Gradients clipped at a norm of about {norm:.1g} for all "
+            f"Look at the batch of step {seen.steps[t]}. Gradients clipped at a norm of about {_show(norm, 1)} for all "
             "layers together, twice the usual one, would have held it back."
         )
     return seen.finding("update_spike", records, layers, what, advice)
@@ -279,27 +281,27 @@ def _small_angles(seen: _Seen) -> list[Finding]:
     others = np.array(
         [layer for layer in seen.tracked if layer not in layers and usual[layer] > 0], dtype=int
     )
-    lr = _quantile(run.lr)[least]
+    lr = _peak(run.lr)[least]
     if lr == 0:
         what = f"{seen.named(layers)} does not turn: the learning rate is 0."
         return [seen.finding("small_angle", seen.all_records, layers, what, severity="note")]
     what = (
-        f"{seen.named(layers)} cannot have turned by more than {seen.path[least]:.1g} rad in all {seen.duration:.0f} "
-        f"steps; its usual angle is {usual[least]:.1g} rad per step"
-        + (f", that of the other tracked layers {_mean(usual[others]):.1g}." if len(others) else ".")
+        f"{seen.named(layers)} cannot have turned by more than {_show(seen.path[least], 1)} rad in all "
+        f"{seen.duration:,.0f} steps; its usual angle is {_show(usual[least], 1)} rad per step"
+        + (f", that of the other tracked layers {_show(_mean(usual[others]), 1)}." if len(others) else ".")
     )
     aim = _mean(usual[others]) if len(others) else 1e-3
     advice = []
     norm = _quantile(run.weight_norm)
     if len(others) and norm[least] > 30 * np.median(norm[others]):
         advice.append(
-            f"Its norm is {norm[least]:.2g}, that of the others {np.median(norm[others]):.2g}. Start it smaller: what "
-            "a scale-invariant layer computes does not change. elropt.equalize_ does that too."
+            f"Its norm is {_show(norm[least])}, that of the others {_show(np.median(norm[others]))}. Start it smaller: "
+            "what a scale-invariant layer computes does not change. elropt.equalize_ does that too."
         )
     if usual[least] > 0 and lr > 0:
         new = lr * aim / usual[least]
         advice.append(
-            f"A learning rate of about {new:.1g} instead of {lr:.2g} turns it by {aim:.1g} rad per step."
+            f"A learning rate of about {_show(new, 1)} instead of {_show(lr)} turns it by {_show(aim, 1)} rad per step."
         )
     return [seen.finding("small_angle", seen.all_records, layers, what, " ".join(advice))]
 
@@ -326,15 +328,16 @@ def _uneven_angles(seen: _Seen) -> list[Finding]:
     if spread > UNEVEN:
         behind = order[usual[order] < usual[fast] / UNEVEN]
         aim = _mean(np.delete(usual, behind))
-        lr = _quantile(run.lr[half:])[tracked[slow]]
+        lr = _peak(run.lr)[tracked[slow]]
         what = (
-            f"In the second half of the run {run.names[tracked[slow]]} turns by {usual[slow]:.1g} rad per step and "
-            f"{run.names[tracked[fast]]} by {usual[fast]:.1g}, {spread:.2g} times as far. {len(behind)} of "
-            f"{len(tracked)} tracked layers turn by less than {1 / UNEVEN:.0%} of the largest angle."
+            f"In the second half of the run {run.names[tracked[slow]]} turns by {_show(usual[slow], 1)} rad per step "
+            f"and {run.names[tracked[fast]]} by {_show(usual[fast], 1)}, {_show(spread)} times as far. Tracked layers "
+            f"that turn by less than {1 / UNEVEN:.0%} of the largest angle: {len(behind)} of {len(tracked)}."
         )
         advice = (
-            f"Give {run.names[tracked[slow]]} a learning rate of about {lr * aim / usual[slow]:.1g}, not {lr:.2g}, "
-            'or use a rule that makes layers alike: "warmup" or "uniform" of ELRSGD, "uniform" of elropt.control.'
+            f"Give {run.names[tracked[slow]]} a learning rate of about {_show(lr * aim / usual[slow], 1)} instead of "
+            f'{_show(lr)}, or use a rule that makes layers alike: "warmup" or "uniform" of ELRSGD, "uniform" of '
+            "elropt.control."
         )
         layers = tracked[[*behind, fast]]
         return [seen.finding("uneven_angles", seen.all_records[half:], layers, what, advice)]
@@ -345,7 +348,7 @@ def _uneven_angles(seen: _Seen) -> list[Finding]:
     records = early[0]
     t = int(records[spreads[records].argmax()])
     what = (
-        f"At first tracked layers turn by angles that differ by a factor of up to {spreads[t]:.2g}, in step "
+        f"At first tracked layers turn by angles that differ by a factor of up to {_show(spreads[t])}, in step "
         f"{seen.steps[t]}; after step {seen.steps[records[-1]]} by less than {UNEVEN:.0f}."
     )
     layers = tracked[[int(np.nanargmin(angle[t])), int(np.nanargmax(angle[t]))]]
@@ -375,12 +378,12 @@ def _norm_growth(seen: _Seen) -> list[Finding]:
     worst = layers[0]
     records = seen.all_records[start[worst] : end[worst] + 1]
     against = (
-        f"takes back {taken[worst] / (growth[worst] + taken[worst]):.0%} of it"
+        f"takes back {_show(100 * taken[worst] / (growth[worst] + taken[worst]))} % of it"
         if taken[worst] > 0
         else "is 0"
     )
     what = (
-        f"The norm of {seen.named(layers)} grows by a factor of {math.exp(growth[worst]):.2g} from step "
+        f"The norm of {seen.named(layers)} grows by a factor of {_show(math.exp(growth[worst]))} from step "
         f"{seen.steps[records[0]]} to {seen.steps[records[-1]]}. Weight decay {against}, so nothing bounds it, and the "
         "longer a weight is, the less a step turns it."
     )
@@ -396,8 +399,8 @@ def _decay_for_angle(seen: _Seen, layer: int, records: Indices) -> str:
     if not (angle > 0 and lr * settling > 0):
         return "A weight decay would bound it."
     return (
-        f"A weight decay of about {angle**2 / (lr * settling):.1g} has its equilibrium at {angle:.1g} rad per step, "
-        "the angle in the middle of the run."
+        f"A weight decay of about {_show(angle**2 / (lr * settling), 1)} has its equilibrium at {_show(angle, 1)} rad "
+        "per step, the angle in the middle of the run."
     )
 
 
@@ -418,27 +421,27 @@ def _idle_decay(seen: _Seen) -> list[Finding]:
     layers = layers[np.argsort(total[layers], kind="stable")]
     least = layers[0]
     what = (
-        f"The weight decay of {decay[least]:.2g} shortens {seen.named(layers)} by {total[least]:.1%} in all "
-        f"{seen.duration:.0f} steps together."
+        f"The weight decay of {_show(decay[least])} shortens {seen.named(layers)} by {_show(100 * total[least])} % in "
+        f"all {seen.duration:,.0f} steps together."
     )
     advice = "Leave it out, or make it larger."
     if total[least] > 0:
         new = decay[least] * USEFUL_DECAY / total[least]
-        advice = f"About {new:.1g} would matter in a run of this length; else leave it out."
+        advice = f"About {_show(new, 1)} would matter in a run of this length; else leave it out."
     return [*found, seen.finding("idle_decay", seen.all_records, layers, what, advice)]
 
 
 def _equilibrium(seen: _Seen) -> list[Finding]:
-    run = seen.run
     layers = seen.tracked[np.nan_to_num(seen.taken[-1, seen.tracked]) > 0]
     if not len(layers):
         return []
     balanced, start = _balanced(seen, layers)
     share = balanced.mean(axis=1)
-    stretches = _stretches(share >= MOST, 3)
+    taken = np.median(seen.taken[:-1, layers], axis=1)
     found = []
+    stretches = [at for at in _stretches(share >= MOST, 3) if taken[at[-1]] - taken[at[0]] >= WINDOW]
     if stretches:
-        at = max(stretches, key=len)
+        at = max(stretches, key=lambda at: taken[at[-1]] - taken[at[0]])
         records = seen.all_records[start[at[0]].max() : at[-1] + 1]
         what = (
             f"From step {seen.steps[records[0]]} to {seen.steps[records[-1]]} growth and weight decay balance: the "
@@ -446,19 +449,22 @@ def _equilibrium(seen: _Seen) -> list[Finding]:
             f"turn by {_range(_quantile(seen.angle[at][:, layers]))} rad per step{_against(seen, at, layers)}."
         )
         found.append(seen.finding("equilibrium", records, layers, what, severity="note"))
-    away = layers[~balanced[-1]]
+    # at the end of an annealing nothing is in equilibrium, and nothing moves
+    lr = np.nanmax(np.where(np.isfinite(seen.run.lr), seen.run.lr, -np.inf)[:, layers], axis=1)
+    high = np.flatnonzero(lr >= ANNEALED * lr.max())
+    away = layers[~balanced[high[-1]]]
     if not len(away):
         return found
-    last = seen.all_records[-max(1, len(run.steps) // 10) :]
+    last = high[-max(1, len(high) // 10) :]
     what = (
-        f"At step {seen.steps[-1]} {len(away)} of {len(layers)} tracked layers are not in equilibrium. They turn by "
-        f"{_range(_quantile(seen.angle[last][:, away]))} rad per step{_against(seen, last, away)}."
+        f"Tracked layers that are not in equilibrium at step {seen.steps[last[-1]]}: {len(away)} of {len(layers)}. "
+        f"They turn by {_range(_quantile(seen.angle[last][:, away]))} rad per step{_against(seen, last, away)}."
     )
-    pace = _mean(_quantile(seen.decay.share[len(run.steps) // 2 :])[away])
+    pace = _mean(_quantile(seen.decay.share[high])[away])
     if pace > 0:
-        way = seen.taken[-1, away].max()
-        what += f" At the usual learning rate and decay of the second half norms settle in about {1 / pace:,.0f} steps"
-        what += f"; the run has made {way:.0%} of that." if way < 1 else "."
+        way = seen.taken[last[-1] + 1, away].max()
+        what += f" At the usual learning rate and decay it takes about {_show(1 / pace)} steps to get there"
+        what += f"; the run has made {way:.0%} of the way by then." if way < 1 else "."
     return [*found, seen.finding("transient", last, away, what, severity="note")]
 
 
@@ -480,15 +486,13 @@ def _against(seen: _Seen, records: Indices, layers: Indices) -> str:
     settled = _quantile(seen.decay.angle[records][:, layers])
     if not np.isfinite(settled).any():
         return ""
-    formula = _FORMULAS[seen.run.optimizer.rpartition(".")[2]]
-    return f"; at the equilibrium of this learning rate and decay it is {_range(settled)} ({formula})"
-
-
-_FORMULAS = {
-    **dict.fromkeys(("SGD", "ELRSGD"), "√(2λω/(1+μ)) without Nesterov momentum"),
-    **dict.fromkeys(("Adam", "AdamW"), "√(2λω(1−β₁)/(1+β₁))"),
-    **dict.fromkeys(("Lion", "Muon"), "for independent gradients"),
-}
+    optimizer = seen.run.optimizer.rpartition(".")[2]
+    formula = "for independent gradients"
+    if optimizer in ("Adam", "AdamW"):
+        formula = "√(2λω(1−β₁)/(1+β₁))"
+    elif optimizer in ("SGD", "ELRSGD") and not seen.option(int(layers[0]), "nesterov"):
+        formula = "√(2λω/(1+μ))"
+    return f"; at the equilibrium of this learning rate and decay it is {_range(settled)} rad ({formula})"
 
 
 def _rule(seen: _Seen) -> list[Finding]:
@@ -535,16 +539,24 @@ def _warmup(seen: _Seen, layers: Indices) -> Finding:
     ends = after < len(run.steps)
     what = (
         f'The rule "warmup" acts on {len(layers)} tracked layers from step {seen.steps[acts[0]]} on, where their '
-        f"‖g‖/‖w‖ differ by a factor of {spread[acts[0]]:.2g}. "
+        f"‖g‖/‖w‖ differ by a factor of {_show(spread[acts[0]])}. "
     )
     if ends:
         what += (
-            f"It handed over to plain SGD by step {seen.steps[after]}, at a factor of {spread[after]:.2g}."
+            f"It handed over to plain SGD by step {seen.steps[after]}, at a factor of {_show(spread[after])}."
         )
     else:
-        what += f"It has not handed over by the last record; there the factor is {spread[-1]:.2g}."
+        what += f"It has not handed over by the last record; there the factor is {_show(spread[-1])}."
     records = seen.all_records[acts[0] : after + 1]
     return seen.finding("rule", records, layers, what, severity="note")
+
+
+def _show(value: ArrayLike, digits: int = 2) -> str:
+    """With so many digits, and without an exponent where that is easier to read."""
+    rounded = float(f"{float(np.asarray(value)):.{digits}g}")
+    if 1e3 <= abs(rounded) < 1e7:
+        return f"{rounded:,.0f}"
+    return f"{rounded:.0f}" if 10 <= abs(rounded) < 1e3 else f"{rounded:g}"
 
 
 def _of(count: int, run: RunHistory) -> str:
@@ -555,7 +567,7 @@ def _range(values: Array) -> str:
     values = values[np.isfinite(values)]
     if not len(values):
         return "nan"
-    low, high = f"{values.min():.2g}", f"{values.max():.2g}"
+    low, high = _show(values.min()), _show(values.max())
     return low if low == high else f"{low} to {high}"
 
 
@@ -569,6 +581,11 @@ def _spread(values: Array) -> Array:
     """max / min of what is positive in each row of [T, L]; NaN without any."""
     shown = np.ma.masked_invalid(np.where(values > 0, values, np.nan))
     return np.ma.filled(shown.max(axis=1) / shown.min(axis=1), np.nan)
+
+
+def _peak(values: Array) -> Array:
+    """The largest over the first axis; NaN where nothing is finite."""
+    return _quantile(values, 1.0)
 
 
 def _quantile(values: Array, at: float = 0.5) -> Array:
