@@ -394,7 +394,7 @@ def main(
                 )  # of groups that track little, and of large angles
                 known = train(case, datasets[case.data], path)
             findings = diagnose(read_run(path, all_layers=True))
-            said = [{**dataclasses.asdict(finding), "layers": finding.layers[:3]} for finding in findings]
+            said = [dataclasses.asdict(finding) for finding in findings]
             seconds = round(time.perf_counter() - started, 1)
             judged = judge(case, known, findings)
             rows.append(

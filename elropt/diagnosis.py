@@ -15,7 +15,7 @@ what is named and what is a false alarm. "Healthy" runs are those on which they 
 | `GROWTH` | 1.5 | times the norm at the start, half the ELR of SGD; healthy layers grew by up to 1.2 |
 | `UNBOUNDED` | 0.1 | share of that growth that decay takes back at most; the norm would settle at 3 times its length |
 | `IDLE_DECAY` | 0.02 | the share of a weight that decay takes away over the whole run |
-| `BALANCED` | 0.5 | change of ln‖w‖ over what decay takes from it: b = 0 at equilibrium, where the angle is φ, else √(1+b)·φ |
+| `BALANCED` | 0.5 | change of ln‖w‖ over what decay takes from it; where it is b the angle is √(1+b)·φ |
 | `WINDOW` | 0.25 | what decay takes from ln‖w‖ in the stretch of steps that `BALANCED` is judged over |
 | `ANNEALED` | 0.1 | of the largest learning rate: below it nothing is said of an equilibrium |
 """
