@@ -279,7 +279,8 @@ def train(case: Case, dataset: Dataset, path: Path) -> Row:
             if case.optimizer == "warmup" and known["handed_over"] is None:
                 ended = any(float(state.get("handed_over", 0)) for state in optimizer.state.values())
                 known["handed_over"] = step if ended else None
-    return {**known, "loss": float(loss) if math.isfinite(loss) else None}
+    last = loss.item()
+    return {**known, "loss": last if math.isfinite(last) else None}
 
 
 def plant_in_layer(groups: list[dict[str, Any]], fault: Fault, seed: int) -> str:
