@@ -589,13 +589,16 @@ def _peak(values: Array) -> Array:
 
 
 def _quantile(values: Array, at: float = 0.5) -> Array:
-    """Over the first axis, of what is finite; NaN where nothing is."""
-    finite = np.where(np.isfinite(values), values, np.nan)
-    known = np.isfinite(finite).any(axis=0)
-    result = np.full(finite.shape[1:], np.nan)
-    if known.any():
-        result[known] = np.nanquantile(finite[:, known], at, axis=0)
-    return result
+    """Over the first axis, of what is finite; NaN where nothing is. `np.nanquantile` takes 100 times as long."""
+    if not len(values):
+        return np.full(values.shape[1:], np.nan)
+    ordered = np.sort(np.where(np.isfinite(values), values, np.nan), axis=0)  # NaN comes last
+    last = np.maximum(np.isfinite(ordered).sum(axis=0) - 1, 0)
+    place = at * last
+    below = np.floor(place).astype(np.intp)
+    above = np.minimum(below + 1, last)
+    low, high = (np.take_along_axis(ordered, index[None], axis=0)[0] for index in (below, above))
+    return low + (place - below) * (high - low)
 
 
 def _stretches(holds: ArrayLike, gap: int) -> list[Indices]:
