@@ -105,7 +105,7 @@ def cooperative_kernel(
     opened = before
     while opened == before:
         opened = tl.atomic_add(scratch.gate, 0, sem="acquire")
-    if rows.handed_over is not None:
+    if (rows.handed_over is not None) & (W.primitive_bitwidth == 32):
         # Adds 0, which the compiler does not know: else it would compute the lanes before the loop, and spill them.
         lanes += (opened == before - 1).to(tl.int32)
 
