@@ -14,7 +14,7 @@ from .layer_table import parameter_names
 
 __all__ = ["describe_optimizer"]
 
-LEFT_OUT = ("params", "param_names", "lr", "step")  # the learning rate is in every record, by layer
+LEFT_OUT = ("params", "param_names", "layers", "lr", "step")  # the learning rate is in every record, by layer
 
 
 def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
 
     `control` is the rule of `elropt.control`, None without. Options are those of the param group that JSON can hold:
     numbers, text, None, and tuples and lists of these; a number that is a tensor only if it is on the CPU, so that
-    nothing waits for the device. NaN and infinity are None. The learning rate is left out.
+    nothing waits for the device. NaN and infinity are None. The learning rate is left out, and an option "layers".
     """
     names = parameter_names(optimizer)
     controller = controller_of(optimizer)
@@ -38,7 +38,9 @@ def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    values = {key: _plain(value) for key, value in group.items() if key not in LEFT_OUT}
+    values = {
+        key: _plain(value) for key, value in group.items() if isinstance(key, str) and key not in LEFT_OUT
+    }
     return {key: value for key, value in values.items() if value is not _UNKNOWN}
 
 

@@ -98,6 +98,18 @@ def test_options_are_those_of_each_record(tmp_path: Path) -> None:
     assert not {"params", "lr", "layers"} & set(history.options[0][0])
 
 
+def test_options_of_other_libraries_do_not_make_a_file_unreadable(tmp_path: Path) -> None:
+    """The key "layers", which a record has for names, and one that is no text."""
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    optimizer = torch.optim.SGD([{"params": [weight], "layers": 12, (1, 2): 3}], lr=0.1, momentum=0.5)
+    weight.grad = torch.randn(4, 3)
+    with Recorder(optimizer, tmp_path / "run.jsonl", every=1):
+        optimizer.step()
+    history = read_run(tmp_path / "run.jsonl", all_layers=True)
+    assert history.names == ["0.0"]
+    assert history.options[0][0]["momentum"] == 0.5
+
+
 def test_of_files_that_do_not_describe_the_optimizer_the_rest_is_read(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text(record(0, a={}, b={"tracked": False, "weight_norm": 2.0}))

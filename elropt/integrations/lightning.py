@@ -35,7 +35,7 @@ class RecorderCallback(_lightning().Callback):
 
     Every `every` steps of an optimizer the layers are written to its file, and `elr/<name>`, `angle/<name>`,
     elr_spread, log_elr_std and angle_spread to all loggers of the trainer. The last three also go to ``self.log``, for
-    the progress bar and callbacks that monitor them (on rank 0 alone). Any torch optimizer will do.
+    the progress bar and callbacks that monitor them, on every rank. Any torch optimizer will do.
 
     Steps are counted for each optimizer apart. The counts are saved with the checkpoint, so that a resumed run goes on
     with the next number. Where a checkpoint has no counts, ``trainer.global_step`` is the count, shared
@@ -76,7 +76,8 @@ class RecorderCallback(_lightning().Callback):
         self.tracked = tracked
         self.recorders: list[Recorder] = []
         self._steps: list[int] = []  # from a checkpoint
-        self._new: dict[str, float] = {}  # spreads that were recorded in this batch
+        self._new: dict[str, float] = {}  # spreads that were recorded in this batch, on rank 0
+        self._steps_before: list[int] = []  # of each recorder, at the start of this batch
 
     @property
     def state_key(self) -> str:
@@ -120,17 +121,26 @@ class RecorderCallback(_lightning().Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if len(self.recorders) == 1:
-            self.recorders[
-                0
-            ].step = trainer.global_step  # which counts the steps that a GradScaler leaves out
+            # global_step counts the steps that a GradScaler leaves out, but none of use_pl_optimizer=False
+            self.recorders[0].step = max(self.recorders[0].step, trainer.global_step)
+        self._steps_before = [recorder.step for recorder in self.recorders]
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         new, self._new = self._new, {}
+        if self._recorded():
+            new = trainer.strategy.broadcast(new)  # callbacks monitor them on every rank
         if new and not trainer.barebones:
             # The loggers have them: of self.log they would see only the batches that log_every_n_steps chooses.
-            self.log_dict(new, prog_bar=self.prog_bar, logger=False, rank_zero_only=True)
+            self.log_dict(new, prog_bar=self.prog_bar, logger=False)
+
+    def _recorded(self) -> bool:
+        """Whether a step of this batch was recorded: the same on every rank."""
+        return any(
+            recorder.step > before + -before % self.every
+            for before, recorder in zip(self._steps_before, self.recorders, strict=True)
+        )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._close()

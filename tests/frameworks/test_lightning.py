@@ -245,11 +245,29 @@ def test_pytorch_lightning_takes_the_callback() -> None:
     assert fit.callback_metrics["elr_spread"].item() == pytest.approx(1.0)
 
 
-def test_two_processes_write_one_file() -> None:
-    callback = RecorderCallback("elr.jsonl", every=1)
-    fit = trainer(callback, max_epochs=1, devices=2, strategy="ddp_fork", use_distributed_sampler=True)
+def test_two_processes_write_one_file_and_both_can_monitor() -> None:
+    callback, stopping = RecorderCallback("elr.jsonl", every=3), EarlyStopping("elr_spread", patience=100)
+    fit = trainer(callback, stopping, max_epochs=2, devices=2, strategy="ddp_fork")
     fit.fit(Net(elrsgd), loader())
-    assert plain_loop.steps("elr.jsonl") == [0, 1, 2, 3]  # half the batches for each
+    assert plain_loop.steps("elr.jsonl") == [0, 3, 6]  # half the batches for each
+
+
+def test_steps_that_lightning_does_not_count_are_counted() -> None:
+    class OwnSteps(Net):
+        def __init__(self) -> None:
+            super().__init__(elrsgd)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    fit = trainer(RecorderCallback("elr.jsonl", every=3), max_epochs=2)
+    fit.fit(OwnSteps(), loader())
+    assert fit.global_step == 0
+    assert plain_loop.steps("elr.jsonl") == [0, 3, 6, 9, 12, 15]
 
 
 def test_every_is_checked_at_once() -> None:
