@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from . import __version__, dynamics, env_report
 from ._build_model import build_model, in_words
 from ._options import initial_relative_grads, lr_rule, random_inputs
-from .diagnosis import diagnose
+from .diagnosis import TITLES, diagnose
 from .inspection import inspect_model, random_label_loss
 from .run_history import read_run
 
@@ -250,6 +250,7 @@ def report(
     """Make a web page of a recorded run: interactive plots of every layer, and in words what can be seen in them.
 
     The page is one file that needs no network. A click on a layer shows it alone, a click on a finding its steps.
+    The words are printed, too.
     """
     out = out or run.with_suffix(".html")
     try:
@@ -260,12 +261,16 @@ def report(
         if out.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"{out.name!r} has the suffix {out.suffix!r}; use .html")
         history = read_run(run, all_layers=True)
-        page = report_page(history, diagnose(history), title=run.name)
+        found = diagnose(history)
+        page = report_page(history, found, title=run.name)
     for note in history.notes:
         _messages().print(Text(f"note: {note}"), soft_wrap=True)
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding="utf-8")
+    for finding in found:
+        advice = f"\n  → {finding.advice}" if finding.advice else ""
+        _console().print(Text(f"{finding.severity}: {TITLES[finding.kind]}. {finding.what}{advice}"))
     _messages().print(Text(f"wrote {out}"), soft_wrap=True)
 
 

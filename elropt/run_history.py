@@ -99,7 +99,8 @@ def read_run(path: str | Path, *, all_layers: bool = False) -> RunHistory:
     if not names and not all_layers:
         raise ValueError(
             f"{path} has no layer that was tracked throughout: give the optimizer the groups of "
-            "elropt.param_groups, and see `elropt inspect` for which weights are scale-invariant"
+            "elropt.param_groups, and see `elropt inspect` for which weights are scale-invariant; `elropt report` "
+            "shows the other layers, too"
         )
     if not names:
         raise ValueError(f"{path} has no layer: only weights of two or more dimensions are recorded")
@@ -187,6 +188,12 @@ def _parse_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         if not _is_record(record):
             raise ValueError(f"{path}, line {number}: not a record of elropt.Recorder; {_EXPECTED}")
         records.append(record)
+    if not (records or notes):
+        raise ValueError(
+            f"{path} is empty: no step was recorded. The run made none, or none of them measured a layer: without a "
+            "tracked layer ELRSGD measures nothing, and elropt.explain_scale_invariance(model, *inputs) says why a "
+            "layer is not tracked"
+        )
     if not records:
         raise ValueError(f"{path} holds no complete record; {_EXPECTED}")
     return records, notes

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from elropt._look import layer_colors, rule_spans, short
 from elropt._rich_tables import weight_table
-from elropt.diagnosis import Finding
+from elropt.diagnosis import Finding, diagnose
 from elropt.inspection import inspect_model
 from elropt.plots import run_figure
 from elropt.report_page import report_page
@@ -242,6 +242,17 @@ def test_report_writes_beside_the_run_or_where_it_is_told(tmp_path: Path) -> Non
     assert data_of(page)["layers"][:3] == ["0.weight", "3.weight", "6.weight"]
     command("report", recorded, "--out", tmp_path / "new" / "page.html")
     assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8") == page
+
+
+def test_report_prints_what_it_sees(tmp_path: Path) -> None:
+    still = {"tracked": True, "weight_norm": 1.0, "angle": 0.01}
+    lines = [record(step, a=still, b=still | {"angle": 0.9 if step == 3 else 0.01}) for step in range(12)]
+    (tmp_path / "run.jsonl").write_text("".join(lines))
+    seen = diagnose(read_run(tmp_path / "run.jsonl", all_layers=True))
+    assert seen[0].kind == "large_angle"
+    printed = " ".join(command("report", tmp_path / "run.jsonl").split())
+    assert "warning: A layer turns too far." in printed
+    assert all(finding.what in printed and finding.advice in printed for finding in seen)
 
 
 @pytest.mark.parametrize(

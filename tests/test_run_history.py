@@ -194,7 +194,7 @@ def test_of_several_runs_in_a_file_the_last_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no complete record"),
+        (b"", "is empty: no step was recorded"),
         (b'{"step": 0, "lay', "holds no complete record"),
         (b"epoch,loss\n1,2.0\n", "line 1: not JSON"),
         (b'{"epoch": 1}\n', "line 1: not a record of elropt.Recorder"),
