@@ -76,7 +76,8 @@ def _same(items: Sequence[T]) -> Iterator[tuple[T, list[int]]]:
 
 def _keeps_norm(options: Mapping[str, Any]) -> bool:
     rule = options.get("rule")
-    return options.get("project") is True or (rule in RULES and RULES[rule].keeps_radius)
+    known = isinstance(rule, str) and rule in RULES  # other optimizers may have an option of that name
+    return options.get("project") is True or (known and RULES[rule].keeps_radius)
 
 
 def _coefficients(optimizer: str, options: Mapping[str, Any]) -> _Coefficients:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from elropt import ELRSGD, Recorder, param_groups
+from elropt.diagnosis import diagnose
 from elropt.run_history import read_run
 
 from .nets import bn_mlp, train
@@ -99,15 +100,18 @@ def test_options_are_those_of_each_record(tmp_path: Path) -> None:
 
 
 def test_options_of_other_libraries_do_not_make_a_file_unreadable(tmp_path: Path) -> None:
-    """The key "layers", which a record has for names, and one that is no text."""
+    """The key "layers", which a record has for names, one that is no text, and a "rule" that is none of ours."""
     weight = torch.nn.Parameter(torch.randn(4, 3))
-    optimizer = torch.optim.SGD([{"params": [weight], "layers": 12, (1, 2): 3}], lr=0.1, momentum=0.5)
+    optimizer = torch.optim.SGD(
+        [{"params": [weight], "layers": 12, (1, 2): 3, "rule": [1]}], lr=0.1, momentum=0.5
+    )
     weight.grad = torch.randn(4, 3)
     with Recorder(optimizer, tmp_path / "run.jsonl", every=1):
         optimizer.step()
     history = read_run(tmp_path / "run.jsonl", all_layers=True)
     assert history.names == ["0.0"]
     assert history.options[0][0]["momentum"] == 0.5
+    assert diagnose(history) == []
 
 
 def test_of_files_that_do_not_describe_the_optimizer_the_rest_is_read(tmp_path: Path) -> None:
