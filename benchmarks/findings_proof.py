@@ -4,7 +4,7 @@
 
 60 runs of small nets on scikit-learn's digits and on Python's own source text: 36 with a fault that was planted, six of
 each kind of warning, and 24 without. The thresholds of `elropt.diagnosis` were chosen on other nets (`CHOSEN_ON`) with
-other seeds (below 100). A run is recorded at every, every 5th or every 10th step, and judged by its file alone.
+other seeds (below 200). A run is recorded at every, every 5th or every 10th step, and judged by its file alone.
 
 - A fault is *named* if there is a warning of its kind; where one layer has the fault the finding must have this layer
   among its layers, and where one step has it, this step among its steps.
@@ -49,7 +49,11 @@ from elropt.run_history import read_run
 
 NAMED_AT_LEAST = 0.8  # of the planted faults
 FALSE_ALARMS_AT_MOST = 0.05  # of the runs
-CHOSEN_ON = ("bn-mlp-6-w64", "conv-5-w8", "ln-mlp-4-w64", "gpt-1-w32", "resnet-8-w8")
+CHOSEN_ON = (
+    *("bn-mlp-6-w64", "conv-5-w8", "ln-mlp-4-w64", "gpt-1-w32", "resnet-8-w8", "ln-transformer-1-w32"),
+    # of a first proof, seeds 100 to 159, after which two findings were mended
+    *("bn-mlp-10-w48", "plain-8-w8", "ln-mlp-7-w40", "olmo-2-w32", "ln-transformer-2-w32", "resnet-14-w8"),
+)
 BATCH = {"digits": 64, "python": 16}
 TEXT_WINDOWS = 2000
 LABEL_NOISE = 0.2
@@ -152,8 +156,8 @@ STRONG = {
 }
 IDLE = {"sgd": 1e-6, "nesterov": 1e-6, "warmup": 1e-6, "adamw": 5e-4, "lion": 5e-4, "muon": 5e-4}
 LARGE = {"sgd": 30.0, "adamw": 0.3, "muon": 0.3}
-GROWING = {"sgd": 1.0, "adamw": 0.02, "lion": 3e-3, "muon": 0.015}
-NETS = ("bn-mlp-10-w48", "plain-8-w8", "ln-mlp-7-w40", "olmo-2-w32", "ln-transformer-2-w32", "resnet-14-w8")
+GROWING = {"sgd": 0.5, "adamw": 0.02, "lion": 3e-3, "muon": 0.015}
+NETS = ("bn-mlp-12-w40", "plain-8-w10", "ln-mlp-6-w56", "olmo-2-w48", "ln-transformer-3-w32", "resnet-14-w6")
 EVERY = (1, 5, 10)
 SCHEDULES = ("cosine", "constant", "warm-cosine")
 
@@ -170,10 +174,24 @@ def cases(first_seed: int) -> list[Case]:
         chosen = {"lr": lr, "weight_decay": weight_decay, "every": next(every), **options}
         found.append(Case(net, optimizer, next(seeds), fault=fault, **chosen))
 
-    for i, optimizer in enumerate(USUAL):
-        for net in (NETS[i % 6], NETS[(i + 3) % 6])[: 1 if optimizer in ("angle", "equilibrium") else 2]:
-            settles = False if optimizer in ("sgd", "adamw", "lion") else None
-            add(net, optimizer, schedule=SCHEDULES[len(found) % 3], settles=settles)
+    # A transformer of small initial weights spikes under SGD, and is given a warm-up.
+    healthy = {
+        "sgd": (bn, olmo),
+        "nesterov": (plain, ln),
+        "adamw": (ln, vit),
+        "lion": (olmo, bn),
+        "muon": (vit, plain),
+        "no rule": (resnet, ln),
+        "warmup": (bn, olmo),
+        "uniform": (plain, resnet),
+        "angle": (ln,),
+        "equilibrium": (olmo,),
+    }
+    for optimizer, nets in healthy.items():
+        settles = False if optimizer in ("sgd", "adamw", "lion") else None
+        for net in nets:
+            schedule = "warm-cosine" if net == vit else SCHEDULES[len(found) % 3]
+            add(net, optimizer, schedule=schedule, settles=settles)
     for net, (optimizer, (lr, weight_decay)) in zip(NETS, STRONG.items(), strict=True):
         strong = {"lr": lr, "weight_decay": weight_decay, "steps": 900, "schedule": "constant"}
         add(net, optimizer, settles=True, **strong)
@@ -184,15 +202,15 @@ def cases(first_seed: int) -> list[Case]:
         add(net, optimizer, "layer with large lr")
     for net, optimizer in ((olmo, "sgd"), (plain, "muon"), (bn, "warmup")):
         add(net, optimizer, "layer with tiny lr")
-    for net, optimizer in ((bn, "sgd"), (resnet, "adamw"), (vit, "lion")):
+    for net, optimizer in ((bn, "sgd"), (resnet, "lion"), (vit, "adamw")):
         add(net, optimizer, "layer of huge norm")
     for net, optimizer in ((ln, "adamw"), (olmo, "lion"), (resnet, "muon")):
         add(net, optimizer, "lr glitch")
-    for net, optimizer in ((vit, "sgd"), (plain, "no rule"), (bn, "adamw")):
+    for net, optimizer in ((resnet, "sgd"), (plain, "no rule"), (bn, "adamw")):
         add(net, optimizer, "bad batch")
     for net, optimizer in zip(NETS, ("sgd", "adamw", "lion", "adamw", "muon", "sgd"), strict=True):
         add(net, optimizer, "no decay", lr=GROWING[optimizer], weight_decay=0.0, schedule="constant")
-    for net, optimizer in zip(NETS[::-1], IDLE, strict=True):
+    for net, optimizer in zip((resnet, ln, bn, vit, plain, olmo), IDLE, strict=True):
         add(net, optimizer, "idle decay", weight_decay=IDLE[optimizer])
     for net, optimizer in ((olmo, "adamw"), (bn, "muon"), (ln, "nesterov")):
         add(net, optimizer, "slow layer")
@@ -371,13 +389,13 @@ def results_tables(rows: list[Row], counts: Row) -> list[Table]:
 def main(
     first_seed: Annotated[
         int,
-        typer.Option(min=100, help="Seed of the first run. The thresholds were chosen with seeds below 100."),
-    ] = 100,
+        typer.Option(min=200, help="Seed of the first run. The thresholds were chosen with seeds below 200."),
+    ] = 200,
     out: Annotated[Path, typer.Option(help="Result file.")] = Path("runs/report-findings.json"),
 ) -> None:
     """Plant faults into short training runs, and count which of them the findings of a report name.
 
-    Example: python -m benchmarks.findings_proof --first-seed 200
+    Example: python -m benchmarks.findings_proof --first-seed 300
     """
     torch.set_num_threads(1)
     console = Console()

@@ -13,7 +13,8 @@ what is named and what is a false alarm. "Healthy" runs are those on which they 
 | `SPIKE_IN_RUN` | 2 | times the layer's median over the run: late in a run small steps vary, without harm |
 | `UNEVEN` | 100 | between medians over the second half of a run; healthy layers differed by up to 6 |
 | `GROWTH` | 1.5 | times the norm at the start, half the ELR of SGD; healthy layers grew by up to 1.2 |
-| `UNBOUNDED` | 0.1 | share of that growth that decay takes back at most; the norm would settle at 3 times its length |
+| `GROWS_ON` | 1.05 | times, in the second half of the run (by the sum of λ), where there is a decay |
+| `UNBOUNDED` | 0.1 | share of the growth in that half that decay takes back at most: the norm could still triple |
 | `IDLE_DECAY` | 0.02 | the share of a weight that decay takes away over the whole run |
 | `BALANCED` | 0.5 | change of ln‖w‖ over what decay takes from it; where it is b the angle is √(1+b)·φ |
 | `WINDOW` | 0.25 | what decay takes from ln‖w‖ in the stretch of steps that `BALANCED` is judged over |
@@ -71,6 +72,7 @@ SPIKE = 5.0
 SPIKE_IN_RUN = 2.0
 UNEVEN = 100.0
 GROWTH = 1.5
+GROWS_ON = 1.05
 UNBOUNDED = 0.1
 IDLE_DECAY = 0.02
 BALANCED = 0.5
@@ -222,16 +224,19 @@ def _large_angles(seen: _Seen) -> list[Finding]:
 def _spikes(seen: _Seen) -> list[Finding]:
     run, angle = seen.run, seen.angle
     ratio = np.zeros(angle.shape)
+    lr = np.where(run.lr > 0, run.lr, 1.0)  # what is usual is so in proportion to the learning rate
     for t in range(BEFORE_SPIKE[0], len(angle)):
-        before, after = _before(t), angle[t + 1 : t + 1 + AFTER_SPIKE[1]]
-        usual = _quantile(angle[before])
-        # a learning rate that has risen to stay is no spike, nor is an angle that has
-        stays = np.fmin(run.lr[t], run.lr[min(t + 1, len(angle) - 1)])
-        usual = usual * np.fmax(1.0, stays / _quantile(run.lr[before]))
-        if len(after) >= AFTER_SPIKE[0]:
+        after = angle[t + 1 : t + 1 + AFTER_SPIKE[1]]
+        lr_here = np.fmin(
+            lr[t], lr[min(t + 1, len(angle) - 1)]
+        )  # a learning rate that rises to stay is no spike
+        usual = _quantile((angle / lr)[_before(t)]) * lr_here
+        if len(after) >= AFTER_SPIKE[0]:  # nor is an angle that does
             usual = np.fmax(usual, _quantile(after, 0.1))
         ratio[t] = np.where(usual > 0, angle[t] / np.where(usual > 0, usual, 1.0), 0.0)
     spiking = (ratio > SPIKE) & (angle > SPIKE_IN_RUN * _quantile(angle))
+    if len(seen.tracked):  # others spike with these: norms' gains and biases that start at zero also do alone
+        spiking[~spiking[:, seen.tracked].any(axis=1)] = False
     return [
         _spike(seen, records, spiking, ratio) for records in _stretches(np.any(spiking, axis=1), SPIKE_GAP)
     ]
@@ -357,21 +362,27 @@ def _uneven_angles(seen: _Seen) -> list[Finding]:
 
 def _norm_growth(seen: _Seen) -> list[Finding]:
     run = seen.run
-    growth, taken = np.zeros(len(run.names)), np.nan_to_num(seen.taken)
+    growth, later, taken, taken_later = np.zeros((4, len(run.names)))
     start, end = np.zeros((2, len(run.names)), dtype=np.intp)
+    in_steps = np.zeros(len(run.names), dtype=bool)  # the growth is not that of one record
+    decayed = np.nan_to_num(seen.taken)
     for layer in seen.tracked[~seen.decay.keeps_norm[seen.tracked]]:
         records = np.flatnonzero(np.isfinite(run.weight_norm[:, layer]) & (run.weight_norm[:, layer] > 0))
         rescaled = np.flatnonzero(run.weight_factor[:, layer] != 1)  # by a warm-up
         records = records[records > rescaled[-1]] if len(rescaled) else records
         if len(records) < 4:
             continue
-        log_norm = np.log(run.weight_norm[records, layer])
+        lr_sum = np.nan_to_num(run.lr[records, layer] * seen.gap[records]).cumsum()
+        middle = int(np.searchsorted(lr_sum, lr_sum[-1] / 2))
+        log_norm, off = np.log(run.weight_norm[records, layer]), decayed[records, layer]
         start[layer], end[layer] = records[0], records[-1]
-        in_one_step = np.diff(log_norm).max() > (log_norm[-1] - log_norm[0]) / 2
-        growth[layer] = 0.0 if in_one_step else log_norm[-1] - log_norm[0]
-    columns = np.arange(len(run.names))
-    taken = taken[end, columns] - taken[start, columns]
-    layers = np.flatnonzero((growth > math.log(GROWTH)) & (taken <= UNBOUNDED * (growth + taken)))
+        growth[layer], taken[layer] = log_norm[-1] - log_norm[0], off[-1] - off[0]
+        later[layer], taken_later[layer] = log_norm[-1] - log_norm[middle], off[-1] - off[middle]
+        in_steps[layer] = np.diff(log_norm).max() < growth[layer] / 2
+    goes_on = (later > math.log(GROWS_ON)) & (taken_later <= UNBOUNDED * (later + taken_later))
+    no_decay = _peak(run.weight_decay) == 0
+    known = no_decay | np.isfinite(seen.taken[-1])
+    layers = np.flatnonzero((growth > math.log(GROWTH)) & known & np.where(no_decay, in_steps, goes_on))
     if not len(layers):
         return []
     layers = layers[np.argsort(-growth[layers], kind="stable")]
