@@ -156,6 +156,22 @@ def test_the_first_steps_and_small_late_steps_are_no_spikes() -> None:
     assert warnings_of(history(angle)) == []
 
 
+def test_what_is_usual_follows_the_learning_rate() -> None:
+    lr = np.linspace(1, 0.1, 60)[:, None] * np.ones(3)
+    angle = 0.1 * lr
+    angle[50, 0] *= 7  # in proportion to λ; 4.6 times the median of the angles before it
+    assert the("update_spike", history(angle, lr=lr)).layers == ("a",)
+
+
+def test_untracked_weights_alone_make_no_spike() -> None:
+    angle = constant()
+    angle[100, 0] *= 10
+    assert warnings_of(history(angle, tracked=[False, True, True])) == []
+    assert warnings_of(history(angle, tracked=[False] * 3))  # where nothing is tracked they count
+    angle[100, 1] *= 10
+    assert the("update_spike", history(angle, tracked=[False, True, True])).layers == ("a", "b")
+
+
 def test_a_layer_that_hardly_turns_is_named_with_a_learning_rate() -> None:
     angle = constant(50) * [1, 1e-3, 1]
     finding = the("small_angle", history(angle, every=10, lr=0.2))
@@ -205,6 +221,10 @@ def test_growth_that_is_bounded_or_of_one_step_or_of_a_warmup_is_no_fault() -> N
     growing = np.exp(np.linspace(0, np.log(3), 200))[:, None]
     # λω/(1−μ)·steps is 4: decay takes as much as growth brings
     assert not warnings_of(history(constant(), weight_norm=growing, lr=0.1, weight_decay=0.02))
+    early = np.minimum(growing, growing[90])  # and then the decay, though weak, is all there is
+    assert not warnings_of(history(constant(), weight_norm=early, lr=0.1, weight_decay=5e-4))
+    assert warnings_of(history(constant(), weight_norm=growing, lr=0.1, weight_decay=5e-4))
+    assert warnings_of(history(constant(), weight_norm=early))
     jump = np.where(np.arange(200)[:, None] > 50, 3.0, 1.0)
     assert not warnings_of(history(constant(), weight_norm=jump))
     rescaled = np.where(np.arange(200)[:, None] < 190, 1.01, 1.0)
