@@ -379,7 +379,8 @@ def results_tables(rows: list[Row], counts: Row) -> list[Table]:
         if row["named"] is False or row["false_alarms"]:
             case = row["case"]
             run = f"{case['net']}, {case['optimizer']}, seed {case['seed']}"
-            wrong.add_row(run, str(case["fault"]), str(row["named"]), ", ".join(row["false_alarms"]))
+            named = {True: "yes", False: "no", None: "–"}[row["named"]]
+            wrong.add_row(run, case["fault"] or "none", named, ", ".join(row["false_alarms"]) or "–")
     notes = table_of("notes", "what is said", "runs", "right")
     for check, said in CHECKS.items():
         notes.add_row(said, str(counts[check]["asked"]), str(counts[check]["right"]))

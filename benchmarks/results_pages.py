@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import tracked_share
+from benchmarks import findings_proof, tracked_share
 from benchmarks.accuracy import ACCURACY
 from benchmarks.common.statistics import Interval, grouped
 from benchmarks.distributed import all_reduce
@@ -57,6 +57,7 @@ TABLES: dict[
     "host": lambda report: [host.results_table(rows) for rows in by_workload(report).values()],
     "host-time": lambda report: [host_time.results_table(part_of(report), report["rows"])],
     "kernels": lambda report: [kernels.bandwidths(report["rows"])],
+    "report-findings": lambda report: findings_proof.results_tables(report["rows"], report["summary"]),
     "recording": lambda report: [recording.results_table(report["rows"])],
     "step-time": lambda report: [
         step_time.results_table(report, workload) for workload in by_workload(report)

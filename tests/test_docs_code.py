@@ -114,6 +114,13 @@ def test_how_far_other_optimizers_turn_a_layer(m: int, n: int) -> None:
         assert turned == pytest.approx(expected, rel=accuracy)
 
 
+def test_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("docs/guide/report.md")
+    out = capsys.readouterr().out
+    assert "warning idle_decay (0, 195)" in out
+    assert re.search(r"by 0\.02 % in all 200 steps", out)
+
+
 def test_watching(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run("docs/guide/watching.md")
     assert re.search(r"step 0: 0\.weight turned by 0\.\d+ rad", capsys.readouterr().out)

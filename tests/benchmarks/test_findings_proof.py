@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,20 @@ import pytest
 from benchmarks.common import data
 from benchmarks.findings_proof import (
     CHOSEN_ON,
+    FALSE_ALARMS_AT_MOST,
     FAULTS,
+    NAMED_AT_LEAST,
     Case,
     cases,
     judge,
+    summary,
     train,
 )
+from benchmarks.results_pages import RESULTS
 from elropt.diagnosis import Finding, Kind, Severity, diagnose
 from elropt.run_history import read_run
 
-CASE = Case("bn-mlp-10-w48", "sgd", 100, 0.1, 1e-3, steps=120, every=5)
+CASE = Case("bn-mlp-12-w40", "sgd", 200, 0.1, 1e-3, steps=120, every=5)
 NOTHING = {"layer": None, "step": None, "handed_over": None}
 
 
@@ -33,10 +38,10 @@ def finding(
 
 
 def test_the_proof_is_on_other_nets_and_seeds_and_has_each_fault() -> None:
-    runs = cases(100)
+    runs = cases(200)
     assert len(runs) == 60
     assert not {case.net for case in runs} & set(CHOSEN_ON)
-    assert sorted(case.seed for case in runs) == list(range(100, 160))
+    assert sorted(case.seed for case in runs) == list(range(200, 260))
     kinds = [FAULTS[case.fault].kind for case in runs if case.fault]
     assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(
         ("large_angle", "small_angle", "update_spike", "norm_growth", "idle_decay", "uneven_angles"), 6
@@ -81,3 +86,22 @@ def test_a_run_from_the_fault_to_its_name(tmp_path: Path, fault: str) -> None:
     known = train(case, data.load("digits"), tmp_path / "run.jsonl")
     judged = judge(case, known, diagnose(read_run(tmp_path / "run.jsonl", all_layers=True)))
     assert (judged["named"], judged["false_alarms"]) == (True, [])
+
+
+def test_the_result_file_says_what_follows_from_its_rows() -> None:
+    report = json.loads((RESULTS / "report-findings.json").read_text(encoding="utf-8"))
+    rows, counts = report["rows"], report["summary"]
+    assert counts == summary(rows)
+    assert counts["passed"] == (
+        counts["named"] >= NAMED_AT_LEAST * counts["planted"]
+        and counts["runs_with_false_alarms"] <= FALSE_ALARMS_AT_MOST * counts["runs"]
+    )
+    assert (NAMED_AT_LEAST, FALSE_ALARMS_AT_MOST) == (0.8, 0.05)
+    assert [Case(**row["case"]) for row in rows] == cases(report["config"]["first_seed"])
+    for row in rows:
+        said = [
+            Finding(**{**said, "steps": tuple(said["steps"]), "layers": tuple(said["layers"])})
+            for said in row["findings"]
+        ]
+        judged = judge(Case(**row["case"]), row, said)
+        assert {key: row[key] for key in judged} == judged
