@@ -325,7 +325,7 @@ def judge(case: Case, known: Row, findings: list[Finding]) -> Row:
     return {
         "named": any(names(finding, fault, known) for finding in warned) if fault else None,
         "false_alarms": sorted({finding.kind for finding in warned} - set(expected)),
-        "settled_right": None if case.settles is None else ("equilibrium" in kinds) == case.settles,
+        "settled_right": None if case.settles is None else ("in_equilibrium" in kinds) == case.settles,
         "handed_over_right": None
         if first_plain is None
         else rule is not None and rule.steps[1] == first_plain,

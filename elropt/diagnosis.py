@@ -1,4 +1,4 @@
-"""What a recorded run shows, in words: findings with the steps, the layers and the figures. With NumPy alone.
+"""What a recorded run shows, in words: findings with the steps, the layers and the figures.
 
 Thresholds were chosen on training runs whose nets and seeds are not those of `benchmarks.findings_proof`, which counts
 what is named and what is a false alarm. "Healthy" runs are those on which they were chosen, without a fault.
@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._decay_model import Decay, decay_of
+from .rules import RULES, RuleSpec
 from .run_history import RunHistory
 
 __all__ = ["TITLES", "Finding", "Kind", "Severity", "diagnose"]
@@ -47,7 +48,7 @@ Kind: TypeAlias = Literal[
     "uneven_angles",
     "norm_growth",
     "idle_decay",
-    "equilibrium",
+    "in_equilibrium",
     "transient",
     "rule",
 ]
@@ -59,7 +60,7 @@ TITLES: dict[Kind, str] = {
     "uneven_angles": "Layers turn by very different angles",
     "norm_growth": "Norms grow without bound",
     "idle_decay": "Weight decay does nothing",
-    "equilibrium": "Equilibrium",
+    "in_equilibrium": "Equilibrium",
     "transient": "Not in equilibrium",
     "rule": "What the rule did",
 }
@@ -157,6 +158,11 @@ class _Seen:
         """Of the layer's param group at the last record."""
         return self.run.options[-1][layer].get(name) if self.run.options else None
 
+    def rule(self, layer: int) -> RuleSpec:
+        """The rule of ELRSGD that the layer trains with; plain SGD's if none is known."""
+        name = self.option(layer, "rule")
+        return RULES.get(name, RULES[None]) if isinstance(name, str) else RULES[None]
+
     def named(self, layers: Indices) -> str:
         """Layers in words, of which the first has it most."""
         first = self.run.names[layers[0]]
@@ -210,7 +216,7 @@ def _large_angles(seen: _Seen) -> list[Finding]:
         f"turned by more than {LARGE_ANGLE} rad, in {len(records)} of {len(seen.steps)} recorded steps."
     )
     too_long = math.tan(min(angles[t, worst], 1.5)) / SAFE_ANGLE
-    if seen.option(worst, "rule") == "equilibrium":  # there the angle is as √lr
+    if seen.rule(worst).settles:  # there the angle is as √lr
         too_long = too_long**2
     lr = run.lr[t, worst]
     advice = (
@@ -418,7 +424,7 @@ def _decay_for_angle(seen: _Seen, layer: int, records: Indices) -> str:
 def _idle_decay(seen: _Seen) -> list[Finding]:
     run, decay = seen.run, _quantile(seen.run.weight_decay)
     found = []
-    settles = np.array([seen.option(layer, "rule") == "equilibrium" for layer in range(len(run.names))])
+    settles = np.array([seen.rule(layer).settles for layer in range(len(run.names))])
     kept = np.flatnonzero(seen.decay.keeps_norm & (decay > 0) & ~settles)
     if len(kept):
         what = f"The weight decay of {len(kept)} tracked layers has no effect: a rule keeps their norms."
@@ -459,7 +465,7 @@ def _equilibrium(seen: _Seen) -> list[Finding]:
             f"norms of {'all' if share[at].min() == 1 else 'most of'} {len(layers)} tracked layers hardly change. They "
             f"turn by {_range(_quantile(seen.angle[at][:, layers]))} rad per step{_against(seen, at, layers)}."
         )
-        found.append(seen.finding("equilibrium", records, layers, what, severity="note"))
+        found.append(seen.finding("in_equilibrium", records, layers, what, severity="note"))
     # at the end of an annealing nothing is in equilibrium, and nothing moves
     lr = np.nanmax(np.where(np.isfinite(seen.run.lr), seen.run.lr, -np.inf)[:, layers], axis=1)
     high = np.flatnonzero(lr >= ANNEALED * lr.max())
@@ -518,18 +524,19 @@ def _rule(seen: _Seen) -> list[Finding]:
     for rule in dict.fromkeys(rule for rule in rules if isinstance(rule, str)):
         layers = tracked[[other == rule for other in rules]]
         s = run.grad_factor[:, layers]
-        if rule == "warmup":
-            found.append(_warmup(seen, layers))
-        elif rule == "uniform":
-            what = (
-                f'The rule "uniform" gives {len(layers)} tracked layers the same ELR: it multiplies their gradients by '
-                f"{_range(s[s > 0])}."
-            )
-            found.append(seen.finding("rule", seen.all_records, layers, what, severity="note"))
-        else:
+        spec = seen.rule(int(layers[0]))
+        if spec.ends:
+            found.append(_ending_rule(seen, rule, layers))
+        elif spec.keeps_radius:
             found.append(
                 _kept(seen, layers, f'The rule "{rule}" decides how far {len(layers)} tracked layers turn')
             )
+        else:
+            what = (
+                f'The rule "{rule}" gives {len(layers)} tracked layers the same ELR: it multiplies their gradients by '
+                f"{_range(s[s > 0])}."
+            )
+            found.append(seen.finding("rule", seen.all_records, layers, what, severity="note"))
     return found
 
 
@@ -538,18 +545,18 @@ def _kept(seen: _Seen, layers: Indices, what: str) -> Finding:
     return seen.finding("rule", seen.all_records, layers, what, severity="note")
 
 
-def _warmup(seen: _Seen, layers: Indices) -> Finding:
+def _ending_rule(seen: _Seen, rule: str, layers: Indices) -> Finding:
     """From the records at which the factors of the rule are not 1."""
     run = seen.run
     acts = np.flatnonzero(((run.grad_factor != 1) | (run.weight_factor != 1))[:, layers].any(axis=1))
     if not len(acts):
-        what = 'The rule "warmup" had handed over to plain SGD before the first record.'
+        what = f'The rule "{rule}" had handed over to plain SGD before the first record.'
         return seen.finding("rule", seen.all_records, layers, what, severity="note")
     spread = _spread(run.grad_norm[:, layers] / run.weight_norm[:, layers])
     after = acts[-1] + 1
     ends = after < len(run.steps)
     what = (
-        f'The rule "warmup" acts on {len(layers)} tracked layers from step {seen.steps[acts[0]]} on, where their '
+        f'The rule "{rule}" acts on {len(layers)} tracked layers from step {seen.steps[acts[0]]} on, where their '
         f"‖g‖/‖w‖ differ by a factor of {_show(spread[acts[0]])}. "
     )
     if ends:

@@ -278,7 +278,7 @@ def test_equilibrium_and_transient_by_the_norms(
         optimizer=optimizer,
         **options,
     )
-    found = the("equilibrium", run)
+    found = the("in_equilibrium", run)
     assert found.severity == "note"
     assert f"is {settled:.2g} rad (" in found.what
     assert found.steps[1] == steps[-1]
@@ -299,7 +299,7 @@ def test_equilibrium_and_transient_by_the_norms(
     found = the("transient", short)
     assert "not in equilibrium at step" in found.what
     assert f"about {1 / share:,.0f} steps" in found.what
-    assert not [f for f in diagnose(short) if f.kind == "equilibrium"]
+    assert not [f for f in diagnose(short) if f.kind == "in_equilibrium"]
 
 
 def test_the_warmup_is_told_with_its_end() -> None:

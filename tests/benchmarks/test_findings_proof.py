@@ -73,7 +73,7 @@ def test_what_neither_was_planted_nor_follows_is_a_false_alarm() -> None:
 
 def test_notes_are_checked() -> None:
     settles = dataclasses.replace(CASE, settles=True)
-    assert judge(settles, NOTHING, [finding("equilibrium", "note")])["settled_right"] is True
+    assert judge(settles, NOTHING, [finding("in_equilibrium", "note")])["settled_right"] is True
     assert judge(settles, NOTHING, [finding("transient", "note")])["settled_right"] is False
     known = {**NOTHING, "handed_over": 12}  # the first plain step is 13, the first recorded one after it 15
     for step, right in ((15, True), (20, False)):
