@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import dynamics
-from .rules import RULES, momentum_sums
+from .rules import RULES, RuleSpec, momentum_sums
 from .run_history import RunHistory
 
-__all__ = ["Decay", "decay_of"]
+__all__ = ["Decay", "decay_of", "rule_of"]
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
@@ -74,10 +74,14 @@ def _same(items: Sequence[T]) -> Iterator[tuple[T, list[int]]]:
     return ((items[at[0]], at) for at in places.values())
 
 
+def rule_of(options: Mapping[str, Any]) -> RuleSpec:
+    """The rule of ELRSGD in the options of a param group; plain SGD's if there is none."""
+    name = options.get("rule")  # other optimizers may have an option of that name
+    return RULES.get(name, RULES[None]) if isinstance(name, str) else RULES[None]
+
+
 def _keeps_norm(options: Mapping[str, Any]) -> bool:
-    rule = options.get("rule")
-    known = isinstance(rule, str) and rule in RULES  # other optimizers may have an option of that name
-    return options.get("project") is True or (known and RULES[rule].keeps_radius)
+    return options.get("project") is True or rule_of(options).keeps_radius
 
 
 def _coefficients(optimizer: str, options: Mapping[str, Any]) -> _Coefficients:

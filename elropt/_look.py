@@ -1,5 +1,5 @@
-"""What the tables, plots and pages of the `elropt` command share: the colour of a layer, the names of quantities, how
-numbers are written, and when a rule acted."""
+"""What the tables, plots and pages of the `elropt` command share: the colour of a layer, the names of quantities, and
+how numbers are written."""
 
 from __future__ import annotations
 
@@ -20,14 +20,11 @@ __all__ = [
     "SPREAD",
     "WEIGHT_NORM",
     "LayerQuantity",
-    "RuleSpan",
     "depth_colors",
     "layer_colors",
     "layer_quantities",
-    "rule_spans",
     "shared_values",
     "short",
-    "spread_of",
 ]
 
 ELR = "effective learning rate (rad)"
@@ -43,7 +40,6 @@ VIRIDIS = (
     *("#440154", "#482878", "#3e4989", "#31688e", "#26828e"),
     *("#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"),
 )
-FACTOR_TOLERANCE = 1e-6  # up to which a factor of a rule counts as 1
 Background = Literal["light", "dark"]
 # Without what is too pale for lines on white, or too dark on black.
 DEPTH_COLORS: dict[Background, tuple[str, ...]] = {"light": VIRIDIS[:-1], "dark": VIRIDIS[3:]}
@@ -103,39 +99,6 @@ def layer_quantities(run: RunHistory) -> list[LayerQuantity]:
         LayerQuantity("norm", WEIGHT_NORM, run.weight_norm, turns=False),
     )
     return [quantity for quantity in quantities if np.isfinite(quantity.values).any()]
-
-
-def spread_of(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """max / min of each row [T] of what is positive and finite, [T, L]; NaN where nothing is."""
-    shown = np.ma.masked_where(~(np.isfinite(values) & (values > 0)), values)
-    return np.ma.filled(shown.max(axis=1) / shown.min(axis=1), np.nan)
-
-
-class RuleSpan(NamedTuple):
-    """Recorded steps, one after the other, at which a rule acted.
-
-    Attributes:
-        first, last: the first and the last of them.
-        handed_over: the recorded step after them, by which the rule had handed over; None at the end of the run.
-    """
-
-    first: int
-    last: int
-    handed_over: int | None
-
-
-def rule_spans(run: RunHistory) -> list[RuleSpan]:
-    """When the factors of a rule, those of the gradient and of the weight, were not 1 in all layers."""
-    acts = np.zeros(len(run.steps), dtype=np.int64)
-    for factors in (run.grad_factor, run.weight_factor):
-        if factors.size:
-            acts |= (np.abs(factors - 1) > FACTOR_TOLERANCE).any(axis=1)
-    edges = np.flatnonzero(np.diff(acts, prepend=0, append=0))
-    steps = run.steps.tolist()
-    return [
-        RuleSpan(steps[begin], steps[end - 1], steps[end] if end < len(steps) else None)
-        for begin, end in zip(edges[::2], edges[1::2], strict=True)
-    ]
 
 
 def shared_values(values: NDArray[np.float64]) -> NDArray[np.float64] | None:

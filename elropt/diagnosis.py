@@ -31,9 +31,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._decay_model import Decay, decay_of
-from .rules import RULES, RuleSpec
-from .run_history import RunHistory
+from ._decay_model import Decay, decay_of, rule_of
+from .rules import RuleSpec
+from .run_history import RunHistory, rule_acts, spread_of
 
 __all__ = ["TITLES", "Finding", "Kind", "Severity", "diagnose"]
 
@@ -159,9 +159,8 @@ class _Seen:
         return self.run.options[-1][layer].get(name) if self.run.options else None
 
     def rule(self, layer: int) -> RuleSpec:
-        """The rule of ELRSGD that the layer trains with; plain SGD's if none is known."""
-        name = self.option(layer, "rule")
-        return RULES.get(name, RULES[None]) if isinstance(name, str) else RULES[None]
+        """The rule of ELRSGD that the layer trains with, see `rule_of`."""
+        return rule_of(self.run.options[-1][layer] if self.run.options else {})
 
     def named(self, layers: Indices) -> str:
         """Layers in words, of which the first has it most."""
@@ -352,7 +351,7 @@ def _uneven_angles(seen: _Seen) -> list[Finding]:
         )
         layers = tracked[[*behind, fast]]
         return [seen.finding("uneven_angles", seen.all_records[half:], layers, what, advice)]
-    spreads = _spread(angle)
+    spreads = spread_of(angle)
     early = _stretches(spreads > UNEVEN, 1)
     if not early or early[0][0] > 0:
         return []
@@ -548,11 +547,11 @@ def _kept(seen: _Seen, layers: Indices, what: str) -> Finding:
 def _ending_rule(seen: _Seen, rule: str, layers: Indices) -> Finding:
     """From the records at which the factors of the rule are not 1."""
     run = seen.run
-    acts = np.flatnonzero(((run.grad_factor != 1) | (run.weight_factor != 1))[:, layers].any(axis=1))
+    acts = np.flatnonzero(rule_acts(run, layers))
     if not len(acts):
         what = f'The rule "{rule}" had handed over to plain SGD before the first record.'
         return seen.finding("rule", seen.all_records, layers, what, severity="note")
-    spread = _spread(run.grad_norm[:, layers] / run.weight_norm[:, layers])
+    spread = spread_of(run.grad_norm[:, layers] / run.weight_norm[:, layers])
     after = acts[-1] + 1
     ends = after < len(run.steps)
     what = (
@@ -593,12 +592,6 @@ def _mean(values: Array) -> float:
     """Geometric, of what is positive; NaN without any."""
     positive = values[values > 0]
     return float(np.exp(np.log(positive).mean())) if len(positive) else math.nan
-
-
-def _spread(values: Array) -> Array:
-    """max / min of what is positive in each row of [T, L]; NaN without any."""
-    shown = np.ma.masked_invalid(np.where(values > 0, values, np.nan))
-    return np.ma.filled(shown.max(axis=1) / shown.min(axis=1), np.nan)
 
 
 def _peak(values: Array) -> Array:

@@ -21,11 +21,9 @@ from ._look import (
     SPREAD,
     depth_colors,
     layer_quantities,
-    rule_spans,
     shared_values,
-    spread_of,
 )
-from .run_history import RunHistory
+from .run_history import RunHistory, rule_spans, spread_of
 
 try:
     from matplotlib.axes import Axes

@@ -23,15 +23,12 @@ from ._look import (
     COLORS,
     HAND_OVER_COLOR,
     SPREAD,
-    RuleSpan,
     layer_colors,
     layer_quantities,
-    rule_spans,
     shared_values,
-    spread_of,
 )
 from .diagnosis import TITLES, Finding
-from .run_history import RunHistory
+from .run_history import RuleSpan, RunHistory, rule_spans, spread_of
 
 try:
     from plotly.offline import get_plotlyjs

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from ._json import from_json
 from .weight_change import CHANGES
 
-__all__ = ["RunHistory", "read_run"]
+__all__ = ["RuleSpan", "RunHistory", "read_run", "rule_acts", "rule_spans", "spread_of"]
+
+FACTOR_TOLERANCE = 1e-6  # up to which a factor of a rule counts as 1
 
 COLUMNS = ("lr", "weight_norm", "grad_norm", "radial_cosine", "grad_factor", "weight_factor")
 
@@ -74,6 +76,44 @@ class RunHistory:
     options: Sequence[Sequence[Mapping[str, Any]]] = ()
 
 
+def spread_of(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """max / min of each row [T] of what is positive and finite, [T, L]; NaN where nothing is."""
+    shown = np.ma.masked_where(~(np.isfinite(values) & (values > 0)), values)
+    return np.ma.filled(shown.max(axis=1) / shown.min(axis=1), np.nan)
+
+
+def rule_acts(run: RunHistory, layers: NDArray[np.intp] | slice = slice(None)) -> NDArray[np.bool_]:
+    """[T] whether the factors of a rule, those of the gradient and of the weight, were not 1 in one of the layers."""
+    acts = np.zeros(len(run.steps), dtype=np.bool_)
+    for factors in (run.grad_factor, run.weight_factor):
+        if factors.size:
+            acts |= (np.abs(factors[:, layers] - 1) > FACTOR_TOLERANCE).any(axis=1)
+    return acts
+
+
+class RuleSpan(NamedTuple):
+    """Recorded steps, one after the other, at which a rule acted.
+
+    Attributes:
+        first, last: the first and the last of them.
+        handed_over: the recorded step after them, by which the rule had handed over; None at the end of the run.
+    """
+
+    first: int
+    last: int
+    handed_over: int | None
+
+
+def rule_spans(run: RunHistory) -> list[RuleSpan]:
+    """When a rule acted, see `rule_acts`."""
+    edges = np.flatnonzero(np.diff(rule_acts(run).astype(np.int64), prepend=0, append=0))
+    steps = run.steps.tolist()
+    return [
+        RuleSpan(steps[begin], steps[end - 1], steps[end] if end < len(steps) else None)
+        for begin, end in zip(edges[::2], edges[1::2], strict=True)
+    ]
+
+
 def read_run(path: str | Path, *, all_layers: bool = False) -> RunHistory:
     """Read the JSONL file of a `Recorder`: the tracked layers, or all that it holds.
 
@@ -107,10 +147,6 @@ def read_run(path: str | Path, *, all_layers: bool = False) -> RunHistory:
     is_tracked = np.array([tracked[name] for name in names])
     elr = _column(records, names, "elr")
     elr[~(elr > 0)] = np.nan
-    counts = np.where(is_tracked, elr, np.nan)
-    has_elr = ~np.isnan(counts).all(axis=1)
-    spread = np.full(len(records), np.nan)
-    spread[has_elr] = np.nanmax(counts[has_elr], axis=1) / np.nanmin(counts[has_elr], axis=1)
     columns = {key: _column(records, names, key) for key in COLUMNS}
     has_changes = any("angle" in layer for record in records for layer in record["layers"].values())
     described = _descriptions(records)
@@ -128,7 +164,7 @@ def read_run(path: str | Path, *, all_layers: bool = False) -> RunHistory:
         names=names,
         elr=elr,
         applied_lr=columns["lr"] * columns["grad_factor"],
-        elr_spread=spread,
+        elr_spread=spread_of(np.where(is_tracked, elr, np.nan)),
         notes=notes,
         **{key: _column(records, names, key) if has_changes else None for key in CHANGES},
         tracked=is_tracked,

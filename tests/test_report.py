@@ -17,13 +17,13 @@ import torch
 from matplotlib.colors import to_hex
 from rich.console import Console
 
-from elropt._look import layer_colors, rule_spans, short
+from elropt._look import layer_colors, short
 from elropt._rich_tables import weight_table
 from elropt.diagnosis import Finding, diagnose
 from elropt.inspection import inspect_model
 from elropt.plots import run_figure
 from elropt.report_page import report_page
-from elropt.run_history import RunHistory, read_run
+from elropt.run_history import RunHistory, read_run, rule_spans
 
 from .nets import bn_mlp
 from .test_cli import run as command
