@@ -199,6 +199,8 @@ def compile_cases() -> Report:
         options: dict[str, Any] = {"num_warps": tables.NUM_WARPS, "enable_fp_fusion": False}
         if case.kernel == "cooperative":
             options |= {"maxnreg": cooperative.MAX_REGISTERS, "launch_cooperative_grid": True}
+        elif case.kernel == "measure" and "damped" in case.changes:
+            options |= {"maxnreg": measure.MAX_REGISTERS_WITH_DAMPENING}
         signature = {arg: without_none(of_argument) for arg, of_argument in signature.items()}
         source = ASTSource(fn=function, signature=signature, constexprs=values, attrs=attrs)
         report[name] = {}
