@@ -211,6 +211,7 @@ def origin(report: Report, titles: Sequence[str]) -> str:
     versions = [f"torch {env['torch']}", f"triton {env['triton']}" if on_gpu else f"NumPy {env['numpy']}"]
     parts = [
         f"size {report['size']}" if "size" in report else "",
+        "not finished" if report.get("unfinished") else "",
         seeds(report, titles) if "study" in report else samples(report),
         ", ".join(gpus) if on_gpu else cores,
         ", ".join([*versions, f"Python {env['python']}"]),

@@ -105,7 +105,7 @@ def _run_missing(
                     row = {"spec": dataclasses.asdict(spec), "commit": commit, **future.result()}
                     file.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
                     file.flush()
-                    done[_key(row["spec"])] = json.loads(json.dumps(without_nan(row)))
+                    done[row_key(row)] = json.loads(json.dumps(without_nan(row)))
                     progress.update(task, advance=1, description=describe(spec))
         except BaseException as error:
             pool.shutdown(cancel_futures=True)  # the end of `with` alone would wait for all runs in the queue
@@ -133,7 +133,7 @@ def read_rows(rows_file: Path, *, mend: bool = True) -> dict[str, Row]:
     for number, line in enumerate(complete.splitlines(), start=1):
         try:
             row = json.loads(line)
-            rows[_key(row["spec"])] = row
+            rows[row_key(row)] = row
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{rows_file}, line {number} is no row of a sweep: remove the file, or start over"
@@ -163,6 +163,11 @@ def _work_on_one_thread(work: Callable[[Spec], Row], spec: Spec) -> Row:
 def spec_key(spec: DataclassInstance) -> str:
     """What `read_rows` knows a spec's row by."""
     return _key(dataclasses.asdict(spec))
+
+
+def row_key(row: Row) -> str:
+    """What `read_rows` knows a row by: that of its spec."""
+    return _key(row["spec"])
 
 
 def _key(spec: Any) -> str:

@@ -98,16 +98,27 @@ def report(
         typer.Argument(help="The JSON file of a study, or STUDY-SIZE.rows.jsonl, what it has done so far."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the plots.")] = Path("runs/studies"),
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of STUDY-SIZE.rows.jsonl: also write these rows as a result file, marked unfinished."
+        ),
+    ] = None,
 ) -> None:
     """Print and draw a result again, of a study or of benchmarks.accuracy.
 
     Example: python -m benchmarks.studies report benchmarks/results/warmup-small.json --out plots
     """
+    is_rows = result.name.endswith(studies.ROWS)
+    if save is not None and not is_rows:
+        raise typer.BadParameter(
+            f"--save is for a file {studies.ROWS}, not {result}: copy a result file instead"
+        )
+    name, _, size = result.name.removesuffix(studies.ROWS).rpartition("-")
     try:
-        if result.name.endswith(studies.ROWS):
+        if is_rows:
             result.stat()  # read_rows takes a missing file for an empty one
-            rows = list(read_rows(result, mend=False).values())
-            content = {"study": result.name.rpartition("-")[0], "rows": rows}
+            content = {"study": name, "rows": list(read_rows(result, mend=False).values())}
         else:
             content = json.loads(result.read_text(encoding="utf-8"))
         study = {**STUDIES, "accuracy": ACCURACY}[content["study"]]
@@ -119,6 +130,9 @@ def report(
             f"{', '.join(STUDIES)} or accuracy)"
         ) from error
     studies.report(study, content, out, studies.make_console())
+    if save is not None:
+        saved = studies.result_of(study, content["rows"], size=size, unfinished=True)
+        save.write_text(studies.dumps(saved), encoding="utf-8")
 
 
 if __name__ == "__main__":

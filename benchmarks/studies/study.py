@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 
 from benchmarks.common.figures import save_all
-from benchmarks.common.sweep import Row, missing_specs, read_rows, spec_key, sweep, without_nan
+from benchmarks.common.sweep import Row, missing_specs, read_rows, row_key, spec_key, sweep, without_nan
 from elropt import env_report
 
 SIZES = ("tiny", "small", "full")
@@ -62,17 +62,8 @@ def run(
     for stage in stages:
         specs, rows_file = stage(rows), out / f"{stem}{ROWS}"
         rows += sweep(specs, study.work, rows_file, jobs=jobs, console=console, describe=study.describe)
-    result = {
-        "study": study.name,
-        "question": study.question,
-        **about,
-        "env": env_report.collect(),
-        "commits": sorted({str(row["commit"]) for row in rows}),
-        "jobs": jobs,
-        "command_seconds": round(time.perf_counter() - started, 1),
-        "summary": study.summarize(rows),
-        "rows": [study.kept(row) for row in rows],
-    }
+    seconds = round(time.perf_counter() - started, 1)
+    result = result_of(study, rows, **about, jobs=jobs, command_seconds=seconds)
     if len(result["commits"]) > 1:
         console.print(
             f"rows are from {len(result['commits'])} states of the code, {', '.join(result['commits'])}: "
@@ -85,10 +76,25 @@ def run(
     return result_file
 
 
+def result_of(study: Study, rows: Sequence[Row], **about: Any) -> dict[str, Any]:
+    """The content of a result file, with `about` in it; the hardware and versions are those of this machine."""
+    return {
+        "study": study.name,
+        "question": study.question,
+        **about,
+        "env": env_report.collect(),
+        "commits": sorted({str(row["commit"]) for row in rows}),
+        "summary": study.summarize(list(rows)),
+        "rows": [study.kept(row) for row in rows],
+    }
+
+
 def known_rows(stem: str, out: Path) -> dict[str, Row]:
-    """The rows of `STEM` by their spec: those that are committed, and those in `out`."""
-    files = [folder / f"{stem}{ROWS}" for folder in (RESULTS, out)]
-    return {key: row for file in files for key, row in read_rows(file, mend=False).items()}
+    """The rows of `STEM` by their spec: those of a committed result that is not finished, and those in `out`."""
+    committed = RESULTS / f"{stem}.json"
+    result = json.loads(committed.read_text(encoding="utf-8")) if committed.is_file() else {}
+    rows = result["rows"] if result.get("unfinished") else []
+    return {row_key(row): row for row in rows} | read_rows(out / f"{stem}{ROWS}", mend=False)
 
 
 def take_over(stem: str, out: Path) -> int:

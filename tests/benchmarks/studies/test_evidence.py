@@ -312,8 +312,8 @@ def test_committed_rows_are_listed_taken_over_and_forgotten(
     results.mkdir()
     monkeypatch.setattr(study, "RESULTS", results)
     wanted = runs_of(plan.tiny("cpu"), [])
-    committed, file = results / "evidence-tiny.rows.jsonl", out / "evidence-tiny.rows.jsonl"
-    committed.write_text("".join(json.dumps(row(r, 50.0)) + "\n" for r in wanted[:5]))
+    committed, file = results / "evidence-tiny.json", out / "evidence-tiny.rows.jsonl"
+    committed.write_text(json.dumps({"unfinished": True, "rows": [row(r, 50.0) for r in wanted[:5]]}))
     arguments = ["evidence", "--size", "tiny", "--device", "cpu", "--out", str(out), "--list"]
     listed = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert listed.exit_code == 0, listed.output
@@ -330,6 +330,11 @@ def test_committed_rows_are_listed_taken_over_and_forgotten(
     kept = [json.loads(line) for line in file.read_text().splitlines()]
     assert [r["accuracy"] for r in kept] == [0.6, 0.5, 0.5, 0.5, 0.5]
 
+    committed.write_text(
+        json.dumps({"rows": [row(r, 50.0) for r in wanted]})
+    )  # a finished result is measured anew
+    assert study.take_over("evidence-tiny", tmp_path / "other") == 0
+
 
 def test_a_report_of_what_is_done_so_far(tmp_path: Path) -> None:
     file = tmp_path / "evidence-medium.rows.jsonl"
@@ -339,6 +344,20 @@ def test_a_report_of_what_is_done_so_far(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "68.6 [66.8, 70.4]" in result.output
     assert file.read_text() == text
+
+    save = ["--save", str(tmp_path / "evidence-medium.json"), "--out", str(tmp_path)]
+    saved = CliRunner().invoke(app, ["report", str(file), *save], env={"COLUMNS": "200"})
+    assert saved.exit_code == 0, saved.output
+    content = json.loads((tmp_path / "evidence-medium.json").read_text())
+    assert (content["size"], content["unfinished"], content["rows"]) == (
+        "medium",
+        True,
+        json.loads(json.dumps(ROWS)),
+    )
+    again = CliRunner().invoke(app, ["report", save[1], *save], env={"COLUMNS": "200"})
+    assert again.exit_code == 2
+    assert "--save is for a file .rows.jsonl" in " ".join(again.output.split())
+
     missing = CliRunner().invoke(app, ["report", "nothing-tiny.rows.jsonl"], env={"COLUMNS": "200"})
     assert "cannot be read: No such file" in " ".join(missing.output.split())
 
