@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in two commands that end in time: tests, benchmarks, sanitizer.
 
     python -m benchmarks.gpu_suite --out DIR --call first                # 7 minutes, at most 8
-    python -m benchmarks.gpu_suite --out DIR --call second               # at most 3.6
+    python -m benchmarks.gpu_suite --out DIR --call second               # at most 6
     python -m benchmarks.gpu_suite --out DIR --part tests --part kernels # some parts
     python -m benchmarks.gpu_suite --out DIR --device cpu --tiny         # try it without a GPU
 
@@ -36,7 +36,11 @@ were measured one by one.
 | `memcheck` | 50 | 39.1 | 7 tests |
 | `compile-sweep` | 30 | 20.9 | 44 kernels |
 | `sweep` | 45 | 30.2 | 88 settings of 2 kernels; the large tensors first |
-| second call | 212 | | |
+| `evidence` | 148 | – | ResNet-20 and ResNet-18 at 32×32, 30 runs or more, 6 at a time; needs images, see below |
+| second call | 360 | | |
+
+`evidence` reads `cifar10-train-1.npz`, `cifar10-train-2.npz` and `cifar10-test.npz` from the folder that ELROPT_DATA
+names, else from `.data` in the checkout. What it has measured when time is over is in `evidence-gpu.rows.jsonl`.
 """
 
 from __future__ import annotations
@@ -203,6 +207,17 @@ def end_to_end(context: Context) -> list[list[str]]:
     return [module("step_time", "end-to-end", *out, *tiny)]
 
 
+def evidence(context: Context) -> list[list[str]]:
+    """Accuracy at 32×32; rows of runs that are done stay when time is over."""
+    size = ["--size", "tiny"] if context.tiny else ["--size", "gpu", "--jobs", "6"]
+    return [
+        [
+            *(sys.executable, "-m", "benchmarks.studies", "evidence", *size),
+            *("--device", context.device, "--out", str(context.out)),
+        ]
+    ]
+
+
 PARTS = {
     "compile": Part(compile_ahead(), 30, gpu_only=True),
     "tests": Part(
@@ -221,18 +236,20 @@ PARTS = {
     "sweep": Part(
         lambda c: [module("kernels", "sweep", "--out", str(c.out / "sweep.json"))], 45, gpu_only=True
     ),
+    "evidence": Part(evidence, 148),
 }
 CALLS = {
     "first": (
         *("compile", "tests", "step-time", "kernels", "host", "more-tests", "end-to-end", "more-steps"),
     ),
-    "second": ("racecheck", "memcheck", "compile-sweep", "sweep"),
+    "second": ("racecheck", "memcheck", "compile-sweep", "sweep", "evidence"),
 }
 SANITIZERS = ("memcheck", "racecheck")
 
 
 def environment() -> dict[str, str]:
-    """Environment of the parts: `.vendor` and this checkout come before installed packages; kernels are compiled."""
+    """Environment of the parts: `.vendor` and this checkout come before installed packages; images may be in `.data`;
+    kernels are compiled."""
     paths = [str(ROOT / ".vendor")] if (ROOT / ".vendor").is_dir() else []
     paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = os.environ | {
@@ -242,6 +259,8 @@ def environment() -> dict[str, str]:
         "NVIDIA_TF32_OVERRIDE": "0",  # tests compare runs in float32
         "COLUMNS": "200",
     }
+    if (ROOT / ".data").is_dir():
+        variables.setdefault("ELROPT_DATA", str(ROOT / ".data"))
     variables.pop("TRITON_INTERPRET", None)
     return variables
 
@@ -410,7 +429,7 @@ def main(
     call: Annotated[
         str,
         typer.Option(
-            callback=one_of(CALLS), help="first or second: which parts, for at most 8 or 4 minutes."
+            callback=one_of(CALLS), help="first or second: which parts, for at most 8 or 6 minutes."
         ),
     ] = "first",
     part: Annotated[

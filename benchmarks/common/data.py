@@ -216,6 +216,13 @@ def _cifar10(root: Path | None) -> _Source:
     return _read_pickles("CIFAR-10", paths, b"labels", b"label_names")
 
 
+def _cifar10_20k(root: Path | None) -> _Source:
+    compact = ["cifar10-train-1.npz", "cifar10-train-2.npz", "cifar10-test.npz"]
+    return _read_compact(
+        "CIFAR-10, 20,000 images to train on", _locate("cifar10-20k", root, compact), _decode_cifar10
+    )
+
+
 def _cifar10_quick(root: Path | None) -> _Source:
     return _read_compact(
         "CIFAR-10 quick", _locate("cifar10-quick", root, ["cifar10-quick.npz"]), _decode_cifar10
@@ -238,6 +245,7 @@ def _tinyimagenet40(root: Path | None) -> _Source:
 _READERS: dict[str, Callable[[Path | None], _Source]] = {
     "digits": _digits,
     "cifar10": _cifar10,
+    "cifar10-20k": _cifar10_20k,
     "cifar10-quick": _cifar10_quick,
     "cifar100": _cifar100,
     "tinyimagenet40": _tinyimagenet40,

@@ -30,7 +30,8 @@ def command(study: Study) -> Callable[..., None]:
         size: Annotated[
             str,
             typer.Option(
-                help="tiny: does it run; small: minutes on 2 cores; medium: many hours on them; full: hours on a GPU."
+                help="tiny: does it run; small: minutes on 2 cores; medium: many hours on them; full: hours on a GPU; "
+                "gpu: minutes on one."
             ),
         ] = study.sizes[1],
         device: Annotated[

@@ -240,7 +240,7 @@ def test_the_calls_fit_their_time() -> None:
         for call, names in gpu_suite.CALLS.items()
     }
     assert sums["first"] <= 8 * 60
-    assert sums["second"] <= 4 * 60
+    assert sums["second"] <= 6 * 60
     for call, seconds in sums.items():
         assert f"| {call} call | {seconds:.0f} |" in (gpu_suite.__doc__ or "")
     for name, part in gpu_suite.PARTS.items():
@@ -253,7 +253,10 @@ def test_at_most_eight_files_come_out(tmp_path: Path) -> None:
         written = {"summary.json", "suite.log"}
         for name in names:
             for command in gpu_suite.PARTS[name].commands(Context(tmp_path, "cuda", False)):
-                written |= {word for word in command if word.startswith(str(tmp_path))}
+                written |= {word for word in command if word.startswith(f"{tmp_path}/")}
+        if "evidence" in names:
+            stem = tmp_path / "evidence-gpu"
+            written |= {f"{stem}{end}" for end in (".json", ".rows.jsonl", "-curves.png", "-lrs.png")}
         assert len(written) <= 8
         assert all(Path(path).parent in (tmp_path, Path()) for path in written)
 
@@ -357,9 +360,8 @@ def test_commands_name_things_that_exist(name: str, tiny: bool, tmp_path: Path) 
         for word in command:
             assert not word.startswith("tests/") or (gpu_suite.ROOT / word.split("::")[0]).exists()
             if word.startswith("benchmarks."):
-                assert (
-                    gpu_suite.ROOT / "benchmarks" / f"{word.removeprefix('benchmarks.').replace('.', '/')}.py"
-                ).exists()
+                module = gpu_suite.ROOT / word.replace(".", "/")
+                assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()
     chosen = {*gpu_suite.STEPS, *gpu_suite.MORE_STEPS, *gpu_suite.PEERS}
     assert chosen <= set(OPTIMIZERS)
     assert set(gpu_suite.MORE_WORKLOADS) <= set(WORKLOADS)

@@ -77,6 +77,6 @@ EVIDENCE = Study(
     tables,
     draw,
     comparison.describe,
-    sizes=("tiny", "medium", "full"),
+    sizes=("tiny", "medium", "full", "gpu"),
     left=left,
 )

@@ -341,6 +341,17 @@ def test_compact_cifar10_quick(tmp_path):
     assert dataset.val_y.tolist() in ([0, 1], [1, 0])
 
 
+def test_compact_cifar10_20k_reads_two_training_files_and_the_test_file(tmp_path):
+    images, labels = random_images(12)
+    files = ("cifar10-train-1", "cifar10-train-2", "cifar10-test")
+    for part, file in enumerate(files):
+        chosen = slice(4 * part, 4 * part + 4)
+        write_compact_cifar10(tmp_path / f"{file}.npz", images[chosen], labels[chosen])
+    dataset = load("cifar10-20k", root=tmp_path, validation=0)
+    assert (len(dataset.train_x), len(dataset.test_x)) == (8, 4)
+    assert torch.equal(dataset.test_x, torch.from_numpy(images[8:]).permute(0, 3, 1, 2))
+
+
 def test_compact_cifar10_in_six_files(tmp_path, monkeypatch):
     images, labels = random_images(12)
     for part in range(6):
