@@ -39,21 +39,22 @@ START_OF_EQUILIBRIUM = (0.1, 0.3, 1.0)  # in SGD's unit
 OURS = ("equilibrium-gradient", "equilibrium-filter")  # the forms that the small study chose
 CORE = ("sgd", "sgd+linear", *OURS, "muon", "adamw", "warmup")
 REST = (
-    *("adamw+linear", "muonh", "adamh", "angle", "lars", "sgdp", "equilibrium", "uniform"),
+    *("adamw+linear", "muonh", "adamh", "angle", "lars", "sgdp", "uniform"),
     *("equilibrium-gradient-filter", "warmup+linear", "muon+linear"),
     *(f"{name}+linear" for name in OURS),
 )
-ON_PLAIN = ("adamw+linear", "muonh", "angle", "lars", "warmup+linear", *(f"{name}+linear" for name in OURS))
+ON_PLAIN = ("adamw+linear", "muonh", "angle", *(f"{name}+linear" for name in OURS))
 OF_TEXT = (
     *("adamw", "adamw+linear", "muon", "muonh", "adamh", "muon+linear", "sgd+linear"),
     *("equilibrium-gradient", "muonh+linear", "adamh+linear"),
 )
-OF_DEEP = ("sgd", "sgd+linear", *OURS, "muon", "angle")
-OF_BATCHES = ("sgd+linear", "lars+linear", *OURS, "muon", "adamw+linear")
+OF_DEEP = ("sgd", "sgd+linear", *OURS, "muon")
+OF_BATCHES = ("sgd+linear", "lars+linear", "equilibrium-filter", "muon", "adamw+linear")
 OF_TRANSFER = ("sgd+linear", "adamw", "angle", "adamh", "equilibrium-gradient")
 OF_BUDGETS = ("sgd+linear", *OURS, *(name + COSINE_SQUARED for name in OURS), "muon")
 LEFT_OUT = {  # by what the small studies show
     "sphere": "behind SGD on both nets of swap-in, and its learning rate has a unit of its own",
+    "equilibrium": "on the update, by layer it is worse than by filter on all nets (control)",
     "uniform-update, angle-update": "equal true angles train no better than equal ELRs (control)",
     "angle-filter, angle-update-filter": "no better than by layer on a residual net (control)",
     "equilibrium-unprotected": "usable at SGD's learning rate alone (control)",
@@ -203,6 +204,7 @@ def blocks(nets: Nets) -> list[Block]:
     residual, plain = nets.residual, nets.plain
     untuned = (*OURS, "warmup")
     ends = [name + end for end in (COSINE_SQUARED, RELEASED) for name in OURS]
+    ends.append("sgd+linear" + COSINE_SQUARED)  # is a steeper end better with SGD too?
     short, long = (dataclasses.replace(residual, epochs=epochs, curve=epochs) for epochs in nets.budgets)
     result = [
         Block("tuned", residual, CORE),
@@ -211,26 +213,25 @@ def blocks(nets: Nets) -> list[Block]:
         Block("tuned", plain, CORE),
         Block("untuned", plain, untuned, lr_of="sgd"),
         Block("budget", short, OF_BUDGETS, lrs_from=residual),
-        Block("tuned", residual, REST),
     ]
     if nets.text is not None:
         result.append(Block("text", nets.text, OF_TEXT))
     result += [
-        Block("tuned", plain, ON_PLAIN),
-        Block("budget", long, OF_BUDGETS, 2, lrs_from=residual),
+        Block("tuned", residual, REST),
         *(
-            Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES, 2)
+            Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES)
             for size in nets.batches
         ),
-        *(
-            Block("transfer", dataclasses.replace(residual, model=model), OF_TRANSFER, 0)
-            for model in nets.models
-        ),
+        Block("budget", long, OF_BUDGETS, lrs_from=residual),
+        Block("tuned", plain, ON_PLAIN),
         Block("tuned", nets.deep, OF_DEEP),
         Block("untuned", nets.deep, untuned, lr_of="sgd"),
     ]
     if nets.large is not None:
         result.append(Block("large", nets.large, ("sgd+linear", *OURS), 2, lrs_from=residual))
+    result += [
+        Block("transfer", dataclasses.replace(residual, model=model), OF_TRANSFER, 0) for model in nets.models
+    ]
     if importlib.util.find_spec("heavyball") is not None:  # a check of AdamH by another implementation
         result += [Block("tuned", task, ("hyperball",)) for task in (residual, nets.text) if task is not None]
     return [*result, Block("tuned", residual, CORE, 5), Block("tuned", plain, CORE, 5)]
@@ -271,7 +272,8 @@ def medium(device: str) -> list[Block]:
         "channels_last": True,
         "device": device,
     }
-    residual, plain, deep = (Task(net, **recipe) for net in ("resnet-20-w8", "plain-20-w8", "plain-56-w8"))
+    residual, plain = (Task(net, **recipe) for net in ("resnet-20-w8", "plain-20-w8"))
+    deep = dataclasses.replace(plain, model="plain-56-w8", epochs=10, curve=10)
     text = Task(
         "olmo-4-w160",
         "python",

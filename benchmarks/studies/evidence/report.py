@@ -15,7 +15,7 @@ from benchmarks.common.statistics import Interval
 from benchmarks.common.sweep import Row
 from benchmarks.studies.comparison import label
 from benchmarks.studies.control.report import usable
-from benchmarks.studies.evidence.summarize import find
+from benchmarks.studies.evidence.summarize import LEVELS, find
 from elropt import plots
 
 
@@ -34,10 +34,12 @@ def of_task(title: str, metric: Metric, methods: dict[str, Any]) -> Table:
     spec = f".{metric.digits}f"
     table = table_of(
         f"{title}: {metric.title}",
-        *("method", "best lr", "validation", "test", "Δ", "usable"),
+        *("method", "best lr", "validation", "test", "Δ", "usable", "epochs to"),
         caption="lr chosen by validation with one seed and a third of the steps; test with fresh seeds, mean [95 % by "
         "Student's t]; Δ: how much better than the best-tuned SGD, by seed; usable: largest / smallest lr with 90 % of "
-        "the best gain over chance of all methods; * the best lr is at the end of its grid",
+        "the best gain over chance of all methods; epochs to: until the mean of the fresh seeds on the validation part "
+        f"has {', '.join(f'{level:.0%}' for level in LEVELS)} of the gain that the best-tuned SGD ends with; * the "
+        "best lr is at the end of its grid",
     )
     for name, it in methods.items():
         table.add_row(
@@ -47,6 +49,9 @@ def of_task(title: str, metric: Metric, methods: dict[str, Any]) -> Table:
             shown(it["test"], spec),
             shown(it["better_than_best_sgd"], f"+{spec}"),
             usable(it["usable"]),
+            "–"
+            if not it["epochs_to"]
+            else ", ".join("–" if e is None else f"{e:.2g}" for e in it["epochs_to"]),
         )
     return table
 

@@ -40,13 +40,7 @@ QUESTIONS = {
 }
 RULES = (*OURS, "equilibrium", "equilibrium-gradient-filter", "warmup", "uniform", "angle")
 BASELINES = ("sgd", "sgd+linear")
-LEVELS = (
-    0.5,
-    0.8,
-    0.9,
-    0.95,
-    1.0,
-)  # shares of the best SGD's last gain over chance, for the time to accuracy
+LEVELS = (0.8, 0.9, 0.95, 1.0)  # shares of the best SGD's last gain over chance, for the epochs to accuracy
 Scores = dict[int, float]  # by fresh seed
 
 
@@ -128,6 +122,7 @@ def of_task(found: Found, task: Task) -> dict[str, Any]:
     best = max((max(scores.values()) for scores in choosing.values()), default=np.nan)
     bar = found.chance[task] + USABLE * (best - found.chance[task])
     baseline = found.best_sgd(task)
+    epochs_to = epochs_to_levels(found, task, baseline) if baseline else {}
     result = {}
     for name in found.methods(task):
         scores = choosing.get(name, {})
@@ -143,6 +138,7 @@ def of_task(found: Found, task: Task) -> dict[str, Any]:
             else difference(test, found.tuned(task, baseline or "")),
             "usable": None if range_ is None else {**range_._asdict(), "width": range_.width},
             "curve": mean_curve(found, task, name),
+            "epochs_to": epochs_to.get(name),
         }
     return result
 
@@ -225,7 +221,7 @@ def untuned(found: Found) -> dict[str, Any]:
 
 def budget(found: Found) -> dict[str, Any]:
     """Of the residual net at every number of epochs: how much better than the better one of SGD with and without
-    warm-up, and the epochs to shares of that SGD's last gain."""
+    warm-up."""
     result: dict[str, Any] = {}
     for tasks in grouped(image_tasks(found), without_epochs).values():
         if len({task.epochs for task in tasks}) < 2:
@@ -239,7 +235,6 @@ def budget(found: Found) -> dict[str, Any]:
             result[label(vars(task))] = {
                 "baseline": baseline,
                 "better": {name: gain for name, gain in gains.items() if gain and name != baseline},
-                "epochs_to_accuracy": epochs_to_levels(found, task, baseline),
             }
     every = [{name for name, gain in it["better"].items() if gain["mean"] > 0} for it in result.values()]
     ahead = sorted(set.intersection(*every)) if len(every) > 1 else []
