@@ -7,9 +7,11 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -78,7 +80,7 @@ def _run_missing(
     with (
         progress_bar(console) as progress,
         rows_file.open("a", encoding="utf-8") as file,
-        ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_parent) as pool,
     ):
         task = progress.add_task("running", total=None)
         running: dict[Future[Row], Spec] = {}
@@ -153,6 +155,18 @@ def without_nan(value: Any) -> Any:
 def default_jobs(device: str) -> int:
     """The CPU's cores; 1 on a GPU."""
     return (os.cpu_count() or 1) if device == "cpu" else 1
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as the one that started it is gone: killed, it cannot end it itself."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait_and_end() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def _work_on_one_thread(work: Callable[[Spec], Row], spec: Spec) -> Row:

@@ -15,6 +15,6 @@ from benchmarks.common import sweep
 def threads_for_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sweeps work in threads: for tests of what comes before and after, a process costs seconds to import torch."""
     threads = torch.get_num_threads()  # which a sweep sets to 1 in its processes
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
     yield
     torch.set_num_threads(threads)

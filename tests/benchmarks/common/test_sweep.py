@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ def fails_at_two(spec: Spec) -> dict[str, Any]:
 
 
 def slow(spec: Spec) -> dict[str, Any]:
+    (Path(spec.folder) / "worker").write_text(str(os.getpid()))
     time.sleep(0.2)
     return square(spec)
 
@@ -96,13 +98,19 @@ def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     script.write_text(code)
     root = Path(__file__).resolve().parents[3]
     process = subprocess.Popen(
-        [sys.executable, script], cwd=root, env={**__import__("os").environ, "PYTHONPATH": str(root)}
+        [sys.executable, script], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (not file.exists() or file.read_text().count("\n") < 2):
         time.sleep(0.05)
     process.kill()
     process.wait()
+    worker = Path("/proc", (tmp_path / "worker").read_text(), "stat")
+    while time.monotonic() < deadline and worker.exists() and ") Z " not in worker.read_text():
+        time.sleep(0.05)
+    assert not worker.exists() or ") Z " in worker.read_text(), (
+        "the worker outlived the process that started it"
+    )
     kept = sweeps.read_rows(file)
     assert 2 <= len(kept) < 50
     rows = run([Spec(float(i), str(tmp_path)) for i in range(4)], file)
