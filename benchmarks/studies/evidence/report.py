@@ -1,4 +1,4 @@
-"""What the study shows: a table of every task, the verdicts, and learning curves."""
+"""What the study shows: a table of every task and of every question, the verdicts, and learning curves."""
 
 from __future__ import annotations
 
@@ -20,13 +20,80 @@ from elropt import plots
 
 
 def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
-    """The methods on every task, then the verdicts."""
+    """The methods on every task, the questions that have numbers of their own, then the verdicts."""
     metrics = {label(vars(task)): metric for task, metric in find(rows).metric.items()}
+    found = {name: it["found"] for name, it in summary["questions"].items()}
     verdicts = [(it["asked"], it["verdict"]) for it in summary["questions"].values()]
+    of_questions = (
+        untuned(found["untuned"]),
+        pairs("another end of the schedule", "the plain cosine", found["annealing"], metrics),
+        pairs("a linear warm-up", "none", found["warm-up"], metrics),
+        pairs("on text", "a peer", found["text"], metrics),
+        transfer(found["transfer"]),
+        batch(found["batch"]),
+    )
     return [
         *(of_task(task, metric, summary["tasks"][task]) for task, metric in metrics.items()),
+        *(table for table in of_questions if table.rows),
         table_of("questions", "question", "verdict", rows=verdicts, wrap=True),
     ]
+
+
+def untuned(found: dict[str, Any]) -> Table:
+    """Our rules in place of SGD, at its own learning rate."""
+    table = table_of(
+        "swapped in",
+        *("task", "method", "lr", "better than SGD", "aim"),
+        caption="at the learning rate that is best for SGD without a warm-up; points of test accuracy, by seed",
+    )
+    for task, methods in found.items():
+        for name, it in methods.items():
+            table.add_row(task, name, f"{it['lr']:g}", shown(it["better"], "+.1f"), f"{it['aim']:+g}")
+    return table
+
+
+def pairs(question: str, against: str, found: dict[str, Any], metrics: dict[str, Metric]) -> Table:
+    """How much better each method is than the one it is compared with."""
+    table = table_of(
+        f"{question} against {against}",
+        *("task", "method", "better by"),
+        caption="on the test part, by seed, each at its own learning rate; above 0: better",
+    )
+    for task, it in found.items():
+        metric = next(metric for name, metric in metrics.items() if task.startswith(name))
+        for name, gain in it["better"].items():
+            table.add_row(task, name, shown(gain, f"+.{metric.digits}f"))
+    return table
+
+
+def transfer(found: dict[str, Any]) -> Table:
+    """The best learning rate on nets of other widths and depths."""
+    nets = list(dict.fromkeys(net for it in found.values() for net in it["best_lrs"]))
+    table = table_of(
+        "one learning rate for all nets",
+        *("method", *nets, "range", "most that is lost"),
+        caption="best learning rate by validation (top of a parabola); range: largest / smallest; lost: points of "
+        f"validation accuracy, with the best one of {nets[0] if nets else 'the first'} on the others",
+    )
+    for name, it in found.items():
+        lost = it["worst_loss"]
+        lrs = [f"{it['best_lrs'][net]:.2g}" for net in nets]
+        table.add_row(name, *lrs, f"×{it['range']:.2g}", "–" if lost is None else f"{lost:.1f}")
+    return table
+
+
+def batch(found: dict[str, Any]) -> Table:
+    """Test accuracy by batch size."""
+    sizes = sorted({size for of_size in found.values() for size in of_size}, key=int)
+    table = table_of(
+        "batch sizes at equal epochs",
+        *("method", *sizes),
+        caption="test accuracy (%), each with its own best learning rate, mean [95 % by Student's t]",
+    )
+    for name, of_size in found.items():
+        if len(of_size) > 1:
+            table.add_row(name, *(shown(of_size.get(size), ".1f") for size in sizes))
+    return table
 
 
 def of_task(title: str, metric: Metric, methods: dict[str, Any]) -> Table:
