@@ -51,7 +51,8 @@ OF_TEXT = (
 OF_DEEP = ("sgd", "sgd+linear", *OURS, "muon")
 OF_BATCHES = ("sgd+linear", "lars+linear", "equilibrium-filter", "muon", "adamw+linear")
 OF_TRANSFER = ("sgd+linear", "adamw", "angle", "adamh", "equilibrium-gradient")
-OF_BUDGETS = ("sgd+linear", *OURS, *(name + COSINE_SQUARED for name in OURS), "muon")
+OF_BUDGETS = ("sgd", "sgd+linear", *OURS, *(name + COSINE_SQUARED for name in OURS), "muon")
+OF_LONG_BUDGETS = ("sgd+linear", "equilibrium-filter", "muon", "sgd")
 LEFT_OUT = {  # by what the small studies show
     "sphere": "behind SGD on both nets of swap-in, and its learning rate has a unit of its own",
     "equilibrium": "on the update, by layer it is worse than by filter on all nets (control)",
@@ -213,6 +214,7 @@ def blocks(nets: Nets) -> list[Block]:
         Block("tuned", plain, CORE),
         Block("untuned", plain, untuned, lr_of="sgd"),
         Block("budget", short, OF_BUDGETS, lrs_from=residual),
+        Block("budget", short, OURS, lrs_from=residual, lr_of="sgd"),
     ]
     if nets.text is not None:
         result.append(Block("text", nets.text, OF_TEXT))
@@ -222,7 +224,8 @@ def blocks(nets: Nets) -> list[Block]:
             Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES)
             for size in nets.batches
         ),
-        Block("budget", long, OF_BUDGETS, lrs_from=residual),
+        Block("budget", long, OURS, lrs_from=residual, lr_of="sgd"),
+        Block("budget", long, OF_LONG_BUDGETS, lrs_from=residual),
         Block("tuned", plain, ON_PLAIN),
         Block("tuned", nets.deep, OF_DEEP),
         Block("untuned", nets.deep, untuned, lr_of="sgd"),
@@ -234,7 +237,9 @@ def blocks(nets: Nets) -> list[Block]:
     ]
     if importlib.util.find_spec("heavyball") is not None:  # a check of AdamH by another implementation
         result += [Block("tuned", task, ("hyperball",)) for task in (residual, nets.text) if task is not None]
-    return [*result, Block("tuned", residual, CORE, 5), Block("tuned", plain, CORE, 5)]
+    for task in (residual, plain):
+        result += [Block("untuned", task, OURS, 5, lr_of="sgd"), Block("tuned", task, CORE, 5)]
+    return result
 
 
 def tiny(device: str) -> list[Block]:

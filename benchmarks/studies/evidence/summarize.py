@@ -38,8 +38,16 @@ QUESTIONS = {
     "text": "a language model: AdamH and MuonH against AdamW and Muon",
     "default": "which rule to recommend first where weight decay is on",
 }
-RULES = (*OURS, "equilibrium", "equilibrium-gradient-filter", "warmup", "uniform", "angle")
 BASELINES = ("sgd", "sgd+linear")
+AT_SGDS = " at SGD's lr"  # ends the name of a method that takes SGD's learning rate, where its own is another
+RULES = (
+    *OURS,
+    *(name + AT_SGDS for name in OURS),
+    "equilibrium-gradient-filter",
+    "warmup",
+    "uniform",
+    "angle",
+)
 LEVELS = (0.8, 0.9, 0.95, 1.0)  # shares of the best SGD's last gain over chance, for the epochs to accuracy
 Scores = dict[int, float]  # by fresh seed
 
@@ -63,6 +71,8 @@ class Found(NamedTuple):
 
     def best_lr(self, task: Task, method: str) -> float | None:
         """The learning rate that was chosen for a method; without runs for choosing, the only one that there is."""
+        if method.endswith(AT_SGDS):
+            return self.best_lr(task, "sgd")
         if scores := self.chosen_on(task).get(chosen_as(method)):
             return max(scores, key=scores.__getitem__)
         lrs = {lr for name, lr in self.final.get(task, {}) if name == method}
@@ -71,13 +81,13 @@ class Found(NamedTuple):
     def tuned(self, task: Task, method: str) -> Scores:
         """Test scores by seed at the method's own learning rate; empty if there are none."""
         lr = self.best_lr(task, method)
-        return {} if lr is None else self.final.get(task, {}).get((method, lr), {})
+        return {} if lr is None else self.final.get(task, {}).get((method.removesuffix(AT_SGDS), lr), {})
 
     def methods(self, task: Task) -> list[str]:
         """All methods with a row on a task."""
-        return list(
-            dict.fromkeys([*self.choosing.get(task, {}), *(name for name, _ in self.final.get(task, {}))])
-        )
+        sgds, final = self.best_lr(task, "sgd"), self.final.get(task, {})
+        swapped_in = [name + AT_SGDS for name, lr in final if lr == sgds != self.best_lr(task, name)]
+        return list(dict.fromkeys([*self.choosing.get(task, {}), *(name for name, _ in final), *swapped_in]))
 
     def best_sgd(self, task: Task) -> str | None:
         """SGD or SGD with a linear warm-up, the better one by validation, of those with test rows."""
@@ -156,7 +166,7 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[s
 def mean_curve(found: Found, task: Task, method: str) -> list[tuple[float, float]]:
     """(epoch, validation metric) at a method's own learning rate, means over the fresh seeds."""
     lr = found.best_lr(task, method)
-    curves = [] if lr is None else found.curves.get(task, {}).get((method, lr), [])
+    curves = [] if lr is None else found.curves.get(task, {}).get((method.removesuffix(AT_SGDS), lr), [])
     metric = found.metric[task]
     points = [np.mean(at, axis=0) for at in zip(*curves, strict=False)]
     return [(float(epoch), float(abs(metric.factor) * value)) for epoch, _, value in points]
@@ -207,7 +217,7 @@ def untuned(found: Found) -> dict[str, Any]:
         lr, sgd = found.best_lr(task, "sgd"), found.tuned(task, "sgd")
         aim = -0.2 if "resnet" in task.model else 3.0
         for name in (*OURS, "warmup"):
-            gain = difference(found.final.get(task, {}).get((name, lr), {}), sgd) if lr is not None else None
+            gain = difference(found.tuned(task, name + AT_SGDS), sgd)
             if gain is not None:
                 of_one = {"lr": lr, "better": gain, "aim": aim, "met": gain["mean"] >= aim}
                 result.setdefault(label(vars(task)), {})[name] = of_one

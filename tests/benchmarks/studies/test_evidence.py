@@ -278,8 +278,14 @@ def test_the_default_is_judged_on_all_nets() -> None:
         *final(PLAIN, "warmup", 0.1, [70.0, 70.0]),
     ]
     it = summarize.summarize([*ROWS, *plain])["questions"]["default"]
-    assert list(it["found"]) == ["equilibrium-filter"]  # "warmup" has no result on the residual net
+    swapped_in = "equilibrium-filter at SGD's lr"
+    assert list(it["found"]) == [
+        "equilibrium-filter",
+        swapped_in,
+    ]  # "warmup" has no result on the residual net
     assert it["found"]["equilibrium-filter"]["mean"] == pytest.approx((2.1 - 0.5) / 2)
+    # 64.9 − 66.5 on the residual net; on the plain net SGD's learning rate is its own
+    assert it["found"][swapped_in]["mean"] == pytest.approx((-1.6 - 0.5) / 2)
     assert it["found"]["equilibrium-filter"]["worst"] == pytest.approx(-0.5)
 
 
@@ -311,7 +317,7 @@ def test_figures_have_a_panel_for_each_task_with_results() -> None:
         "evidence-curves": 1,
         "evidence-lrs": 1,
     }
-    assert len(drawn["evidence-curves"].axes[0].lines) == 4
+    assert len(drawn["evidence-curves"].axes[0].lines) == 5
     assert len(drawn["evidence-lrs"].axes[0].lines) == 3
     assert draw([], summarize.summarize([])) == {}
 
