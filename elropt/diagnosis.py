@@ -5,6 +5,8 @@ what is named and what is a false alarm. "Healthy" runs are those on which they 
 
 | threshold | value | reason |
 |---|---:|---|
+| `DEAD` | 1e-6 | of ‖g‖·‖w‖ at first, which no rescaling of w changes; healthy layers stayed above 4e-4 |
+| `STILL` | 0.1 | of the usual angle per lr before; the steps of an Adam can outlive its gradients |
 | `LARGE_ANGLE` | 0.3 rad | healthy layers stayed below 0.04; after 0.24 rad gradients have changed by 30 % |
 | `SAFE_ANGLE` | 0.1 rad | what a proposed learning rate would turn such a layer by |
 | `SMALL_PATH` | 0.02 rad | all angles of a run added up; in 300 steps healthy layers came to 0.14 and more |
@@ -16,6 +18,7 @@ what is named and what is a false alarm. "Healthy" runs are those on which they 
 | `GROWS_ON` | 1.05 | times, in the second half of the run (by the sum of λ), where there is a decay |
 | `UNBOUNDED` | 0.1 | share of the growth in that half that decay takes back at most: the norm could still triple |
 | `IDLE_DECAY` | 0.02 | the share of a weight that decay takes away over the whole run |
+| `LONGEST_RUN` | 500,000 steps | decay that needs more to shorten a weight e-fold matters in no usual run |
 | `BALANCED` | 0.5 | change of ln‖w‖ over what decay takes from it; where it is b the angle is √(1+b)·φ |
 | `WINDOW` | 0.25 | what decay takes from ln‖w‖ in the stretch of steps that `BALANCED` is judged over |
 | `ANNEALED` | 0.1 | of the largest learning rate: below it nothing is said of an equilibrium |
@@ -41,6 +44,7 @@ Array: TypeAlias = NDArray[np.float64]
 Indices: TypeAlias = NDArray[np.intp]  # of records or of layers
 Severity: TypeAlias = Literal["note", "warning"]
 Kind: TypeAlias = Literal[
+    "died",
     "not_finite",
     "large_angle",
     "update_spike",
@@ -53,6 +57,7 @@ Kind: TypeAlias = Literal[
     "rule",
 ]
 TITLES: dict[Kind, str] = {
+    "died": "The run has died",
     "not_finite": "Weights are not finite",
     "large_angle": "A layer turns too far",
     "update_spike": "An update spike",
@@ -65,6 +70,8 @@ TITLES: dict[Kind, str] = {
     "rule": "What the rule did",
 }
 
+DEAD = 1e-6
+STILL = 0.1
 LARGE_ANGLE = 0.3
 SAFE_ANGLE = 0.1
 SMALL_PATH = 0.02
@@ -76,10 +83,12 @@ GROWTH = 1.5
 GROWS_ON = 1.05
 UNBOUNDED = 0.1
 IDLE_DECAY = 0.02
+LONGEST_RUN = 500_000.0
 BALANCED = 0.5
 WINDOW = 0.25
 ANNEALED = 0.1
 
+DEAD_RECORDS = 3  # at least, at the end of a run that has died
 BEFORE_SPIKE = 8, 16  # records at least and at most that say what was usual before
 AFTER_SPIKE = 8, 40  # and after; a tenth of these must be much smaller, as momentum goes on for some steps
 SPIKE_GAP = 5  # records between two spikes at least; momentum spreads one over several
@@ -109,7 +118,7 @@ class Finding:
 
 
 def diagnose(run: RunHistory) -> list[Finding]:
-    """What the run shows: warnings first, then notes, each by its first step.
+    """What the run shows: that it has died, then other warnings, then notes, each by its first step.
 
     Most of it is said of tracked layers. Others count where their angle or decay means something too: for layers that
     turn too far, spikes, a decay that does nothing, and weights that are not finite. A file of an elropt that recorded
@@ -125,7 +134,11 @@ def diagnose(run: RunHistory) -> list[Finding]:
     ):  # of runs that end in NaN and infinity
         seen = _Seen(run, run.angle, decay_of(run))
         found = [finding for look in _LOOKS for finding in look(seen)]
-    return sorted(found, key=lambda finding: (finding.severity != "warning", finding.steps))
+    return sorted(found, key=_place)
+
+
+def _place(finding: Finding) -> tuple[bool, bool, tuple[int, int]]:
+    return finding.severity != "warning", finding.kind != "died", finding.steps
 
 
 class _Seen:
@@ -179,6 +192,42 @@ class _Seen:
         steps = int(self.steps[records[0]]), int(self.steps[records[-1]])
         names = tuple(self.run.names[layer] for layer in layers)
         return Finding(kind, steps, names, what, advice, severity)
+
+
+def _died(seen: _Seen) -> list[Finding]:
+    run, records = seen.run, _dead_records(seen)
+    if not len(records):
+        return []
+    layers = seen.tracked
+    gradients = run.grad_norm[records][:, layers]
+    decays = np.nanmax(run.weight_decay[records][:, layers], initial=0) > 0
+    what = (
+        f"By step {seen.steps[records[0]]} the gradients of all {len(layers)} tracked layers are "
+        f"{'zero' if np.nanmax(gradients) == 0 else 'practically zero'}, and stay so to the end: "
+        f"{'only weight decay moves these weights' if decays else 'nothing moves these weights any more'}."
+    )
+    lr = float(_peak(run.lr[: records[0], layers].ravel()))
+    such_as = f", such as {_show(lr / 10, 1)} instead of {_show(lr)}," if lr > 0 else ""
+    advice = (
+        f"Start again with a smaller learning rate{such_as} or with a warm-up. Only if the loss is 0, too, nothing is "
+        "wrong: all data are fitted."
+    )
+    return [seen.finding("died", records, layers, what, advice)]
+
+
+def _dead_records(seen: _Seen) -> Indices:
+    """Those from which on no tracked layer has a gradient or turns; none if the run is alive."""
+    run, tracked = seen.run, seen.tracked
+    layers = tracked[np.isfinite(run.grad_norm[:, tracked]).any(axis=0)]  # without those that are frozen
+    size = (run.grad_norm * run.weight_norm)[:, layers]
+    first = size[(size > 0).argmax(axis=0), np.arange(len(layers))]
+    alive = np.flatnonzero(~(size <= DEAD * first).all(axis=1))
+    start = alive[-1] + 1 if len(alive) else 0
+    if start == 0 or len(size) - start < DEAD_RECORDS:
+        return seen.all_records[:0]
+    turn = (seen.angle / np.where(run.lr > 0, run.lr, 1.0))[:, layers]
+    is_still = (_quantile(turn[start:]) <= STILL * _quantile(turn[:start])).all()
+    return seen.all_records[start:] if is_still else seen.all_records[:0]
 
 
 def _not_finite(seen: _Seen) -> list[Finding]:
@@ -272,7 +321,7 @@ def _spike(seen: _Seen, records: Indices, spiking: NDArray[np.bool_], ratio: Arr
     if lr_rise > 2:
         what += f" The learning rate was {_show(lr_rise)} times the usual one."
         advice = f"Look at the schedule of the learning rate around step {seen.steps[t]}."
-    elif grad_rise > 2:
+    elif 2 < grad_rise < math.inf:
         what += f" Its gradient was {_show(grad_rise)} times as long as usual."
         norm = 2 * math.sqrt(np.nansum(usual_grad**2))
         advice = (
@@ -431,20 +480,34 @@ def _idle_decay(seen: _Seen) -> list[Finding]:
     total = seen.taken[-1]
     idle = (decay > 0) & (total < IDLE_DECAY) & ~seen.decay.keeps_norm
     idle[_hardly_turn(seen)] = False  # their learning rate is the matter
-    layers = np.flatnonzero(idle)
-    if not len(layers) or seen.duration < SHORT_RUN:
+    if seen.duration < SHORT_RUN:
         return found
-    layers = layers[np.argsort(total[layers], kind="stable")]
+    pace = seen.duration / total  # steps in which ln‖w‖ falls by 1
+    order = np.argsort(total, kind="stable")
+    layers = order[idle[order]]
+    alike = layers[pace[layers] > LONGEST_RUN], layers[pace[layers] <= LONGEST_RUN]
+    return [*found, *(_idle(seen, layers, decay, pace) for layers in alike if len(layers))]
+
+
+def _idle(seen: _Seen, layers: Indices, decay: Array, pace: Array) -> Finding:
+    """Of layers that are alike in whether a run could be long enough for their decay."""
     least = layers[0]
+    total = seen.duration / pace[least]
     what = (
-        f"The weight decay of {_show(decay[least])} shortens {seen.named(layers)} by {_show(100 * total[least])} % in "
+        f"The weight decay of {_show(decay[least])} shortens {seen.named(layers)} by {_show(100 * total)} % in "
         f"all {seen.duration:,.0f} steps together."
     )
-    advice = "Leave it out, or make it larger."
-    if total[least] > 0:
-        new = decay[least] * USEFUL_DECAY / total[least]
-        advice = f"About {_show(new, 1)} would matter in a run of this length; else leave it out."
-    return [*found, seen.finding("idle_decay", seen.all_records, layers, what, advice)]
+    if total == 0:
+        return seen.finding("idle_decay", seen.all_records, layers, what, "Leave it out, or make it larger.")
+    new = f"About {_show(decay[least] * USEFUL_DECAY / total, 1)} would matter in a run as short as this one"
+    if pace[least] > LONGEST_RUN:
+        advice = f"It needs about {_show(pace[least])} steps to matter. {new}; else leave it out."
+        return seen.finding("idle_decay", seen.all_records, layers, what, advice)
+    advice = (
+        f"The run is short: this decay needs about {_show(pace[least])} steps to matter. In a run of that length leave "
+        f"it as it is. {new}."
+    )
+    return seen.finding("idle_decay", seen.all_records, layers, what, advice, "note")
 
 
 def _equilibrium(seen: _Seen) -> list[Finding]:
@@ -469,13 +532,20 @@ def _equilibrium(seen: _Seen) -> list[Finding]:
     lr = np.nanmax(np.where(np.isfinite(seen.run.lr), seen.run.lr, -np.inf)[:, layers], axis=1)
     high = np.flatnonzero(lr >= ANNEALED * lr.max())
     away = layers[~balanced[high[-1]]]
-    if not len(away):
+    if not len(away) or len(_dead_records(seen)):
         return found
     last = high[-max(1, len(high) // 10) :]
     what = (
         f"Tracked layers that are not in equilibrium at step {seen.steps[last[-1]]}: {len(away)} of {len(layers)}. "
         f"They turn by {_range(_quantile(seen.angle[last][:, away]))} rad per step{_against(seen, last, away)}."
     )
+    settled = _quantile(seen.decay.angle[last][:, away])
+    near = np.abs(np.log(_quantile(seen.angle[last][:, away]) / settled)) < math.log(1 + BALANCED) / 2
+    if near.any():
+        what += (
+            f" Already at about this angle: {near.sum()} of {len(away)}. That is chance so far: their norms still "
+            "move, or have not kept still for long enough."
+        )
     pace = _mean(_quantile(seen.decay.share[high])[away])
     if pace > 0:
         way = seen.taken[last[-1] + 1, away].max()
@@ -619,6 +689,7 @@ def _stretches(holds: ArrayLike, gap: int) -> list[Indices]:
 
 
 _LOOKS: tuple[Callable[[_Seen], Sequence[Finding]], ...] = (
+    _died,
     _not_finite,
     _large_angles,
     _spikes,

@@ -85,6 +85,57 @@ def numbers(text: str) -> list[float]:
     return [float(word) for word in words if word.replace(".", "").replace("e-", "").isdigit()]
 
 
+def dying(after: float, start: int = 80) -> tuple[np.ndarray, np.ndarray]:
+    """Angles and gradients of a run that dies at record 80; momentum turns the layers some steps longer."""
+    alive = np.arange(200)[:, None] < start
+    fading = 0.9 ** np.maximum(0, np.arange(200) - start)[:, None]
+    return constant() * np.where(alive, 1, fading), np.where(alive, [1.0, 2.0, 3.0], after)
+
+
+@pytest.mark.parametrize(("after", "said"), [(0.0, "are zero"), (1e-9, "are practically zero")])
+def test_a_run_that_has_died_is_the_first_finding(after: float, said: str) -> None:
+    angle, grad = dying(after)
+    angle[3, 1] = 0.5  # earlier, and the cause
+    finding = diagnose(history(angle, every=5, grad_norm=grad, lr=2.0, weight_decay=5e-4))[0]
+    assert (finding.kind, finding.severity, finding.steps) == ("died", "warning", (400, 995))
+    assert finding.layers == ("a", "b", "c")
+    assert f"By step 400 the gradients of all 3 tracked layers {said}" in finding.what
+    assert "only weight decay moves these weights" in finding.what
+    assert "smaller learning rate, such as 0.2 instead of 2, or with a warm-up" in finding.advice
+    no_decay = the("died", history(angle, grad_norm=grad))
+    assert "nothing moves these weights" in no_decay.what
+
+
+def test_a_dead_run_is_not_on_its_way_to_an_equilibrium() -> None:
+    angle, grad = dying(0.0)
+    shrinking = np.exp(np.linspace(0, -1, 200))[:, None]
+    options: dict[str, Any] = {"weight_norm": shrinking, "lr": 0.1, "weight_decay": 5e-3}
+    assert "transient" in {f.kind for f in diagnose(history(angle, **options))}
+    assert "transient" not in {f.kind for f in diagnose(history(angle, grad_norm=grad, **options))}
+
+
+def test_what_only_looks_dead_has_not_died() -> None:
+    def died(angle: np.ndarray, grad: ArrayLike, **options: Any) -> bool:
+        return any(finding.kind == "died" for finding in diagnose(history(angle, grad_norm=grad, **options)))
+
+    angle, grad = dying(0.0)
+    assert died(angle, grad)
+    to_zero = np.linspace(1, 0, 200)[:, None] ** 8
+    assert not died(constant() * to_zero, 1e-3, lr=0.1 * to_zero)  # a schedule
+    one_alive = grad.copy()
+    one_alive[:, 1] = 1
+    assert not died(angle, one_alive)
+    revived = grad.copy()
+    revived[-1] = 1
+    assert not died(angle, revived)
+    assert not died(*dying(0.0, start=198))  # two records, of which a third may be alive
+    assert not died(constant(), grad)  # an Adam goes on without
+    assert not died(angle, np.where(np.arange(200)[:, None] < 80, 1.0, np.nan))
+    norm = np.where(np.arange(200)[:, None] < 80, 1.0, 1e7)  # ‖g‖ is as 1/‖w‖
+    assert not died(angle, np.where(norm > 1, 1e-7, 1.0), weight_norm=norm)
+    assert not died(0 * angle, 0.0)  # it never lived
+
+
 def test_a_quiet_run_has_no_warning() -> None:
     assert diagnose(history(constant())) == []
     assert warnings_of(history(constant(), weight_decay=1e-3)) == []
@@ -233,6 +284,26 @@ def test_growth_that_is_bounded_or_of_one_step_or_of_a_warmup_is_no_fault() -> N
     assert not warnings_of(history(constant(), weight_norm=growing, optimizer="elropt.ELRSGD", rule="angle"))
 
 
+def test_a_run_too_short_for_its_decay_is_no_warning() -> None:
+    adamw: dict[str, Any] = {"lr": 2e-3, "optimizer": "torch.optim.adamw.AdamW"}
+    usual = the("idle_decay", history(constant(), weight_decay=0.01, **adamw))
+    assert usual.severity == "note"
+    # 1/λω; and λω·200 = 0.5
+    assert "The run is short: this decay needs about 50,000 steps to matter. In a run of that" in usual.advice
+    assert "About 1 would matter in a run as short as this one" in usual.advice
+    long = the("idle_decay", history(constant(), every=100, weight_decay=2e-4, **adamw))
+    assert long.severity == "warning"  # 20,000 steps, of 2,500,000
+    assert "needs about 2,500,000 steps" in long.advice
+    decays = np.array([0.01, 5e-4, 0.01])
+    run = dataclasses.replace(
+        history(constant(), weight_decay=0.01, **adamw), weight_decay=decays + constant() * 0
+    )
+    assert [(f.severity, f.layers) for f in diagnose(run) if f.kind == "idle_decay"] == [
+        ("warning", ("b",)),
+        ("note", ("a", "c")),
+    ]
+
+
 def test_a_decay_that_does_nothing_is_named_with_one_that_would() -> None:
     finding = the("idle_decay", history(constant(), lr=0.1, weight_decay=1e-5))
     # λω/(1−μ) over 200 steps
@@ -300,6 +371,20 @@ def test_equilibrium_and_transient_by_the_norms(
     assert "not in equilibrium at step" in found.what
     assert f"about {1 / share:,.0f} steps" in found.what
     assert not [f for f in diagnose(short) if f.kind == "in_equilibrium"]
+
+
+def test_an_angle_that_agrees_before_the_norms_do_is_chance() -> None:
+    settled = np.sqrt(2 * 0.1 * 5e-4 / 1.9)
+    growing = np.exp(np.linspace(0, 0.4, 200))[:, None]  # of which decay takes back 0.1
+    angle = constant() / 0.01 * settled * [1.0, 1.2, 1.6]
+    what = the("transient", history(angle, weight_norm=growing, lr=0.1, weight_decay=5e-4)).what
+    assert (
+        f"{settled:.2g} rad (√(2λω/(1+μ))). Already at about this angle: 2 of 3. That is chance so far"
+        in what
+    )
+    assert "their norms still move" in what
+    what = the("transient", history(2 * angle, weight_norm=growing, lr=0.1, weight_decay=5e-4)).what
+    assert "chance" not in what
 
 
 def test_the_warmup_is_told_with_its_end() -> None:
