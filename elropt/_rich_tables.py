@@ -25,7 +25,9 @@ def weight_table(report: ModelReport, *, wide: bool, colored: bool) -> Table:
     If `colored`, with the colour that the layer has in plots of a run.
     """
     fastest, slowest = (report.tracked[0], report.tracked[-1]) if len(report.tracked) > 1 else (None, None)
-    title = f"Weights of two or more dimensions: E = ‖g‖/‖w‖ (1/lr), ELR = lr·E (rad) at lr {report.lr:g}"
+    title = (
+        f"Weights of two or more dimensions: E = ‖g‖/‖w‖ (1/lr), ELR = lr·E = tan(angle) at lr {report.lr:g}"
+    )
     table = Table("weight", title=title)
     if wide:
         table.add_column("shape")
@@ -50,9 +52,9 @@ def weight_table(report: ModelReport, *, wide: bool, colored: bool) -> Table:
 
 
 def _verdict(weight: WeightReport, *, wide: bool) -> str:
-    """Whether the weight is invariant, and why. A cosine in the reason is left out: the row has that of the loss."""
+    """Whether the weight is invariant, and why. Instead of a cosine in the reason the row has that of the loss."""
     if weight.reason.startswith("not:"):
-        return "no"
+        return "no: its scale matters" if wide else "no"
     if wide:
         return f"yes: {weight.reason}" if weight.invariance else f"no: {weight.reason}"
     if weight.invariance:

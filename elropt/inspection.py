@@ -113,15 +113,15 @@ class ModelReport:
         elif len(tracked) == 1:
             yield (
                 f"At lr = {self.lr:.3g} the first step of SGD turns {tracked[0].name}, the only tracked "
-                f"weight, by {math.atan(tracked[0].elr):.2g} rad."
+                f"weight, by {math.atan(tracked[0].elr):.2g} rad, the arctangent of its ELR."
             )
         else:
             fast, slow = tracked[0], tracked[-1]
             yield (
                 f"At lr = {self.lr:.3g} the first step of SGD turns the fastest layer, {fast.name}, by "
                 f"{math.atan(fast.elr):.2g} rad and the slowest, {slow.name}, by "
-                f"{math.atan(slow.elr):.2g} rad; their effective learning rates are a factor of "
-                f"{self.elr_spread:.3g} apart."
+                f"{math.atan(slow.elr):.2g} rad, the arctangents of their ELRs; their effective learning rates "
+                f"are a factor of {self.elr_spread:.3g} apart."
             )
             if self.momentum:
                 yield (

@@ -261,6 +261,7 @@ function build() {
     const figure = document.createElement("figure");
     const caption = document.createElement("figcaption");
     caption.textContent = panel.title[0].toUpperCase() + panel.title.slice(1);
+    if (panel.about) caption.textContent += `: ${panel.about}`;
     panel.div = document.createElement("div");
     figure.append(caption, panel.div);
     plots.append(figure);

@@ -38,6 +38,10 @@ except ModuleNotFoundError as error:
 __all__ = ["report_page"]
 
 OPTIONS = ("rule", "momentum", "betas", "weight_decay")
+ABOUT = {  # what is added to the titles of plots that look alike
+    "ELR": "lr·‖g‖/‖w‖, the tangent of the angle that the gradient alone would turn a layer by",
+    "angle": "measured between the weights before and after it, with all that the optimizer does",
+}
 VALUES_PER_PLOT = 300_000  # layers times records; of longer runs the page shows every k-th record
 
 
@@ -179,7 +183,8 @@ def _panels(run: RunHistory, shown: NDArray[np.int64]) -> list[dict[str, Any]]:
     """One plot each, in the order of `plots.run_figure`. `values` have a list for each layer, `lines` a name each."""
     quantities, tracked = layer_quantities(run), _tracked(run)
     panels: list[dict[str, Any]] = [
-        {"title": q.title, "log": True, "values": _rounded(q.values[shown].T)} for q in quantities
+        {"title": q.title, "about": ABOUT.get(q.key), "log": True, "values": _rounded(q.values[shown].T)}
+        for q in quantities
     ]
     turns = [q for q in quantities if q.turns]
     counted = tracked if tracked.any() else ~tracked

@@ -101,7 +101,8 @@ def test_inspect_prints_the_report_and_writes_it(target: str, tmp_path: Path) ->
     assert (report["lr"], report["momentum"]) == (0.5, 0)
     for name, weight in report["weights"].items():
         assert name in output
-        assert ("no" if weight["reason"].startswith("not:") else weight["reason"]) in output
+        reason = "no: its scale matters" if weight["reason"].startswith("not:") else weight["reason"]
+        assert reason in output
         for key in ("weight_norm", "grad_norm", "relative_grad", "elr"):
             assert f"{weight[key]:.3g}" in output
     for key in ("elr_spread", "log_elr_std", "balance_lr", "monotone_lr"):
@@ -236,6 +237,20 @@ def test_weights_behind_a_zero_gain_are_named_and_measured_with_noise(target: st
     assert "gradient is zero" not in run(*options, "--perturb", "0.1")
 
 
+WIDE_MODEL = """
+class WideModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a_block_with_a_name_that_is_so_long_that_it_wraps = nn.Linear(12, 512)
+        self.head = nn.Linear(512, 5)
+        self.first = nn.Linear(12, 12, bias=False)
+        self.norm, self.last = nn.BatchNorm1d(12), nn.LayerNorm(512)
+    def forward(self, x):
+        hidden = self.a_block_with_a_name_that_is_so_long_that_it_wraps(self.norm(self.first(x)).relu())
+        return self.head(self.last(hidden))
+"""
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_inspect_is_readable_at_80_columns(
     target: str, encoding: str, monkeypatch: pytest.MonkeyPatch
@@ -253,6 +268,22 @@ def test_inspect_is_readable_at_80_columns(
     assert max(map(len, lines)) <= 80
     assert any("a_projection_with_a_long_name" in line and "as a whole" in line for line in lines)
     assert not any("?" in line for line in lines)
+
+
+@pytest.mark.parametrize("columns", [120, 135, 150])
+def test_the_reason_why_a_weight_is_not_tracked_wraps(target: str, columns: int) -> None:
+    path = Path(target)
+    path.write_text(path.read_text() + WIDE_MODEL)
+    options = ["inspect", f"{target}:WideModel", "--input-shape", "16,12"]
+    result = CliRunner().invoke(app, options, env={"COLUMNS": str(columns), "NO_COLOR": "1"})
+    lines = result.output.splitlines()
+    assert max(map(len, lines)) <= columns
+    cells = [[cell.strip() for cell in line.split("│")[1:4]] for line in lines if line.startswith("│")]
+    said = "".join(reason + " " for _, _, reason in filter(lambda row: len(row) == 3, cells))
+    name = "a_block_with_a_name_that_is_so_long_that_it_wraps"
+    assert "".join(said.split()) == "".join(
+        f"no: only jointly with '{name}.bias' no: its scale matters yes: each output channel on its own".split()
+    )
 
 
 def table_rows(output: str) -> list[list[float | None]]:

@@ -118,7 +118,8 @@ def test_one_tracked_weight_has_no_pair() -> None:
     report = inspect_model(net(depth=1), torch.randn(16, 12), lr=0.1)
     assert report.elr_spread == 1
     assert math.isnan(report.monotone_lr)
-    assert "the only tracked weight" in report.summary()
+    turn = math.atan(report.tracked[0].elr)
+    assert f"the only tracked weight, by {turn:.2g} rad, the arctangent of its ELR." in report.summary()
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["monotone_lr"] is None
 
 
@@ -140,6 +141,7 @@ def test_summary_says_on_which_side_of_the_critical_learning_rates_lr_is() -> No
     assert "change places" in between
     assert "overshoots" in above
     turns = [float(turn) for turn in re.findall(r"by ([\d.]+) rad", above)]
+    assert "rad, the arctangents of their ELRs;" in above  # beside a table that has the ELRs themselves
     assert turns[0] == pytest.approx(math.atan(1e3 * report.tracked[0].relative_grad), abs=0.05)
     assert report.tracked[0].name in above
     assert report.tracked[-1].name in above

@@ -98,6 +98,13 @@ def test_the_page_has_the_numbers_of_the_run() -> None:
     np.testing.assert_allclose(numbers(lr["values"]), run.applied_lr[:, 0])
 
 
+def test_the_page_tells_an_elr_from_an_angle() -> None:
+    panels = panels_of(report_page(made_up_run(), [], title="elr.jsonl"))
+    assert "tangent of the angle" in panels["effective learning rate (rad)"]["about"]
+    assert "measured between the weights" in panels["angle of the step (rad)"]["about"]
+    assert panels["weight norm ‖w‖"]["about"] is None
+
+
 def test_names_of_layers_cannot_end_the_script() -> None:
     page = report_page(made_up_run(), FOUND, title=HOSTILE)
     assert data_of(page)["layers"] == NAMES
@@ -468,6 +475,13 @@ def test_a_click_on_a_finding_shows_its_steps_and_layers(page: Page) -> None:
     assert page.names() == by_layer(ESCAPED, "third")
     page.click("#reset")
     assert page.ranges() == whole
+
+
+@pytest.mark.xdist_group("browser")
+def test_the_plots_say_what_they_show(page: Page) -> None:
+    captions = page.ask('[...document.querySelectorAll("figcaption")].map((caption) => caption.textContent)')
+    assert captions[0].startswith("Effective learning rate (rad): lr·‖g‖/‖w‖, the tangent of")
+    assert captions[3] == "Weight norm ‖w‖"
 
 
 @pytest.mark.xdist_group("browser")
