@@ -150,6 +150,8 @@ def read_run(path: str | Path, *, all_layers: bool = False) -> RunHistory:
     columns = {key: _column(records, names, key) for key in COLUMNS}
     has_changes = any("angle" in layer for record in records for layer in record["layers"].values())
     described = _descriptions(records)
+    if all_layers:
+        notes += _not_measured(names, described[-1])
     options: list[list[dict[str, Any]]] = []
     decay = np.full((len(records), len(names)), np.nan)
     for t, description in enumerate(described):
@@ -183,6 +185,21 @@ def _descriptions(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         last = record.get("optimizer", last)
         described.append(last)
     return described
+
+
+def _not_measured(names: list[str], description: dict[str, Any]) -> list[str]:
+    """What an ELRSGD leaves out of a record, in words; other optimizers record every weight of two dimensions."""
+    if description.get("class", "").rpartition(".")[2] != "ELRSGD":
+        return []
+    groups = [group for group in description["groups"] if group.get("scale_invariant") is False]
+    missing = [name for group in groups for name in group["layers"] if name not in names]
+    if not missing:
+        return []
+    others = f" and {len(missing) - 1} other parameters" if len(missing) > 1 else ""
+    return [
+        f"not in the record: {missing[0]}{others}. They are in groups with scale_invariant=False, which ELRSGD trains "
+        "as plain SGD does, and does not measure"
+    ]
 
 
 def _options_of(names: list[str], description: dict[str, Any]) -> list[dict[str, Any]]:

@@ -34,6 +34,26 @@ def record(step: int, **layers: dict) -> str:
     return json.dumps({"step": step, "layers": {k: default | v for k, v in layers.items()}}) + "\n"
 
 
+def test_layers_that_elrsgd_does_not_measure_are_named(recorded: Path, tmp_path: Path) -> None:
+    history = read_run(recorded, all_layers=True)
+    assert history.names == ["0.weight", "3.weight", "6.weight"]
+    (note,) = history.notes
+    assert note.startswith(
+        "not in the record: 9.weight and 7 other parameters. "
+    )  # 3 gains, 3 biases, the head's
+
+    model = bn_mlp(depth=3)
+    found = (
+        ELRSGD(model.parameters(), lr=0.5),
+        torch.optim.SGD(param_groups(model, torch.randn(16, 8)), lr=0.5),
+    )
+    for i, optimizer in enumerate(found):  # one tests the head itself, the other measures all
+        with Recorder(optimizer, tmp_path / f"{i}.jsonl", every=2):
+            train(model, optimizer, range(2))
+        history = read_run(tmp_path / f"{i}.jsonl", all_layers=True)
+        assert (len(history.names), history.notes) == (4, [])
+
+
 def test_a_recorded_run_is_read_as_it_was_written(recorded: Path) -> None:
     history = read_run(recorded)
     records = [json.loads(line) for line in recorded.read_text().splitlines()]
