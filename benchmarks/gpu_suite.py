@@ -36,7 +36,7 @@ were measured one by one.
 | `memcheck` | 50 | 39.1 | 7 tests |
 | `compile-sweep` | 30 | 20.9 | 44 kernels |
 | `sweep` | 45 | 30.2 | 88 settings of 2 kernels; the large tensors first |
-| `evidence` | 148 | – | ResNet-20 and ResNet-18 at 32×32, 30 runs or more, 6 at a time; needs images, see below |
+| `evidence` | 148 | – | ResNet-20 and ResNet-18 at 32×32, 48 runs or more, 8 at a time; needs images, see below |
 | second call | 360 | | |
 
 `evidence` reads `cifar10-train-1.npz`, `cifar10-train-2.npz` and `cifar10-test.npz` from the folder that ELROPT_DATA
@@ -209,7 +209,7 @@ def end_to_end(context: Context) -> list[list[str]]:
 
 def evidence(context: Context) -> list[list[str]]:
     """Accuracy at 32×32; rows of runs that are done stay when time is over."""
-    size = ["--size", "tiny"] if context.tiny else ["--size", "gpu", "--jobs", "6"]
+    size = ["--size", "tiny"] if context.tiny else ["--size", "gpu", "--jobs", "8"]
     return [
         [
             *(sys.executable, "-m", "benchmarks.studies", "evidence", *size),

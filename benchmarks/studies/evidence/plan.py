@@ -231,7 +231,8 @@ def blocks(nets: Nets) -> list[Block]:
         Block("untuned", nets.deep, untuned, lr_of="sgd"),
     ]
     if nets.large is not None:
-        result.append(Block("large", nets.large, ("sgd+linear", *OURS), 2, lrs_from=residual))
+        result.append(Block("large", nets.large, OURS, 2, lrs_from=residual, lr_of="sgd"))
+        result.append(Block("large", nets.large, ("sgd+linear",), 2, lrs_from=residual))
     result += [
         Block("transfer", dataclasses.replace(residual, model=model), OF_TRANSFER, 0) for model in nets.models
     ]
@@ -311,13 +312,12 @@ def full(device: str) -> list[Block]:
 
 def gpu(device: str) -> list[Block]:
     """Two minutes of a GPU: nets at 32×32 on part of the images, SGD with a warm-up against the two of ours."""
-    nets = (
-        comparison.full_cifar(
-            net, device, data="cifar10-20k", validation=0.1, split=1, epochs=20, curve=20, compile=False
-        )
-        for net in ("resnet-20", "resnet-18")
-    )
-    return [Block("tuned", net, ("sgd+linear", *OURS), 2) for net in nets]
+    recipe = {"validation": 0.1, "split": 1, "epochs": 20, "curve": 20, "compile": False}
+    nets = [
+        comparison.full_cifar(net, device, data="cifar10-20k", **recipe) for net in ("resnet-20", "resnet-18")
+    ]
+    tuned = [Block("tuned", net, ("sgd", "sgd+linear", *OURS), 2) for net in nets]
+    return [*tuned, *(Block("untuned", net, OURS, 2, lr_of="sgd") for net in nets)]
 
 
 PLANS = {"tiny": tiny, "medium": medium, "full": full, "gpu": gpu}
