@@ -83,6 +83,10 @@ FIGURES = {  # by the name of the image, without .png
             ("linearization", "linearization-layers", 1800),
         )
     },
+    **{
+        drawn: of_study(STUDIES["evidence"], "evidence-medium", drawn)
+        for drawn in ("evidence-curves", "evidence-lrs")
+    },
     "all-reduce": Source(("all-reduce-gloo-cpu",), draw_all_reduce, "all-reduce"),
 }
 

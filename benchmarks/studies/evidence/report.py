@@ -15,8 +15,12 @@ from benchmarks.common.statistics import Interval
 from benchmarks.common.sweep import Row
 from benchmarks.studies.comparison import label
 from benchmarks.studies.control.report import usable
-from benchmarks.studies.evidence.summarize import LEVELS, find
+from benchmarks.studies.evidence.plan import OURS
+from benchmarks.studies.evidence.summarize import AT_SGDS, BASELINES, LEVELS, find
 from elropt import plots
+
+# over the epochs: more curves cannot be told apart
+DRAWN = (*BASELINES, "adamw", "muon", "muonh", "warmup", *OURS, *(name + AT_SGDS for name in OURS))
 
 
 def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
@@ -131,13 +135,13 @@ def shown(values: dict[str, Any] | None, spec: str) -> str:
 
 
 def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
-    """The metric on the validation part, a panel for each task: over the epochs at each method's own learning rate, and
-    against the learning rate, of the methods with SGD's unit."""
+    """The metric on the validation part, a panel for each task: over the epochs, of the methods in `DRAWN`, and against
+    the learning rate, of the methods with SGD's unit."""
     found = find(rows)
     metrics = {label(vars(task)): metric for task, metric in found.metric.items()}
     names = list(dict.fromkeys(name for of_one in summary["tasks"].values() for name in of_one))
     curves = {
-        task: {name: it["curve"] for name, it in of_one.items() if it["curve"]}
+        task: {name: it["curve"] for name, it in of_one.items() if it["curve"] and name in DRAWN}
         for task, of_one in summary["tasks"].items()
     }
     lrs = {
@@ -174,7 +178,7 @@ def lines_figure(
         finish(ax)
     shown = [name for name in names if any(name in of_one for of_one in lines.values())]
     keys = [legend_key(name, **style(names.index(name))) for name in shown]
-    legend_below(figure, keys, columns=5)
+    legend_below(figure, keys, columns=2 * min(len(lines), 3))
     return figure
 
 

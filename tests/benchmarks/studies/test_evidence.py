@@ -317,7 +317,7 @@ def test_figures_have_a_panel_for_each_task_with_results() -> None:
         "evidence-curves": 1,
         "evidence-lrs": 1,
     }
-    assert len(drawn["evidence-curves"].axes[0].lines) == 5
+    assert len(drawn["evidence-curves"].axes[0].lines) == 4  # not another end of the schedule
     assert len(drawn["evidence-lrs"].axes[0].lines) == 3
     assert draw([], summarize.summarize([])) == {}
 
