@@ -52,7 +52,7 @@ OF_DEEP = ("sgd", "sgd+linear", *OURS, "muon")
 OF_BATCHES = ("sgd+linear", "lars+linear", "equilibrium-filter", "muon", "adamw+linear")
 OF_TRANSFER = ("sgd+linear", "adamw", "angle", "adamh", "equilibrium-gradient")
 OF_BUDGETS = ("sgd", "sgd+linear", *OURS, *(name + COSINE_SQUARED for name in OURS), "muon")
-OF_LONG_BUDGETS = ("sgd+linear", "equilibrium-filter", "muon", "sgd")
+OF_HORIZON = (*OURS, "sgd+linear", "muon")
 LEFT_OUT = {  # by what the small studies show
     "sphere": "behind SGD on both nets of swap-in, and its learning rate has a unit of its own",
     "equilibrium": "on the update, by layer it is worse than by filter on all nets (control)",
@@ -70,6 +70,7 @@ class Block(NamedTuple):
         seeds: fresh seeds at full length, each read once on the test part; 0: learning rates only.
         lrs_from: the task whose runs a learning rate is chosen by; None: this one.
         lr_of: the method whose learning rate all take, in place of their own.
+        by_steps: the learning rate is smaller by as much as the run is longer than those that it was chosen by.
     """
 
     question: str
@@ -78,6 +79,7 @@ class Block(NamedTuple):
     seeds: int = 3
     lrs_from: Task | None = None
     lr_of: str | None = None
+    by_steps: bool = False
 
 
 def method_of(name: str) -> Method:
@@ -105,6 +107,12 @@ def neighbour(lr: float, step: int) -> float:
     """The next learning rate up (1) or down (−1) among 1, 3, 10, 30 …"""
     place = round(2 * math.log10(lr)) + step
     return float(f"{(1, 3)[place % 2] * 10.0 ** (place // 2):.0e}")
+
+
+def by_steps(lr: float, chosen_on: Task, task: Task) -> float:
+    """A learning rate that was chosen on `SHARE` of the steps of `chosen_on`, for all of `task`: lr · steps stays, as
+    far as the grid has it. In equilibrium weights forget where they were in 1/(lr · decay) steps: docs/theory.md §7."""
+    return neighbour(lr * SHARE * chosen_on.epochs / task.epochs, 0)
 
 
 def lrs_to_try(start: Sequence[float], scores: Mapping[float, float], chance: float) -> list[float]:
@@ -149,7 +157,9 @@ class Known:
 
     def lr(self, block: Block, name: str) -> float | None:
         """The learning rate of a method in a block; None if it is not known yet."""
-        return self.best_lr(block.lrs_from or block.task, block.lr_of or chosen_as(name))
+        chosen_on = block.lrs_from or block.task
+        lr = self.best_lr(chosen_on, block.lr_of or chosen_as(name))
+        return by_steps(lr, chosen_on, block.task) if block.by_steps and lr is not None else lr
 
 
 def choosing(block: Block, known: Known) -> Iterator[Run]:
@@ -213,6 +223,8 @@ def blocks(nets: Nets) -> list[Block]:
         Block("untuned", residual, untuned, lr_of="sgd"),
         Block("tuned", plain, CORE),
         Block("untuned", plain, untuned, lr_of="sgd"),
+        Block("horizon", plain, OF_HORIZON, by_steps=True),
+        Block("horizon", residual, OF_HORIZON, by_steps=True),
         Block("budget", short, OF_BUDGETS, lrs_from=residual),
         Block("budget", short, OURS, lrs_from=residual, lr_of="sgd"),
     ]
@@ -224,8 +236,9 @@ def blocks(nets: Nets) -> list[Block]:
             Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES)
             for size in nets.batches
         ),
-        Block("budget", long, OURS, lrs_from=residual, lr_of="sgd"),
-        Block("budget", long, OF_LONG_BUDGETS, lrs_from=residual),
+        Block("budget", long, ("sgd+linear", "muon", "sgd"), lrs_from=residual),
+        Block("budget", long, OURS, lrs_from=residual, by_steps=True),
+        Block("budget", long, ("equilibrium-filter",), lrs_from=residual, lr_of="sgd"),
         Block("tuned", plain, ON_PLAIN),
         Block("tuned", nets.deep, OF_DEEP),
         Block("untuned", nets.deep, untuned, lr_of="sgd"),

@@ -16,11 +16,19 @@ from benchmarks.common.sweep import Row
 from benchmarks.studies.comparison import label
 from benchmarks.studies.control.report import usable
 from benchmarks.studies.evidence.plan import OURS
-from benchmarks.studies.evidence.summarize import AT_SGDS, BASELINES, LEVELS, find
+from benchmarks.studies.evidence.summarize import AT_SGDS, BASELINES, BY_STEPS, LEVELS, find
 from elropt import plots
 
 # over the epochs: more curves cannot be told apart
-DRAWN = (*BASELINES, "adamw", "muon", "muonh", "warmup", *OURS, *(name + AT_SGDS for name in OURS))
+DRAWN = (
+    *BASELINES,
+    "adamw",
+    "muon",
+    "muonh",
+    "warmup",
+    *OURS,
+    *(name + end for end in (AT_SGDS, BY_STEPS) for name in OURS),
+)
 
 
 def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
@@ -30,6 +38,7 @@ def tables(rows: list[Row], summary: dict[str, Any]) -> Sequence[Table]:
     verdicts = [(it["asked"], it["verdict"]) for it in summary["questions"].values()]
     of_questions = (
         untuned(found["untuned"]),
+        pairs("lr ∝ 1/steps", "the lr chosen on a third of them", found["horizon"], metrics),
         pairs("another end of the schedule", "the plain cosine", found["annealing"], metrics),
         pairs("a linear warm-up", "none", found["warm-up"], metrics),
         pairs("on text", "a peer", found["text"], metrics),

@@ -24,12 +24,20 @@ from benchmarks.common.statistics import (
 from benchmarks.common.sweep import Row
 from benchmarks.common.training import Task, run_of
 from benchmarks.studies.comparison import USABLE, label, top
-from benchmarks.studies.evidence.plan import COSINE_SQUARED, OURS, RELEASED, chosen_as, without_epochs
+from benchmarks.studies.evidence.plan import (
+    COSINE_SQUARED,
+    OURS,
+    RELEASED,
+    by_steps,
+    chosen_as,
+    without_epochs,
+)
 
 QUESTIONS = {
     "tuned": "at its own best learning rate, against the best-tuned SGD",
     "untuned": "swapped in at SGD's own learning rate and decay",
     "budget": "ahead of SGD at every budget",
+    "horizon": "does a learning rate chosen on a third of the steps suit all of them, or a third of it",
     "annealing": "which end of the schedule keeps the early gain",
     "range": "three times SGD's range of usable learning rates",
     "warm-up": "is a linear warm-up of the learning rate still needed",
@@ -39,10 +47,11 @@ QUESTIONS = {
     "default": "which rule to recommend first where weight decay is on",
 }
 BASELINES = ("sgd", "sgd+linear")
-AT_SGDS = " at SGD's lr"  # ends the name of a method that takes SGD's learning rate, where its own is another
+# They end the name of a method that has another learning rate than its own: SGD's, or the one of `plan.by_steps`.
+AT_SGDS, BY_STEPS = " at SGD's lr", " at lr ∝ 1/steps"
 RULES = (
     *OURS,
-    *(name + AT_SGDS for name in OURS),
+    *(name + end for end in (AT_SGDS, BY_STEPS) for name in OURS),
     "equilibrium-gradient-filter",
     "warmup",
     "uniform",
@@ -64,16 +73,19 @@ class Found(NamedTuple):
         Task, dict[tuple[str, float], list[list[Sequence[float]]]]
     ]  # … → of each seed: (epoch, seconds, value)
 
-    def chosen_on(self, task: Task) -> dict[str, dict[float, float]]:
-        """The runs for choosing of a task: its own, or those of the same task with other epochs (a budget)."""
+    def chosen_on(self, task: Task) -> Task:
+        """Where the learning rates of a task were chosen: on it, or on the same task with other epochs (a budget)."""
         same = (other for other in self.choosing if without_epochs(other) == without_epochs(task))
-        return self.choosing.get(task) or self.choosing.get(next(same, task), {})
+        return task if task in self.choosing else next(same, task)
 
     def best_lr(self, task: Task, method: str) -> float | None:
         """The learning rate that was chosen for a method; without runs for choosing, the only one that there is."""
         if method.endswith(AT_SGDS):
             return self.best_lr(task, "sgd")
-        if scores := self.chosen_on(task).get(chosen_as(method)):
+        if method.endswith(BY_STEPS):
+            lr = self.best_lr(task, plain_name(method))
+            return None if lr is None else by_steps(lr, self.chosen_on(task), task)
+        if scores := self.choosing.get(self.chosen_on(task), {}).get(chosen_as(method)):
             return max(scores, key=scores.__getitem__)
         lrs = {lr for name, lr in self.final.get(task, {}) if name == method}
         return lrs.pop() if len(lrs) == 1 else None
@@ -81,19 +93,29 @@ class Found(NamedTuple):
     def tuned(self, task: Task, method: str) -> Scores:
         """Test scores by seed at the method's own learning rate; empty if there are none."""
         lr = self.best_lr(task, method)
-        return {} if lr is None else self.final.get(task, {}).get((method.removesuffix(AT_SGDS), lr), {})
+        return {} if lr is None else self.final.get(task, {}).get((plain_name(method), lr), {})
 
     def methods(self, task: Task) -> list[str]:
         """All methods with a row on a task."""
-        sgds, final = self.best_lr(task, "sgd"), self.final.get(task, {})
-        swapped_in = [name + AT_SGDS for name, lr in final if lr == sgds != self.best_lr(task, name)]
-        return list(dict.fromkeys([*self.choosing.get(task, {}), *(name for name, _ in final), *swapped_in]))
+        final = self.final.get(task, {})
+        others = [
+            name + ending
+            for ending in (AT_SGDS, BY_STEPS)
+            for name, lr in final
+            if lr == self.best_lr(task, name + ending) != self.best_lr(task, name)
+        ]
+        return list(dict.fromkeys([*self.choosing.get(task, {}), *(name for name, _ in final), *others]))
 
     def best_sgd(self, task: Task) -> str | None:
         """SGD or SGD with a linear warm-up, the better one by validation, of those with test rows."""
         there = [name for name in BASELINES if self.tuned(task, name)]
-        chosen = self.chosen_on(task)
+        chosen = self.choosing.get(self.chosen_on(task), {})
         return max(there, key=lambda name: max(chosen.get(name, {0: -np.inf}).values()), default=None)
+
+
+def plain_name(method: str) -> str:
+    """The name of a method, whatever its learning rate."""
+    return method.removesuffix(AT_SGDS).removesuffix(BY_STEPS)
 
 
 def find(rows: Sequence[Row]) -> Found:
@@ -166,7 +188,7 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[s
 def mean_curve(found: Found, task: Task, method: str) -> list[tuple[float, float]]:
     """(epoch, validation metric) at a method's own learning rate, means over the fresh seeds."""
     lr = found.best_lr(task, method)
-    curves = [] if lr is None else found.curves.get(task, {}).get((method.removesuffix(AT_SGDS), lr), [])
+    curves = [] if lr is None else found.curves.get(task, {}).get((plain_name(method), lr), [])
     metric = found.metric[task]
     points = [np.mean(at, axis=0) for at in zip(*curves, strict=False)]
     return [(float(epoch), float(abs(metric.factor) * value)) for epoch, _, value in points]
@@ -269,6 +291,11 @@ def epochs_to_levels(found: Found, task: Task, baseline: str) -> dict[str, list[
                 next((e for e, value in points if sign * value >= sign * bar), None) for bar in bars
             ]
     return result
+
+
+def horizon(found: Found) -> dict[str, Any]:
+    """A learning rate for the length of the run against the one that was chosen on a part of it."""
+    return versus(found, (BY_STEPS,))
 
 
 def annealing(found: Found) -> dict[str, Any]:
@@ -419,4 +446,4 @@ def image_tasks(found: Found) -> list[Task]:
     return [task for task in found.final if task.data != "python"]
 
 
-ANSWERS = (tuned, untuned, budget, annealing, ranges, warm_up, transfer, batch, language, default)
+ANSWERS = (tuned, untuned, budget, horizon, annealing, ranges, warm_up, transfer, batch, language, default)

@@ -111,6 +111,17 @@ def test_blocks_share_runs_and_take_the_learning_rate_that_they_name() -> None:
     assert (squared.cosine_power, squared.optimizer) == (2.0, "equilibrium-filter")
 
 
+def test_a_learning_rate_by_steps_falls_as_the_run_gets_longer() -> None:
+    long = dataclasses.replace(RESIDUAL, epochs=40, curve=40)
+    blocks = [
+        Block("horizon", task, ("equilibrium-filter",), 1, lrs_from=RESIDUAL, by_steps=True)
+        for task in (RESIDUAL, long, dataclasses.replace(RESIDUAL, epochs=5, curve=5))
+    ]
+    rows = simulate(blocks, peak(1.0))
+    tests = {r.task.epochs: r.lr for r in map(run_of, (r["spec"] for r in rows)) if r.part == "test"}
+    assert tests == {15: 0.3, 40: 0.1, 5: 1.0}  # chosen at a third of 15 epochs: 1, 1/3, 1/8
+
+
 def test_a_grid_that_changes_does_not_forget_rows() -> None:
     assert all(method_of(name).lrs == () for name in METHODS)
 
@@ -134,7 +145,7 @@ def test_whole_plan(size: str) -> None:
         verdicts = {name: it["verdict"] for name, it in summary["questions"].items()}
         assert summarize.NOT_YET not in verdicts.values()
     assert not set(plan.LEFT_OUT) & {name for block in blocks for name in block.methods}
-    of_questions = {"medium": 7, "full": 7, "gpu": 3}  # with their verdicts
+    of_questions = {"medium": 8, "full": 8, "gpu": 3}  # with their verdicts
     if size in of_questions:
         assert len(tables(rows, summary)) == len(summary["tasks"]) + of_questions[size]
 
@@ -302,6 +313,8 @@ def test_tables_of_the_questions() -> None:
     made = {str(table.title): cells(table) for table in tables(rows, summarize.summarize(rows))}
     task = label(dataclasses.asdict(RESIDUAL))
     assert made["swapped in"] == [(task, "equilibrium-filter", "0.1", "-0.1 [-1.0, +0.8]", "-0.2")]
+    (by_steps,) = made["lr ∝ 1/steps against the lr chosen on a third of them"]
+    assert by_steps == (task, "equilibrium-filter at lr ∝ 1/steps", "-3.7 [-5.4, -2.0]")
     (squared,) = made["another end of the schedule against the plain cosine"]
     assert squared == (task, "equilibrium-filter+cosine²", "+1.0 [+0.9, +1.2]")
     assert made["a linear warm-up against none"] == [(task, "sgd+linear", "+1.5 [+0.3, +2.7]")]
@@ -317,7 +330,7 @@ def test_figures_have_a_panel_for_each_task_with_results() -> None:
         "evidence-curves": 1,
         "evidence-lrs": 1,
     }
-    assert len(drawn["evidence-curves"].axes[0].lines) == 4  # not another end of the schedule
+    assert len(drawn["evidence-curves"].axes[0].lines) == 5  # not another end of the schedule
     assert len(drawn["evidence-lrs"].axes[0].lines) == 3
     assert draw([], summarize.summarize([])) == {}
 
