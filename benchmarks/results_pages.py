@@ -274,7 +274,7 @@ def number(marker: str) -> str:
     for key in path.split(" / "):
         value = step_into(value, key.strip(), marker)
     if isinstance(value, dict) and {"mean", "low", "high", "n"} <= value.keys():
-        value = Interval(**value)
+        value = Interval(*(value[key] for key in Interval._fields))
     return plain(format(value, spec))
 
 

@@ -38,7 +38,7 @@ from elropt import plots
 
 FRESH_SEEDS = 100  # the seeds of the second stage start here
 GOOD = 0.95  # share of the best gain over chance at which a learning rate counts as good
-USABLE = 0.9  # share of the best-tuned SGD's gain over chance that a usable learning rate reaches
+USABLE = 0.9  # share of the gain over chance (of the best-tuned SGD, or of the best method) that is enough
 
 
 class Entry(NamedTuple):

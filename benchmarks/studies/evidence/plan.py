@@ -39,7 +39,7 @@ START_OF_EQUILIBRIUM = (0.1, 0.3, 1.0)  # in SGD's unit
 OURS = ("equilibrium-gradient", "equilibrium-filter")  # the forms that the small study chose
 CORE = ("sgd", "sgd+linear", *OURS, "muon", "adamw", "warmup")
 REST = (
-    *("adamw+linear", "muonh", "adamh", "angle", "lars", "sgdp", "uniform"),
+    *("adamw+linear", "muonh", "adamh", "angle", "lars+linear", "sgdp", "uniform"),
     *("equilibrium-gradient-filter", "warmup+linear", "muon+linear"),
     *(f"{name}+linear" for name in OURS),
 )
@@ -48,7 +48,7 @@ OF_TEXT = (
     *("adamw", "adamw+linear", "muon", "muonh", "adamh", "muon+linear", "sgd+linear"),
     *("equilibrium-gradient", "muonh+linear", "adamh+linear"),
 )
-OF_DEEP = ("sgd", "sgd+linear", *OURS, "muon")
+OF_DEEP = ("sgd", "sgd+linear", *OURS, "muon", "warmup")
 OF_BATCHES = ("sgd+linear", "lars+linear", "equilibrium-filter", "muon", "adamw+linear")
 OF_TRANSFER = ("sgd+linear", "adamw", "angle", "adamh", "equilibrium-gradient")
 OF_BUDGETS = ("sgd", "sgd+linear", *OURS, *(name + COSINE_SQUARED for name in OURS), "muon")
@@ -66,11 +66,12 @@ class Block(NamedTuple):
     """Methods on one task.
 
     Attributes:
-        question: of the study, a key of `summarize.QUESTIONS`.
+        question: of the study, a key of `summarize.QUESTIONS`, or "large".
         seeds: fresh seeds at full length, each read once on the test part; 0: learning rates only.
         lrs_from: the task whose runs a learning rate is chosen by; None: this one.
         lr_of: the method whose learning rate all take, in place of their own.
         by_steps: the learning rate is smaller by as much as the run is longer than those that it was chosen by.
+        best_of: a task whose best learning rates are measured too, so that it is known what they lose here.
     """
 
     question: str
@@ -80,6 +81,7 @@ class Block(NamedTuple):
     lrs_from: Task | None = None
     lr_of: str | None = None
     by_steps: bool = False
+    best_of: Task | None = None
 
 
 def method_of(name: str) -> Method:
@@ -166,8 +168,9 @@ def choosing(block: Block, known: Known) -> Iterator[Run]:
     """The runs that are known to be needed to choose the learning rates."""
     task = block.lrs_from or block.task
     for name in dict.fromkeys([block.lr_of] if block.lr_of else map(chosen_as, block.methods)):
-        scores = known.scores(task, name)
-        for lr in [*scores, *known.next_lrs(task, name)]:
+        other = known.best_lr(block.best_of, name) if block.best_of else None
+        others = [] if other is None else [other]
+        for lr in dict.fromkeys([*known.scores(task, name), *known.next_lrs(task, name), *others]):
             yield Run(task, method_of(name), lr, 0, share=SHARE)
 
 
@@ -210,10 +213,16 @@ class Nets(NamedTuple):
     large: Task | None  # images at full size
 
 
+def has_heavyball() -> bool:
+    """Whether HeavyBall, an optional check, is installed."""
+    return importlib.util.find_spec("heavyball") is not None
+
+
 def blocks(nets: Nets) -> list[Block]:
     """All blocks; the first are worth most."""
     residual, plain = nets.residual, nets.plain
     untuned = (*OURS, "warmup")
+    two = ("sgd+linear", "equilibrium-filter")
     ends = [name + end for end in (COSINE_SQUARED, RELEASED) for name in OURS]
     ends.append("sgd+linear" + COSINE_SQUARED)  # is a steeper end better with SGD too?
     short, long = (dataclasses.replace(residual, epochs=epochs, curve=epochs) for epochs in nets.budgets)
@@ -225,6 +234,7 @@ def blocks(nets: Nets) -> list[Block]:
         Block("untuned", plain, untuned, lr_of="sgd"),
         Block("horizon", plain, OF_HORIZON, by_steps=True),
         Block("horizon", residual, OF_HORIZON, by_steps=True),
+        Block("annealing", residual, [name for name in ends if "filter" in name], by_steps=True),
         Block("budget", short, OF_BUDGETS, lrs_from=residual),
         Block("budget", short, OURS, lrs_from=residual, lr_of="sgd"),
     ]
@@ -236,20 +246,24 @@ def blocks(nets: Nets) -> list[Block]:
             Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES)
             for size in nets.batches
         ),
-        Block("budget", long, ("sgd+linear", "muon", "sgd"), lrs_from=residual),
-        Block("budget", long, OURS, lrs_from=residual, by_steps=True),
-        Block("budget", long, ("equilibrium-filter",), lrs_from=residual, lr_of="sgd"),
+        Block("budget", long, (*two, "muon", "sgd"), 2, lrs_from=residual),
+        Block("budget", long, (*two, "muon"), 2, lrs_from=residual, by_steps=True),
+        Block("budget", long, ("equilibrium-filter",), 2, lrs_from=residual, lr_of="sgd"),
         Block("tuned", plain, ON_PLAIN),
         Block("tuned", nets.deep, OF_DEEP),
         Block("untuned", nets.deep, untuned, lr_of="sgd"),
+        Block("horizon", nets.deep, OURS, by_steps=True),
     ]
     if nets.large is not None:
-        result.append(Block("large", nets.large, OURS, 2, lrs_from=residual, lr_of="sgd"))
-        result.append(Block("large", nets.large, ("sgd+linear",), 2, lrs_from=residual))
+        result += [
+            Block("large", nets.large, two, 2, lrs_from=residual),
+            Block("large", nets.large, ("equilibrium-filter",), 2, lrs_from=residual, lr_of="sgd"),
+        ]
     result += [
-        Block("transfer", dataclasses.replace(residual, model=model), OF_TRANSFER, 0) for model in nets.models
+        Block("transfer", dataclasses.replace(residual, model=model), OF_TRANSFER, 0, best_of=residual)
+        for model in nets.models
     ]
-    if importlib.util.find_spec("heavyball") is not None:  # a check of AdamH by another implementation
+    if has_heavyball():  # a check of AdamH by another implementation
         result += [Block("tuned", task, ("hyperball",)) for task in (residual, nets.text) if task is not None]
     for task in (residual, plain):
         result += [Block("untuned", task, OURS, 5, lr_of="sgd"), Block("tuned", task, CORE, 5)]

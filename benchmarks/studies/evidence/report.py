@@ -56,12 +56,14 @@ def untuned(found: dict[str, Any]) -> Table:
     """Our rules in place of SGD, at its own learning rate."""
     table = table_of(
         "swapped in",
-        *("task", "method", "lr", "better than SGD", "aim"),
-        caption="at the learning rate that is best for SGD without a warm-up; points of test accuracy, by seed",
+        *("task", "method", "lr", "better than sgd", "than sgd+linear", "aim", "outcome"),
+        caption="at the learning rate that is best for SGD without a warm-up; points of test accuracy, by seed; met or "
+        "missed if the whole interval says so",
     )
     for task, methods in found.items():
         for name, it in methods.items():
-            table.add_row(task, name, f"{it['lr']:g}", shown(it["better"], "+.1f"), f"{it['aim']:+g}")
+            gains = (interval_cell(it[key], "+.1f") for key in ("better", "better_than_linear"))
+            table.add_row(task, name, f"{it['lr']:g}", *gains, f"{it['aim']:+g}", it["outcome"])
     return table
 
 
@@ -70,18 +72,18 @@ def pairs(question: str, against: str, found: dict[str, Any], metrics: dict[str,
     table = table_of(
         f"{question} against {against}",
         *("task", "method", "better by"),
-        caption="on the test part, by seed, each at its own learning rate; above 0: better",
+        caption="on the test part, by seed; above 0: better",
     )
     for task, it in found.items():
         metric = next(metric for name, metric in metrics.items() if task.startswith(name))
         for name, gain in it["better"].items():
-            table.add_row(task, name, shown(gain, f"+.{metric.digits}f"))
+            table.add_row(task, name, interval_cell(gain, f"+.{metric.digits}f"))
     return table
 
 
 def transfer(found: dict[str, Any]) -> Table:
     """The best learning rate on nets of other widths and depths."""
-    nets = list(dict.fromkeys(net for it in found.values() for net in it["best_lrs"]))
+    nets = list(dict.fromkeys(net for it in found.values() for net in it["lrs"]))
     table = table_of(
         "one learning rate for all nets",
         *("method", *nets, "range", "most that is lost"),
@@ -90,7 +92,7 @@ def transfer(found: dict[str, Any]) -> Table:
     )
     for name, it in found.items():
         lost = it["worst_loss"]
-        lrs = [f"{it['best_lrs'][net]:.2g}" for net in nets]
+        lrs = [f"{it['lrs'][net]:.2g}" for net in nets]
         table.add_row(name, *lrs, f"×{it['range']:.2g}", "–" if lost is None else f"{lost:.1f}")
     return table
 
@@ -101,11 +103,10 @@ def batch(found: dict[str, Any]) -> Table:
     table = table_of(
         "batch sizes at equal epochs",
         *("method", *sizes),
-        caption="test accuracy (%), each with its own best learning rate, mean [95 % by Student's t]",
+        caption="test accuracy (%), each with its own best learning rate, mean [95 % by Student's t, pooled scatter]",
     )
     for name, of_size in found.items():
-        if len(of_size) > 1:
-            table.add_row(name, *(shown(of_size.get(size), ".1f") for size in sizes))
+        table.add_row(name, *(interval_cell(of_size[size], ".1f") for size in sizes))
     return table
 
 
@@ -116,18 +117,18 @@ def of_task(title: str, metric: Metric, methods: dict[str, Any]) -> Table:
         f"{title}: {metric.title}",
         *("method", "best lr", "validation", "test", "Δ", "usable", "epochs to"),
         caption="lr chosen by validation with one seed and a third of the steps; test with fresh seeds, mean [95 % by "
-        "Student's t]; Δ: how much better than the best-tuned SGD, by seed; usable: largest / smallest lr with 90 % of "
-        "the best gain over chance of all methods; epochs to: until the mean of the fresh seeds on the validation part "
-        f"has {', '.join(f'{level:.0%}' for level in LEVELS)} of the gain that the best-tuned SGD ends with; * the "
-        "best lr is at the end of its grid",
+        "Student's t, scatter pooled over the methods]; Δ: how much better than the best-tuned SGD, by seed; usable: "
+        "largest / smallest lr with 90 % of the best gain over chance of all methods; epochs to: until the mean of the "
+        f"fresh seeds on the validation part has {', '.join(f'{level:.0%}' for level in LEVELS)} of the gain that the "
+        "best-tuned SGD ends with; * the best lr is at the end of its grid",
     )
     for name, it in methods.items():
         table.add_row(
             name,
-            "–" if it["best_lr"] is None else f"{it['best_lr']:g}{'*' if it['best_lr_at_edge'] else ''}",
+            "–" if it["lr"] is None else f"{it['lr']:g}{'*' if it['lr_at_edge'] else ''}",
             "–" if it["validation"] is None else f"{it['validation']:{spec}}",
-            shown(it["test"], spec),
-            shown(it["better_than_best_sgd"], f"+{spec}"),
+            interval_cell(it["test"], spec),
+            interval_cell(it["better_than_best_sgd"], f"+{spec}"),
             usable(it["usable"]),
             "–"
             if not it["epochs_to"]
@@ -136,11 +137,13 @@ def of_task(title: str, metric: Metric, methods: dict[str, Any]) -> Table:
     return table
 
 
-def shown(values: dict[str, Any] | None, spec: str) -> str:
+def interval_cell(values: dict[str, Any] | None, spec: str) -> str:
     """An interval; the mean alone of one seed; a dash of none."""
     if values is None:
         return "–"
-    return f"{values['mean']:{spec}} (1 seed)" if values["n"] < 2 else f"{Interval(**values):{spec}}"
+    if values["n"] < 2:
+        return f"{values['mean']:{spec}} (1 seed)"
+    return f"{Interval(*(values[key] for key in Interval._fields)):{spec}}"
 
 
 def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
@@ -187,7 +190,7 @@ def lines_figure(
         finish(ax)
     shown = [name for name in names if any(name in of_one for of_one in lines.values())]
     keys = [legend_key(name, **style(names.index(name))) for name in shown]
-    legend_below(figure, keys, columns=2 * min(len(lines), 3))
+    legend_below(figure, keys, columns=int(1.5 * min(len(lines), 3)))
     return figure
 
 

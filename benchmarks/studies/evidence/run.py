@@ -39,11 +39,12 @@ def stages(size: str, device: str) -> Sequence[Stage]:
 def left(size: str, device: str, rows: Sequence[Row]) -> Table:
     """What is left of every block, and about how long it takes in core hours."""
     known = Known(rows)
+    without = "" if plan.has_heavyball() else "; without heavyball, which is not installed"
     table = table_of(
         f"evidence, {size}: what is left",
         *("task", "block", "done", "to choose by", "with fresh seeds", "core hours"),
         caption="at the speed of the rows of the same task, else by a guess for a quiet machine; while a learning rate "
-        "is not chosen yet, its grid can grow",
+        f"is not chosen yet, its grid can grow{without}",
     )
     counted: set[Run] = set()
     hours_in_all = 0.0
