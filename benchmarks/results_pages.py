@@ -237,7 +237,8 @@ def seeds(report: Report, titles: Sequence[str]) -> str:
             counts += [len(found)] if found else []
     if not fresh:
         return f"{from_to(chosen)} seeds"
-    return f"seeds: {from_to(chosen)} to choose the learning rate, {from_to(fresh)} fresh"
+    to_choose = f"{from_to(chosen)} to choose the learning rate, " if chosen else ""
+    return f"seeds: {to_choose}{from_to(fresh)} fresh"
 
 
 def from_to(counts: Sequence[int]) -> str:
