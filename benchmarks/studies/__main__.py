@@ -115,6 +115,8 @@ def report(
         raise typer.BadParameter(
             f"--save is for a file {studies.ROWS}, not {result}: copy a result file instead"
         )
+    if save is not None and not save.parent.is_dir():
+        raise typer.BadParameter(f"--save {save}: there is no folder {save.parent}; make it first")
     name, _, size = result.name.removesuffix(studies.ROWS).rpartition("-")
     try:
         if is_rows:
@@ -130,7 +132,12 @@ def report(
             f'{result} is not the result of a study of this version (its field "study" must be one of '
             f"{', '.join(STUDIES)} or accuracy)"
         ) from error
-    studies.report(study, content, out, studies.make_console())
+    except ValueError as error:  # a line that is no row
+        raise typer.BadParameter(str(error)) from error
+    try:
+        studies.report(study, content, out, studies.make_console())
+    except ValueError as error:  # rows that do not belong together
+        raise typer.BadParameter(f"{result}: {error}") from error
     if save is not None:
         saved = studies.result_of(study, content["rows"], size=size, unfinished=True)
         save.write_text(studies.dumps(saved), encoding="utf-8")

@@ -55,7 +55,7 @@ OF_BUDGETS = ("sgd", "sgd+linear", *OURS, *(name + COSINE_SQUARED for name in OU
 OF_HORIZON = (*OURS, "sgd+linear", "muon")
 LEFT_OUT = {  # by what the small studies show
     "sphere": "behind SGD on both nets of swap-in, and its learning rate has a unit of its own",
-    "equilibrium": "on the update, by layer it is worse than by filter on all nets (control)",
+    "equilibrium": "on the update, by layer it is worse than by filter on all nets with both (control)",
     "uniform-update, angle-update": "equal true angles train no better than equal ELRs (control)",
     "angle-filter, angle-update-filter": "no better than by layer on a residual net (control)",
     "equilibrium-unprotected": "usable at SGD's learning rate alone (control)",
@@ -338,7 +338,7 @@ def full(device: str) -> list[Block]:
 
 
 def gpu(device: str) -> list[Block]:
-    """Two minutes of a GPU: nets at 32×32 on part of the images, SGD with a warm-up against the two of ours."""
+    """Two minutes of a GPU: nets at 32×32 on part of the images, SGD with and without a warm-up against ours."""
     recipe = {"validation": 0.1, "split": 1, "epochs": 20, "curve": 20, "compile": False}
     nets = [
         comparison.full_cifar(net, device, data="cifar10-20k", **recipe) for net in ("resnet-20", "resnet-18")

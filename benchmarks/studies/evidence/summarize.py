@@ -275,7 +275,7 @@ def tuned(found: Found) -> dict[str, Any]:
     result = {}
     for task in image_tasks(found):
         baseline = found.best_sgd(task)
-        others = [name for name in found.methods(task) if name not in (baseline, None)]
+        others = [name for name in found.methods(task) if name != baseline]
         gains = {name: found.difference(task, name, baseline) for name in others}
         if task in found.choosing and any(gains.values()):
             result[label(vars(task))] = {"baseline": baseline, **comparison(gains)}

@@ -578,6 +578,22 @@ def test_a_report_of_what_is_done_so_far(tmp_path: Path) -> None:
     assert again.exit_code == 2
     assert "--save is for a file .rows.jsonl" in " ".join(again.output.split())
 
+    nowhere = CliRunner().invoke(
+        app, ["report", str(file), "--save", "no/where.json"], env={"COLUMNS": "200"}
+    )
+    assert nowhere.exit_code == 2
+    assert "there is no folder no; make it first" in " ".join(nowhere.output.split())
+
+    other = json.dumps(chosen(dataclasses.replace(RESIDUAL, device="cuda"), "sgd", {0.1: 60.0})[0])
+    for lines, message in ((other + "\n", "which differ in device"), ("nonsense\n", "is no row of a sweep")):
+        mixed = tmp_path / "evidence-tiny.rows.jsonl"
+        mixed.write_text(json.dumps(ROWS[0]) + "\n" + lines)
+        refused = CliRunner().invoke(
+            app, ["report", str(mixed), "--out", str(tmp_path)], env={"COLUMNS": "200"}
+        )
+        assert refused.exit_code == 2
+        assert message in " ".join(refused.output.replace("│", " ").split())
+
     missing = CliRunner().invoke(app, ["report", "nothing-tiny.rows.jsonl"], env={"COLUMNS": "200"})
     assert "cannot be read: No such file" in " ".join(missing.output.split())
 
