@@ -38,18 +38,14 @@ START_OF_EQUILIBRIUM = (0.1, 0.3, 1.0)  # in SGD's unit
 
 OURS = ("equilibrium-gradient", "equilibrium-filter")  # the forms that the small study chose
 CORE = ("sgd", "sgd+linear", *OURS, "muon", "adamw", "warmup")
-REST = (
-    *("adamw+linear", "muonh", "adamh", "angle", "lars+linear", "sgdp", "uniform"),
-    *("equilibrium-gradient-filter", "warmup+linear", "muon+linear"),
-    *(f"{name}+linear" for name in OURS),
-)
-ON_PLAIN = ("adamw+linear", "muonh", "angle", *(f"{name}+linear" for name in OURS))
+REST = ("muonh", "adamh", "angle", "lars+linear", "sgdp", "adamw+linear", "uniform")
+WARMED = ("equilibrium-filter+linear", "muon+linear", "warmup+linear")
 OF_TEXT = (
-    *("adamw", "adamw+linear", "muon", "muonh", "adamh", "muon+linear", "sgd+linear"),
+    *("adamw", "adamw+linear", "muon", "muonh", "adamh", "muon+linear"),
     *("equilibrium-gradient", "muonh+linear", "adamh+linear"),
 )
-OF_DEEP = ("sgd", "sgd+linear", *OURS, "muon", "warmup")
-OF_BATCHES = ("sgd+linear", "lars+linear", "equilibrium-filter", "muon", "adamw+linear")
+OF_DEEP = ("sgd", "sgd+linear", "equilibrium-filter", "muon", "warmup")
+OF_BATCHES = ("sgd+linear", "lars+linear", "equilibrium-filter", "muon")
 OF_TRANSFER = ("sgd+linear", "adamw", "angle", "adamh", "equilibrium-gradient")
 OF_BUDGETS = ("sgd", "sgd+linear", *OURS, *(name + COSINE_SQUARED for name in OURS), "muon")
 OF_HORIZON = (*OURS, "sgd+linear", "muon")
@@ -59,6 +55,7 @@ LEFT_OUT = {  # by what the small studies show
     "uniform-update, angle-update": "equal true angles train no better than equal ELRs (control)",
     "angle-filter, angle-update-filter": "no better than by layer on a residual net (control)",
     "equilibrium-unprotected": "usable at SGD's learning rate alone (control)",
+    "equilibrium-gradient-filter": "between two forms that were not told apart by the first rows",
 }
 
 
@@ -72,6 +69,7 @@ class Block(NamedTuple):
         lr_of: the method whose learning rate all take, in place of their own.
         by_steps: the learning rate is smaller by as much as the run is longer than those that it was chosen by.
         best_of: a task whose best learning rates are measured too, so that it is known what they lose here.
+        ranges: learning rates go on until the usable range is known, not only until the best is between two others.
     """
 
     question: str
@@ -82,6 +80,7 @@ class Block(NamedTuple):
     lr_of: str | None = None
     by_steps: bool = False
     best_of: Task | None = None
+    ranges: bool = False
 
 
 def method_of(name: str) -> Method:
@@ -117,13 +116,18 @@ def by_steps(lr: float, chosen_on: Task, task: Task) -> float:
     return neighbour(lr * SHARE * chosen_on.epochs / task.epochs, 0)
 
 
-def lrs_to_try(start: Sequence[float], scores: Mapping[float, float], chance: float) -> list[float]:
-    """What to measure next, empty if there is enough: first the start, then on from an end as long as that end has
-    `USABLE` of the best gain over chance, so that neither the best nor the usable range is cut off; at most `MOST`."""
+def lrs_to_try(
+    start: Sequence[float], scores: Mapping[float, float], chance: float, ranges: bool = False
+) -> list[float]:
+    """What to measure next, empty if there is enough: first the start, then on from an end as long as that end is the
+    best; with `ranges` as long as it has `USABLE` of the best gain over chance, so that the usable range is not cut off
+    either; at most `MOST`."""
     if missing := [lr for lr in start if lr not in scores]:
         return missing
     best = max(scores.values())
-    bar = min(best, chance + USABLE * (best - chance))  # the best itself where all are worse than chance
+    bar = (
+        min(best, chance + USABLE * (best - chance)) if ranges else best
+    )  # the best if all are worse than chance
     beyond = [
         neighbour(end(scores), step) for end, step in ((max, 1), (min, -1)) if scores[end(scores)] >= bar
     ]
@@ -147,10 +151,10 @@ class Known:
         """Validation score by learning rate, of the runs for choosing."""
         return self._scores.get((task, method), {})
 
-    def next_lrs(self, task: Task, method: str) -> list[float]:
-        """What to measure next before the learning rate can be chosen."""
+    def next_lrs(self, task: Task, method: str, ranges: bool = False) -> list[float]:
+        """What to measure next before the learning rate can be chosen, or the usable range be known."""
         scores = self.scores(task, method)
-        return lrs_to_try(start_of(method), scores, self.chances.get((task, method), 0.0))
+        return lrs_to_try(start_of(method), scores, self.chances.get((task, method), 0.0), ranges)
 
     def best_lr(self, task: Task, method: str) -> float | None:
         """The chosen learning rate; None if it is not known yet."""
@@ -170,7 +174,8 @@ def choosing(block: Block, known: Known) -> Iterator[Run]:
     for name in dict.fromkeys([block.lr_of] if block.lr_of else map(chosen_as, block.methods)):
         other = known.best_lr(block.best_of, name) if block.best_of else None
         others = [] if other is None else [other]
-        for lr in dict.fromkeys([*known.scores(task, name), *known.next_lrs(task, name), *others]):
+        new = known.next_lrs(task, name, block.ranges)
+        for lr in dict.fromkeys([*known.scores(task, name), *new, *others]):
             yield Run(task, method_of(name), lr, 0, share=SHARE)
 
 
@@ -222,15 +227,14 @@ def blocks(nets: Nets) -> list[Block]:
     """All blocks; the first are worth most."""
     residual, plain = nets.residual, nets.plain
     untuned = (*OURS, "warmup")
-    two = ("sgd+linear", "equilibrium-filter")
     ends = [name + end for end in (COSINE_SQUARED, RELEASED) for name in OURS]
     ends.append("sgd+linear" + COSINE_SQUARED)  # is a steeper end better with SGD too?
     short, long = (dataclasses.replace(residual, epochs=epochs, curve=epochs) for epochs in nets.budgets)
     result = [
-        Block("tuned", residual, CORE),
+        Block("tuned", residual, CORE, ranges=True),
         Block("annealing", residual, ends),
         Block("untuned", residual, untuned, lr_of="sgd"),
-        Block("tuned", plain, CORE),
+        Block("tuned", plain, CORE, ranges=True),
         Block("untuned", plain, untuned, lr_of="sgd"),
         Block("horizon", plain, OF_HORIZON, by_steps=True),
         Block("horizon", residual, OF_HORIZON, by_steps=True),
@@ -239,32 +243,38 @@ def blocks(nets: Nets) -> list[Block]:
         Block("budget", short, OURS, lrs_from=residual, lr_of="sgd"),
     ]
     if nets.text is not None:
-        result.append(Block("text", nets.text, OF_TEXT))
+        result.append(Block("text", nets.text, OF_TEXT, 2, ranges=True))
     result += [
-        Block("tuned", residual, REST),
+        Block("tuned", residual, REST, 2),
+        Block("budget", long, ("sgd+linear",), 2, lrs_from=residual),
+        Block("budget", long, ("equilibrium-filter",), 2, lrs_from=residual, lr_of="sgd"),
+        Block("budget", long, ("equilibrium-filter", "muon"), 2, lrs_from=residual, by_steps=True),
+        Block("tuned", residual, WARMED, 2),
         *(
-            Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES)
+            Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES, 2)
             for size in nets.batches
         ),
-        Block("budget", long, (*two, "muon", "sgd"), 2, lrs_from=residual),
-        Block("budget", long, (*two, "muon"), 2, lrs_from=residual, by_steps=True),
-        Block("budget", long, ("equilibrium-filter",), 2, lrs_from=residual, lr_of="sgd"),
-        Block("tuned", plain, ON_PLAIN),
-        Block("tuned", nets.deep, OF_DEEP),
-        Block("untuned", nets.deep, untuned, lr_of="sgd"),
-        Block("horizon", nets.deep, OURS, by_steps=True),
     ]
     if nets.large is not None:
         result += [
-            Block("large", nets.large, two, 2, lrs_from=residual),
-            Block("large", nets.large, ("equilibrium-filter",), 2, lrs_from=residual, lr_of="sgd"),
+            Block("large", nets.large, ("sgd+linear",), 2, lrs_from=residual),
+            Block("large", nets.large, OURS, 2, lrs_from=residual, lr_of="sgd"),
         ]
     result += [
         Block("transfer", dataclasses.replace(residual, model=model), OF_TRANSFER, 0, best_of=residual)
         for model in nets.models
     ]
     if has_heavyball():  # a check of AdamH by another implementation
-        result += [Block("tuned", task, ("hyperball",)) for task in (residual, nets.text) if task is not None]
+        result += [
+            Block("tuned", task, ("hyperball",), 1) for task in (residual, nets.text) if task is not None
+        ]
+    result += [
+        Block("tuned", nets.deep, OF_DEEP, 2),
+        Block("untuned", nets.deep, ("equilibrium-filter",), 2, lr_of="sgd"),
+    ]
+    if nets.text is not None:
+        result.append(Block("text", nets.text, OF_TEXT))
+    result.append(Block("tuned", residual, (*REST, *WARMED)))
     for task in (residual, plain):
         result += [Block("untuned", task, OURS, 5, lr_of="sgd"), Block("tuned", task, CORE, 5)]
     return result
@@ -319,7 +329,7 @@ def medium(device: str) -> list[Block]:
         device=device,
     )
     large = dataclasses.replace(residual, model="resnet-20", image_size=None, epochs=10, curve=10)
-    others = ("resnet-20-w4", "resnet-20-w16", "resnet-8-w8", "resnet-56-w8")
+    others = ("resnet-20-w4", "resnet-8-w8", "resnet-20-w16", "resnet-56-w8")
     return blocks(Nets(residual, plain, deep, text, (5, 40), (1024, 4096), others, large))
 
 

@@ -39,7 +39,7 @@ SWAPPED_IN = (*OURS, "warmup")  # are measured at SGD's learning rate
 RULES = (
     *OURS,
     *(name + end for end in (AT_SGDS, BY_STEPS) for name in OURS),
-    *("equilibrium-gradient-filter", "warmup", "uniform", "angle"),
+    *("warmup", "uniform", "angle"),
 )
 BASELINES = ("sgd", "sgd+linear")
 LEVELS = (0.8, 0.9, 0.95, 1.0)  # shares of the best SGD's last gain over chance, for the epochs to accuracy
@@ -380,10 +380,12 @@ def versus(found: Found, marks: Sequence[str]) -> dict[str, Any]:
 
 
 def ranges(found: Found) -> dict[str, Any]:
-    """How wide the range of usable learning rates is, of every method with SGD's unit and of Muon."""
+    """How wide the range of usable learning rates is, of ours and of Muon, where that of SGD is not cut off."""
     result = {}
     for task in found.choosing:
         usable = {name: it["usable"] for name, it in of_task(found, task).items()}
+        if any(usable.get(name) and is_cut(usable[name]) for name in BASELINES):
+            continue
         widths = {name: it["width"] for name, it in usable.items() if it is not None}
         sgd = max((widths[name] for name in BASELINES if name in widths), default=None)
         if sgd is not None:
@@ -398,6 +400,11 @@ def ranges(found: Found) -> dict[str, Any]:
         if it["shown"]
     ]
     return {"found": result, "verdict": ". ".join(words) or NOT_YET}
+
+
+def is_cut(usable: Mapping[str, Any]) -> bool:
+    """Whether a usable range is only known to be at least so wide."""
+    return usable["cut_low"] or usable["cut_high"]
 
 
 def transfer(found: Found) -> dict[str, Any]:

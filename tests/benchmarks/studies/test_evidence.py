@@ -63,17 +63,20 @@ def test_a_grid_goes_on_until_it_holds_the_best_and_the_whole_usable_range() -> 
     start = (0.03, 0.1, 0.3)
     scores: dict[float, float] = {}
     assert plan.lrs_to_try(start, scores, 10.0) == list(start)
-    while missing := plan.lrs_to_try(start, scores, 10.0):
+    while missing := plan.lrs_to_try(start, scores, 10.0, ranges=True):
         scores |= {lr: 70 - 20 * math.log10(lr / 1.0) ** 2 for lr in missing}
     assert max(scores, key=scores.__getitem__) == 1.0
     bar = 10 + 0.9 * 60
     assert scores[min(scores)] < bar
     assert scores[max(scores)] < bar
     assert max(scores) == 10.0  # 3 is good, 10 is not
+    between = {lr: score for lr, score in scores.items() if lr <= 3.0}
+    assert plan.lrs_to_try(start, between, 10.0) == []  # the best is between two others
+    assert plan.lrs_to_try(start, {lr: score for lr, score in scores.items() if lr <= 1.0}, 10.0) == [3.0]
     below_chance = {0.03: -5.0, 0.1: -4.7, 0.3: -4.1}
     assert plan.lrs_to_try(start, below_chance, -3.3) == [1.0]
     flat: dict[float, float] = {}
-    while missing := plan.lrs_to_try(start, flat, 10.0):
+    while missing := plan.lrs_to_try(start, flat, 10.0, ranges=True):
         flat |= dict.fromkeys(missing, 10.0)
     assert len(flat) == plan.MOST
 
@@ -171,7 +174,7 @@ def name_of(task: Task) -> str:
 
 ROWS = [
     *chosen(RESIDUAL, "sgd", {0.03: 50.0, 0.1: 60.0, 0.3: 50.0}),
-    *chosen(RESIDUAL, "sgd+linear", {0.1: 61.0, 0.3: 62.0, 1.0: 40.0}),
+    *chosen(RESIDUAL, "sgd+linear", {0.03: 50.0, 0.3: 62.0, 1.0: 40.0}),
     *chosen(RESIDUAL, "equilibrium-filter", {0.1: 60.0, 0.3: 63.0, 1.0: 61.0, 3.0: 59.0}),
     *final(RESIDUAL, "sgd", 0.1, [64.0, 65.0, 66.0]),
     *final(RESIDUAL, "sgd+linear", 0.3, [66.0, 66.5, 67.0]),
@@ -299,6 +302,10 @@ def test_ranges_and_ends_of_the_schedule() -> None:
     assert of_task["widths"]["sgd"] == pytest.approx(sgd, rel=0.05)
     assert of_task["widths"]["equilibrium-filter"] == pytest.approx(30)  # all four are good
     assert of_task["sgd"] == of_task["widths"]["sgd+linear"]
+    cut_off = [
+        r for r in ROWS if not (r["spec"]["method"]["name"] == "sgd+linear" and r["spec"]["lr"] == 1.0)
+    ]
+    assert summarize.summarize(cut_off)["questions"]["range"]["found"] == {}  # SGD's would look too narrow
     (ends,) = questions["annealing"]["found"].values()
     assert list(ends["better"]) == ["equilibrium-filter+cosine²"]
     assert ends["better"]["equilibrium-filter+cosine²"]["mean"] == pytest.approx((1 + 1.1 + 1) / 3)
