@@ -243,7 +243,10 @@ def blocks(nets: Nets) -> list[Block]:
         Block("budget", short, OURS, lrs_from=residual, lr_of="sgd"),
     ]
     if nets.text is not None:
-        result.append(Block("text", nets.text, OF_TEXT, 2, ranges=True))
+        result += [
+            Block("text", nets.text, OF_TEXT, 1, ranges=True),
+            Block("text", nets.text, OF_TEXT[:4], 2),
+        ]
     result += [
         Block("tuned", residual, REST, 2),
         Block("budget", long, ("sgd+linear",), 2, lrs_from=residual),
