@@ -248,11 +248,11 @@ def blocks(nets: Nets) -> list[Block]:
             Block("text", nets.text, OF_TEXT[:4], 2),
         ]
     result += [
-        Block("tuned", residual, REST, 2),
+        Block("tuned", residual, REST, 1),
         Block("budget", long, ("sgd+linear",), 2, lrs_from=residual),
         Block("budget", long, ("equilibrium-filter",), 2, lrs_from=residual, lr_of="sgd"),
         Block("budget", long, ("equilibrium-filter", "muon"), 2, lrs_from=residual, by_steps=True),
-        Block("tuned", residual, WARMED, 2),
+        Block("tuned", residual, (*REST, *WARMED), 2),
         *(
             Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES, 2)
             for size in nets.batches
