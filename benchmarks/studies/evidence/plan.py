@@ -251,8 +251,9 @@ def blocks(nets: Nets) -> list[Block]:
         Block("tuned", residual, REST, 1),
         Block("budget", long, ("sgd+linear",), 2, lrs_from=residual),
         Block("budget", long, ("equilibrium-filter",), 2, lrs_from=residual, lr_of="sgd"),
-        Block("budget", long, ("equilibrium-filter", "muon"), 2, lrs_from=residual, by_steps=True),
-        Block("tuned", residual, (*REST, *WARMED), 2),
+        Block("budget", long, ("equilibrium-filter", "muon"), 1, lrs_from=residual, by_steps=True),
+        Block("tuned", residual, WARMED, 2),
+        Block("tuned", residual, REST, 2),
         *(
             Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES, 2)
             for size in nets.batches
@@ -277,6 +278,7 @@ def blocks(nets: Nets) -> list[Block]:
     ]
     if nets.text is not None:
         result.append(Block("text", nets.text, OF_TEXT))
+    result.append(Block("budget", long, ("equilibrium-filter", "muon"), 2, lrs_from=residual, by_steps=True))
     result.append(Block("tuned", residual, (*REST, *WARMED)))
     for task in (residual, plain):
         result += [Block("untuned", task, OURS, 5, lr_of="sgd"), Block("tuned", task, CORE, 5)]
