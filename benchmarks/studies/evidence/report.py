@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,12 +139,12 @@ def of_task(title: str, metric: Metric, methods: dict[str, Any]) -> Table:
 
 
 def interval_cell(values: dict[str, Any] | None, spec: str) -> str:
-    """An interval; the mean alone of one seed; a dash of none."""
+    """An interval, as far as the scatter is known, and whether it is of one seed; a dash of none."""
     if values is None:
         return "–"
-    if values["n"] < 2:
-        return f"{values['mean']:{spec}} (1 seed)"
-    return f"{Interval(*(values[key] for key in Interval._fields)):{spec}}"
+    interval = Interval(*(values[key] for key in Interval._fields))
+    text = f"{interval:{spec}}" if math.isfinite(interval.low) else f"{interval.mean:{spec}}"
+    return f"{text} (1 seed)" if interval.n < 2 else text
 
 
 def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:

@@ -480,6 +480,7 @@ def test_tables() -> None:
     for model, best in (("resnet-20-w8", 0.1), ("resnet-20-w4", 0.3), ("resnet-20-w16", 0.03)):
         task = dataclasses.replace(RESIDUAL, model=model, epochs=5)
         rows += chosen(task, "adamw", {lr: 70 - 20 * math.log10(lr / best) ** 2 for lr in (0.03, 0.1, 0.3)})
+    rows += [*chosen(RESIDUAL, "muon", {0.1: 60.0}), *final(RESIDUAL, "muon", 0.1, [64.0])]
     made = {str(table.title): cells(table) for table in tables(rows, summarize.summarize(rows))}
     task = name_of(RESIDUAL)
     of_method = {line[0]: line[1:] for line in made[f"{task}: accuracy (%)"]}
@@ -488,6 +489,7 @@ def test_tables() -> None:
         *("0.3", "63.0", "68.6 [67.4, 69.8]", "+2.1 [+0.5, +3.7]", "≥ ×30", "3, 3, 3, 3"),
     )
     assert of_method["equilibrium-filter+cosine²"][0] == "0.3"
+    assert of_method["muon"][2] == "64.0 [62.0, 66.0] (1 seed)"  # the scatter is that of the others
     untuned = (*("-0.1 [-1.7, +1.5]", "-1.6 [-3.2, +0.0]"), "-0.2", "open")
     assert made["swapped in"] == [(task, "equilibrium-filter", "0.1", *untuned)]
     (by_steps,) = made["lr ∝ 1/steps against the lr chosen on a third of them"]
@@ -500,6 +502,12 @@ def test_tables() -> None:
     assert (of_net[0], of_net[-2], of_net[-1]) == ("adamw", "×10", "5.5")
     # two seeds at 1,024 scatter by 1.41 and have a single degree of freedom
     assert made["batch sizes at equal epochs"] == [("sgd", "65.0 [63.8, 66.2]", "56.0 [43.3, 68.7]")]
+
+
+def test_without_a_second_seed_of_any_method_there_is_no_interval() -> None:
+    rows = [*chosen(RESIDUAL, "sgd", {0.1: 60.0}), *final(RESIDUAL, "sgd", 0.1, [64.0])]
+    (line,) = cells(tables(rows, summarize.summarize(rows))[0])
+    assert line[3] == "64.0 (1 seed)"
 
 
 def test_figures_have_a_panel_for_each_task_with_results() -> None:
