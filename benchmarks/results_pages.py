@@ -221,11 +221,11 @@ def origin(report: Report, titles: Sequence[str]) -> str:
 
 
 def seeds(report: Report, titles: Sequence[str]) -> str:
-    """How many seeds the rows behind these tables have: of the tasks that the titles name, else of all."""
+    """How many seeds the methods behind these tables have: on the tasks that the titles name, else on all."""
     rows = report["rows"]
     named = [row for row in rows if any(t.startswith(task_of(row)) for t in titles if task_of(row))]
     chosen, fresh = [], []
-    for of_one in grouped(named or rows, lambda row: (task_of(row), row["spec"].get("kind"))).values():
+    for of_one in grouped(named or rows, method_of).values():
         is_fresh = [
             row["spec"].get("part") == "test" or row["spec"]["seed"] >= comparison.FRESH_SEEDS
             for row in of_one
@@ -239,6 +239,12 @@ def seeds(report: Report, titles: Sequence[str]) -> str:
         return f"{from_to(chosen)} seeds"
     to_choose = f"{from_to(chosen)} to choose the learning rate, " if chosen else ""
     return f"seeds: {to_choose}{from_to(fresh)} fresh"
+
+
+def method_of(row: Report) -> tuple[object, ...]:
+    """What a row is one seed of, whatever its learning rate."""
+    spec = row["spec"]
+    return task_of(row), spec.get("kind"), json.dumps(spec.get("method"))
 
 
 def from_to(counts: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.studies.evidence import plan
 from tests.docs_code import ROOT, run_page
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,12 +71,14 @@ METHODS = {  # of the study of evidence, on the residual and on the plain net
     "SGD": ("sgd", "sgd"),
     "SGD + linear warm-up": ("sgd+linear", "sgd+linear"),
     "AdamW": ("adamw", "adamw"),
+    "AdamW + linear warm-up": ("adamw+linear", None),
     "Muon": ("muon", "muon"),
     "Muon behind `elropt.control`": ("muonh", None),
     'ELRSGD "warmup" (default)': ("warmup", "warmup"),
     'ELRSGD "angle"': ("angle", None),
-    # On the plain net SGD's learning rate is its own too.
-    'ELRSGD "equilibrium", by filter': ("equilibrium-filter at SGD's lr", "equilibrium-filter"),
+    'ELRSGD "equilibrium", by filter': ("equilibrium-filter", "equilibrium-filter"),
+    # On the plain net SGD's learning rate is its own.
+    "… at SGD's `lr`": ("equilibrium-filter at SGD's lr", "equilibrium-filter"),
 }
 
 
@@ -93,10 +96,14 @@ def test_accuracies_are_those_of_the_result_files() -> None:
         cells = []
         for of_task, method in zip((residual, plain), methods, strict=True):
             test = of_task[method]["test"] if method else None
-            cells.append(f"{test['mean']:.1f} ± {test['high'] - test['mean']:.1f}" if test else "–")
+            mark = "\\*" if test and test["n"] == 1 else ""
+            cells.append(f"{test['mean']:.1f}{mark} ± {test['high'] - test['mean']:.1f}" if test else "–")
         of_digits = deep[methods[0]]["test_accuracy"] if methods[0] in deep else None
         cells.append(f"{of_digits['mean']:.1f}" if of_digits else "–")
         assert shown[name] == " | ".join(cells)
+    at_third = residual["muon at lr ∝ 1/steps"]
+    assert at_third["lr"] == plan.neighbour(residual["muon"]["lr"], -1)
+    assert f"At a third of its `lr` Muon has {at_third['test']['mean']:.1f} % on ResNet-20" in README
     for env in (evidence["env"], digits["env"]):
         for text in (f"torch {env['torch'].split('+')[0]}", env["date"][:10], env["cpu"]):
             assert text in README
