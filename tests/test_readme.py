@@ -83,24 +83,29 @@ METHODS = {  # of the study of evidence, on the residual and on the plain net
 
 
 def test_accuracies_are_those_of_the_result_files() -> None:
-    """Student's intervals with a pooled scatter are as wide on both sides; on digits the mean is enough."""
+    """Intervals with a pooled scatter are as wide on both sides, those of a bootstrap are not."""
     evidence, digits = (
         json.loads((RESULTS / name).read_text(encoding="utf-8"))
         for name in ("evidence-medium.json", "accuracy-digits.json")
     )
-    residual, plain = list(evidence["summary"]["tasks"].values())[:2]
-    deep = next(iter(digits["summary"].values()))
+    residual, plain = (
+        evidence["summary"]["tasks"][f"{net}-20-w8, cifar10 16×16, batch 128, 15 epochs"]
+        for net in ("resnet", "plain")
+    )
+    (deep,) = (of_task for task, of_task in digits["summary"].items() if task.startswith("bn-mlp-30"))
     assert plain["sgd"]["lr"] == plain["equilibrium-filter"]["lr"]
     shown = dict(re.findall(r"^\| (.*?) \| (\d.*) \|$", README, flags=re.M))
     for name, methods in METHODS.items():
         cells = []
         for of_task, method in zip((residual, plain), methods, strict=True):
             test = of_task[method]["test"] if method else None
-            mark = "\\*" if test and test["n"] == 1 else ""
+            mark = {3: "", 1: "\\*"}[test["n"]] if test else ""
             cells.append(f"{test['mean']:.1f}{mark} ± {test['high'] - test['mean']:.1f}" if test else "–")
         of_digits = deep[methods[0]]["test_accuracy"] if methods[0] in deep else None
-        cells.append(f"{of_digits['mean']:.1f}" if of_digits else "–")
-        assert shown[name] == " | ".join(cells)
+        if of_digits:
+            assert of_digits["n"] == 5
+            cells.append(f"{of_digits['mean']:.1f} [{of_digits['low']:.1f}, {of_digits['high']:.1f}]")
+        assert shown[name] == " | ".join(cells if of_digits else [*cells, "–"])
     at_third = residual["muon at lr ∝ 1/steps"]
     assert at_third["lr"] == plan.neighbour(residual["muon"]["lr"], -1)
     assert f"At a third of its `lr` Muon has {at_third['test']['mean']:.1f} % on ResNet-20" in README

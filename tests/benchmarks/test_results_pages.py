@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks import results_pages
 from benchmarks.common.command_line import table_of
-from benchmarks.results_pages import RESULTS, ROOT, claims, fill, markdown, outdated
+from benchmarks.results_pages import RESULTS, ROOT, claims, fill, markdown, outdated, seeds
 
 pytestmark = pytest.mark.xdist_group("results_pages")  # a file is read and concluded from once
 PAGE = ROOT / "docs" / "results" / "page.md"
@@ -55,6 +56,16 @@ def test_a_table_says_where_it_is_from() -> None:
     of_study = fill("<!-- table: control-small | resnet-20*: accuracy* -->\n<!-- end -->", ROOT / "README.md")
     assert "[control-small.json](benchmarks/results/control-small.json): size small; " in of_study
     assert "seeds: 1 to choose the learning rate, 2 fresh; 2 cores, AMD EPYC, no GPU;" in of_study
+
+
+def test_seeds_are_counted_by_method() -> None:
+    def row(method: str, seed: int, part: str) -> dict[str, Any]:
+        return {"spec": {"method": {"name": method}, "seed": seed, "part": part}}
+
+    chosen = [row(method, 0, "val") for method in ("sgd", "muon") for _ in range(3)]  # learning rates
+    tests = [row("sgd", 100, "test"), row("sgd", 101, "test"), row("muon", 100, "test")]
+    assert seeds({"rows": [*chosen, *tests]}, []) == "seeds: 1 to choose the learning rate, 1 to 2 fresh"
+    assert seeds({"rows": [*chosen, *tests[:2]]}, []) == "seeds: 1 to choose the learning rate, 2 fresh"
 
 
 def test_markdown_of_a_table() -> None:

@@ -40,16 +40,14 @@ OURS = ("equilibrium-gradient", "equilibrium-filter")  # the forms that the smal
 CORE = ("sgd", "sgd+linear", *OURS, "muon", "adamw", "warmup")
 REST = ("muonh", "adamh", "angle", "lars+linear", "sgdp", "adamw+linear", "uniform")
 WARMED = ("equilibrium-filter+linear", "muon+linear", "warmup+linear")
-OF_TEXT = (
-    *("adamw", "adamw+linear", "muon", "muonh", "adamh", "muon+linear"),
-    *("equilibrium-gradient", "muonh+linear", "adamh+linear"),
-)
+OF_TEXT_FIRST = ("adamw", "adamw+linear", "muon", "muonh")
+OF_TEXT = (*OF_TEXT_FIRST, "adamh", "muon+linear", "equilibrium-gradient", "muonh+linear", "adamh+linear")
 OF_DEEP = ("sgd", "sgd+linear", "equilibrium-filter", "muon", "warmup")
 OF_BATCHES = ("sgd+linear", "lars+linear", "equilibrium-filter", "muon")
 OF_TRANSFER = ("sgd+linear", "adamw", "angle", "adamh", "equilibrium-gradient")
 OF_BUDGETS = ("sgd", "sgd+linear", *OURS, *(name + COSINE_SQUARED for name in OURS), "muon")
 OF_HORIZON = (*OURS, "sgd+linear", "muon")
-LEFT_OUT = {  # by what the small studies show
+LEFT_OUT = {  # by what the small studies show, or the first rows of this one
     "sphere": "behind SGD on both nets of swap-in, and its learning rate has a unit of its own",
     "equilibrium": "on the update, by layer it is worse than by filter on all nets with both (control)",
     "uniform-update, angle-update": "equal true angles train no better than equal ELRs (control)",
@@ -125,9 +123,8 @@ def lrs_to_try(
     if missing := [lr for lr in start if lr not in scores]:
         return missing
     best = max(scores.values())
-    bar = (
-        min(best, chance + USABLE * (best - chance)) if ranges else best
-    )  # the best if all are worse than chance
+    usable = min(best, chance + USABLE * (best - chance))  # the best itself where all are worse than chance
+    bar = usable if ranges else best
     beyond = [
         neighbour(end(scores), step) for end, step in ((max, 1), (min, -1)) if scores[end(scores)] >= bar
     ]
@@ -224,7 +221,7 @@ def has_heavyball() -> bool:
 
 
 def blocks(nets: Nets) -> list[Block]:
-    """All blocks; the first are worth most."""
+    """All blocks; the first are worth most. One with more seeds goes on with an earlier one of the same methods."""
     residual, plain = nets.residual, nets.plain
     untuned = (*OURS, "warmup")
     ends = [name + end for end in (COSINE_SQUARED, RELEASED) for name in OURS]
@@ -245,7 +242,7 @@ def blocks(nets: Nets) -> list[Block]:
     if nets.text is not None:
         result += [
             Block("text", nets.text, OF_TEXT, 1, ranges=True),
-            Block("text", nets.text, OF_TEXT[:4], 2),
+            Block("text", nets.text, OF_TEXT_FIRST, 2),
         ]
     result += [
         Block("tuned", residual, REST, 1),

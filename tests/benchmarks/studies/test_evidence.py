@@ -81,6 +81,14 @@ def test_a_grid_goes_on_until_it_holds_the_best_and_the_whole_usable_range() -> 
     assert len(flat) == plan.MOST
 
 
+@pytest.mark.parametrize(("ranges", "lrs"), [(False, [0.03, 0.1, 0.3]), (True, [0.03, 0.1, 0.3, 1.0])])
+def test_a_block_goes_on_for_the_range_only_if_it_asks(ranges: bool, lrs: list[float]) -> None:
+    rows = simulate([Block("tuned", RESIDUAL, ("sgd",), 0, ranges=ranges)], peak(0.1))
+    assert (
+        sorted(r["spec"]["lr"] for r in rows) == lrs
+    )  # 60 is best, the bar at 55; 0.03 has 54.5 and 0.3 has 55.4
+
+
 def test_a_method_waits_for_its_learning_rate_and_others_do_not_wait_for_it() -> None:
     block = Block("tuned", RESIDUAL, ("sgd", "adamw"), 3)
     first = runs_of([block], [])
@@ -302,10 +310,11 @@ def test_ranges_and_ends_of_the_schedule() -> None:
     assert of_task["widths"]["sgd"] == pytest.approx(sgd, rel=0.05)
     assert of_task["widths"]["equilibrium-filter"] == pytest.approx(30)  # all four are good
     assert of_task["sgd"] == of_task["widths"]["sgd+linear"]
-    cut_off = [
-        r for r in ROWS if not (r["spec"]["method"]["name"] == "sgd+linear" and r["spec"]["lr"] == 1.0)
-    ]
-    assert summarize.summarize(cut_off)["questions"]["range"]["found"] == {}  # SGD's would look too narrow
+    for end in (0.03, 1.0):
+        cut_off = [r for r in ROWS if (r["spec"]["method"]["name"], r["spec"]["lr"]) != ("sgd+linear", end)]
+        assert (
+            summarize.summarize(cut_off)["questions"]["range"]["found"] == {}
+        )  # SGD's would look too narrow
     (ends,) = questions["annealing"]["found"].values()
     assert list(ends["better"]) == ["equilibrium-filter+cosine²"]
     assert ends["better"]["equilibrium-filter+cosine²"]["mean"] == pytest.approx((1 + 1.1 + 1) / 3)
