@@ -44,7 +44,7 @@ OF_TEXT_FIRST = ("adamw", "adamw+linear", "muon", "muonh")
 OF_TEXT = (*OF_TEXT_FIRST, "adamh", "muon+linear", "equilibrium-gradient", "muonh+linear", "adamh+linear")
 OF_DEEP = ("sgd", "sgd+linear", "equilibrium-filter", "muon", "warmup")
 OF_BATCHES = ("sgd+linear", "lars+linear", "equilibrium-filter", "muon")
-OF_TRANSFER = ("sgd+linear", "adamw", "angle", "adamh", "equilibrium-gradient")
+OF_TRANSFER = ("sgd+linear", "adamw", "adamh", "equilibrium-gradient")
 OF_BUDGETS = ("sgd", "sgd+linear", *OURS, *(name + COSINE_SQUARED for name in OURS), "muon")
 OF_HORIZON = (*OURS, "sgd+linear", "muon")
 LEFT_OUT = {  # by what the small studies show, or the first rows of this one
@@ -66,7 +66,7 @@ class Block(NamedTuple):
         lrs_from: the task whose runs a learning rate is chosen by; None: this one.
         lr_of: the method whose learning rate all take, in place of their own.
         by_steps: the learning rate is smaller by as much as the run is longer than those that it was chosen by.
-        best_of: a task whose best learning rates are measured too, so that it is known what they lose here.
+        around: a task around whose best learning rates the grids begin, so that it is known what those lose here.
         ranges: learning rates go on until the usable range is known, not only until the best is between two others.
     """
 
@@ -77,7 +77,7 @@ class Block(NamedTuple):
     lrs_from: Task | None = None
     lr_of: str | None = None
     by_steps: bool = False
-    best_of: Task | None = None
+    around: Task | None = None
     ranges: bool = False
 
 
@@ -148,20 +148,31 @@ class Known:
         """Validation score by learning rate, of the runs for choosing."""
         return self._scores.get((task, method), {})
 
-    def next_lrs(self, task: Task, method: str, ranges: bool = False) -> list[float]:
-        """What to measure next before the learning rate can be chosen, or the usable range be known."""
+    def next_lrs(
+        self, task: Task, method: str, around: Task | None = None, ranges: bool = False
+    ) -> list[float]:
+        """What to measure next before the learning rate can be chosen, or the usable range be known; with `around` a
+        grid begins there, once the best learning rate of that task is known."""
+        start: Sequence[float] = start_of(method)
+        if around is not None:
+            best = self.best_lr(around, method)
+            if best is None:
+                return []
+            start = neighbour(best, -1), best, neighbour(best, 1)
         scores = self.scores(task, method)
-        return lrs_to_try(start_of(method), scores, self.chances.get((task, method), 0.0), ranges)
+        return lrs_to_try(start, scores, self.chances.get((task, method), 0.0), ranges)
 
-    def best_lr(self, task: Task, method: str) -> float | None:
+    def best_lr(self, task: Task, method: str, around: Task | None = None) -> float | None:
         """The chosen learning rate; None if it is not known yet."""
         scores = self.scores(task, method)
-        return None if self.next_lrs(task, method) else max(scores, key=scores.__getitem__)
+        if not scores or self.next_lrs(task, method, around):
+            return None
+        return max(scores, key=scores.__getitem__)
 
     def lr(self, block: Block, name: str) -> float | None:
         """The learning rate of a method in a block; None if it is not known yet."""
         chosen_on = block.lrs_from or block.task
-        lr = self.best_lr(chosen_on, block.lr_of or chosen_as(name))
+        lr = self.best_lr(chosen_on, block.lr_of or chosen_as(name), block.around)
         return by_steps(lr, chosen_on, block.task) if block.by_steps and lr is not None else lr
 
 
@@ -169,10 +180,8 @@ def choosing(block: Block, known: Known) -> Iterator[Run]:
     """The runs that are known to be needed to choose the learning rates."""
     task = block.lrs_from or block.task
     for name in dict.fromkeys([block.lr_of] if block.lr_of else map(chosen_as, block.methods)):
-        other = known.best_lr(block.best_of, name) if block.best_of else None
-        others = [] if other is None else [other]
-        new = known.next_lrs(task, name, block.ranges)
-        for lr in dict.fromkeys([*known.scores(task, name), *new, *others]):
+        new = known.next_lrs(task, name, block.around, block.ranges)
+        for lr in [*known.scores(task, name), *new]:
             yield Run(task, method_of(name), lr, 0, share=SHARE)
 
 
@@ -250,35 +259,33 @@ def blocks(nets: Nets) -> list[Block]:
         Block("budget", long, ("equilibrium-filter",), 2, lrs_from=residual, lr_of="sgd"),
         Block("budget", long, ("equilibrium-filter", "muon"), 1, lrs_from=residual, by_steps=True),
         Block("tuned", residual, WARMED, 2),
-        Block("tuned", residual, REST, 2),
-        *(
-            Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES, 2)
-            for size in nets.batches
-        ),
     ]
-    if nets.large is not None:
-        result += [
-            Block("large", nets.large, ("sgd+linear",), 2, lrs_from=residual),
-            Block("large", nets.large, OURS, 2, lrs_from=residual, lr_of="sgd"),
-        ]
-    result += [
-        Block("transfer", dataclasses.replace(residual, model=model), OF_TRANSFER, 0, best_of=residual)
+    batches = [
+        Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES, 2, around=residual)
+        for size in nets.batches
+    ]
+    transfer = [
+        Block("transfer", dataclasses.replace(residual, model=model), OF_TRANSFER, 0, around=residual)
         for model in nets.models
     ]
-    if has_heavyball():  # a check of AdamH by another implementation
-        result += [
-            Block("tuned", task, ("hyperball",), 1) for task in (residual, nets.text) if task is not None
-        ]
+    result += transfer[:2]
+    result += batches[-1:]
+    if nets.large is not None:
+        for seeds in (1, 2):
+            result += [
+                Block("large", nets.large, ("sgd+linear",), seeds, lrs_from=residual),
+                Block("large", nets.large, OURS, seeds, lrs_from=residual, lr_of="sgd"),
+            ]
     result += [
         Block("tuned", nets.deep, OF_DEEP, 2),
         Block("untuned", nets.deep, ("equilibrium-filter",), 2, lr_of="sgd"),
     ]
-    if nets.text is not None:
-        result.append(Block("text", nets.text, OF_TEXT))
-    result.append(Block("budget", long, ("equilibrium-filter", "muon"), 2, lrs_from=residual, by_steps=True))
-    result.append(Block("tuned", residual, (*REST, *WARMED)))
-    for task in (residual, plain):
-        result += [Block("untuned", task, OURS, 5, lr_of="sgd"), Block("tuned", task, CORE, 5)]
+    result += transfer[2:]
+    result += batches[:-1]
+    if has_heavyball():  # a check of AdamH by another implementation
+        result += [
+            Block("tuned", task, ("hyperball",), 1) for task in (residual, nets.text) if task is not None
+        ]
     return result
 
 
@@ -336,7 +343,7 @@ def medium(device: str) -> list[Block]:
 
 
 def full(device: str) -> list[Block]:
-    """The nets of the literature at 32×32, with all methods: for a GPU."""
+    """The nets of the literature at 32×32, three seeds of everything: for a GPU."""
     residual, plain, deep, large = (
         comparison.full_cifar(net, device, validation=0.1, curve=30)
         for net in ("resnet-20", "plain-20", "plain-56", "resnet-18")
@@ -346,7 +353,8 @@ def full(device: str) -> list[Block]:
     )
     text = dataclasses.replace(text, weight_decay=DECAY)
     others = ("resnet-20-w8", "resnet-20-w32", "resnet-8", "resnet-56")
-    return blocks(Nets(residual, plain, deep, text, (10, 90), (1024, 4096), others, large))
+    every = blocks(Nets(residual, plain, deep, text, (10, 90), (1024, 4096), others, large))
+    return [block._replace(seeds=3) if block.seeds else block for block in every]
 
 
 def gpu(device: str) -> list[Block]:

@@ -408,16 +408,16 @@ def test_transfer_loses_what_the_middle_nets_best_one_loses() -> None:
     assert it["verdict"].endswith("adamw ×10, not measured points")
 
 
-def test_the_plan_measures_the_middle_nets_best_learning_rate_on_the_others() -> None:
+def test_a_grid_can_begin_around_the_best_learning_rate_of_another_task() -> None:
     other = dataclasses.replace(RESIDUAL, model="resnet-56-w4")
-    blocks = [
-        Block("tuned", RESIDUAL, ("adamw",), 0),
-        Block("transfer", other, ("adamw",), 0, best_of=RESIDUAL),
-    ]
-    rows = simulate(blocks, lambda r: peak(1.0 if r.task == RESIDUAL else 0.001)(r))
-    lrs = {r.lr for r in map(run_of, (r["spec"] for r in rows)) if r.task == other}
-    assert 1.0 in lrs
-    assert 0.3 not in lrs  # the grid itself ends before
+    transfer = Block("transfer", other, ("adamw",), 1, around=RESIDUAL)
+    blocks = [Block("tuned", RESIDUAL, ("adamw",), 0), transfer]
+    assert not [r for r in runs_of(blocks, []) if r.task == other]  # there is no best one yet
+    assert len(plan.waiting(transfer, Known([]))) == 1
+    rows = simulate(blocks, lambda r: peak(1.0 if r.task == RESIDUAL else 0.1)(r))
+    runs = [r for r in map(run_of, (r["spec"] for r in rows)) if r.task == other]
+    assert sorted(r.lr for r in runs if r.part == "val") == [0.03, 0.1, 0.3, 1.0, 3.0]
+    assert [r.lr for r in runs if r.part == "test"] == [0.1]
 
 
 def test_large_batches() -> None:
