@@ -270,16 +270,16 @@ def blocks(nets: Nets) -> list[Block]:
     ]
     result += transfer[:2]
     result += batches[-1:]
-    if nets.large is not None:
-        for seeds in (1, 2):
+    for seeds in (1, 2):
+        if nets.large is not None:
             result += [
                 Block("large", nets.large, ("sgd+linear",), seeds, lrs_from=residual),
                 Block("large", nets.large, OURS, seeds, lrs_from=residual, lr_of="sgd"),
             ]
-    result += [
-        Block("tuned", nets.deep, OF_DEEP, 2),
-        Block("untuned", nets.deep, ("equilibrium-filter",), 2, lr_of="sgd"),
-    ]
+        result += [
+            Block("tuned", nets.deep, OF_DEEP, seeds),
+            Block("untuned", nets.deep, ("equilibrium-filter",), seeds, lr_of="sgd"),
+        ]
     result += transfer[2:]
     result += batches[:-1]
     if has_heavyball():  # a check of AdamH by another implementation
