@@ -260,17 +260,17 @@ def blocks(nets: Nets) -> list[Block]:
         Block("budget", long, ("equilibrium-filter", "muon"), 1, lrs_from=residual, by_steps=True),
         Block("tuned", residual, WARMED, 2),
     ]
-    batches = [
+    *middle, largest = (
         Block("batch", dataclasses.replace(residual, batch_size=size), OF_BATCHES, 2, around=residual)
         for size in nets.batches
-    ]
+    )
     transfer = [
         Block("transfer", dataclasses.replace(residual, model=model), OF_TRANSFER, 0, around=residual)
         for model in nets.models
     ]
     result += transfer[:2]
-    result += batches[-1:]
     for seeds in (1, 2):
+        result.append(largest._replace(seeds=seeds))
         if nets.large is not None:
             result += [
                 Block("large", nets.large, ("sgd+linear",), seeds, lrs_from=residual),
@@ -281,7 +281,7 @@ def blocks(nets: Nets) -> list[Block]:
             Block("untuned", nets.deep, ("equilibrium-filter",), seeds, lr_of="sgd"),
         ]
     result += transfer[2:]
-    result += batches[:-1]
+    result += middle
     if has_heavyball():  # a check of AdamH by another implementation
         result += [
             Block("tuned", task, ("hyperball",), 1) for task in (residual, nets.text) if task is not None
