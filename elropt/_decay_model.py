@@ -89,8 +89,6 @@ def _coefficients(optimizer: str, options: Mapping[str, Any]) -> _Coefficients:
     momentum = options.get("momentum") or 0.0
     nesterov = bool(options.get("nesterov"))
     if optimizer in ("SGD", "ELRSGD"):
-        if options.get("elr_of") == "update":  # there the decay is not in the momentum
-            return UNKNOWN
         total, squares = momentum_sums(momentum, options.get("dampening") or 0.0, nesterov)
         return _Coefficients(total, 2 * squares / total)
     if not options or options.get("fixed_decay"):

@@ -23,7 +23,7 @@ from ._group_values import (
 from ._validate import check_step_tensors
 from .backend import Backend, UpdateOptions, choose_backend
 from .rules import LayerControls, LayerStats, RowHyper, RuleState, decide
-from .sharding import Reductions, Shard, local, local_grad, sum_over_shards
+from .sharding import Reductions, Shard, local, local_grad, rows_here, sum_over_shards
 
 __all__ = [
     "Group",
@@ -86,11 +86,7 @@ class Group(NamedTuple):
         if not any(self.shards):
             return [(0, count) for count in self.row_counts]
         return [
-            (0, count)
-            if shard is None or count == 0
-            else (shard.first, shard.count)
-            if per_filter and count > 1
-            else (0, min(shard.count, 1))
+            rows_here(shard, count, by_rows=per_filter and count > 1)
             for count, shard in zip(self.row_counts, self.shards, strict=True)
         ]
 

@@ -25,8 +25,9 @@ __all__ = [
     "lr_ratio",
     "may_be_tracked",
     "momentum_coefficients",
+    "reference_lr",
     "rule_key",
-    "set_reference_lr",
+    "set_reference_lrs",
     "settling_of",
 ]
 
@@ -137,20 +138,30 @@ def has_tensor_decay(groups: Sequence[Mapping[str, Any]]) -> bool:
     return any(issubclass(kind, Tensor) for kind in {type(group["weight_decay"]) for group in groups})
 
 
-def set_reference_lr(group: dict[str, Any], lr: float | Tensor) -> None:
-    """Give a group the `lr` at which its `tracked_lr` holds, unless it has one. Reads a tensor.
+def set_reference_lrs(groups: Sequence[dict[str, Any]]) -> None:
+    """Give each group the `lr` at which its `tracked_lr` holds, unless it has one. Reads tensors.
+
+    Raises:
+        ValueError: there is no proportion to an lr of 0; nothing has been changed then.
+    """
+    missing = [g for g in groups if g["tracked_lr"] is not None and "reference_lr" not in g]
+    lrs = [reference_lr(group, group["lr"]) for group in missing]
+    for group, lr in zip(missing, lrs, strict=True):
+        group["reference_lr"] = lr
+
+
+def reference_lr(group: Mapping[str, Any], lr: float | Tensor) -> float:
+    """`lr` as the one that the `tracked_lr` of a group is in proportion to. Reads a tensor.
 
     Raises:
         ValueError: there is no proportion to an lr of 0.
     """
-    if group["tracked_lr"] is None or "reference_lr" in group:
-        return
     if not 0 < float(lr) < math.inf:
         raise ValueError(
             f"tracked_lr={group['tracked_lr']} is kept in proportion to lr, so lr={lr} is not valid: it must be above "
             "0 when the optimizer is made; a schedule may bring it to 0 later"
         )
-    group["reference_lr"] = float(lr)
+    return float(lr)
 
 
 def momentum_coefficients(

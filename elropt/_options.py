@@ -35,6 +35,8 @@ def random_inputs(shapes: list[str], specs: list[str], model: nn.Module, target:
     for spec in specs:
         name, given, rest = spec.rpartition("=")
         value = _random_input(spec, rest)
+        if given and name in kwargs:
+            raise ValueError(f"--input {spec}: {name} is given twice")
         if given:
             kwargs[name] = value
         else:
@@ -59,7 +61,9 @@ def _random_input(spec: str, rest: str) -> Tensor:
         raise ValueError(
             f"--input {spec}: integers need a HIGH, above the largest, such as int64:8,128:50257"
         )
-    (high,) = _numbers(f"--input {spec}:", parts[1], int)[:1]
+    high, *more = _numbers(f"--input {spec}:", parts[1], int)
+    if more:
+        raise ValueError(f"--input {spec}: HIGH is one number, not {parts[1]}")
     if not 0 < high <= torch.iinfo(dtype).max:
         raise ValueError(
             f"--input {spec}: HIGH must be between 1 and {torch.iinfo(dtype).max}, the largest {dtype_name}"

@@ -107,11 +107,14 @@ class StepWatch:
         self._register(optimizer)
 
     def remove(self, observer: StepObserver) -> None:
-        """Forget `observer`, and everything if it was the last."""
+        """Forget `observer`, and everything if it was the last. During a step, and after one that raised, the hooks
+        stay, and do nothing: torch may be going through them."""
         if observer in self._observers:
             self._observers.remove(observer)
-        if not self._observers and not self._requested and not self._in_step:
-            self.record = None
+        if self._observers or self._requested:
+            return
+        self.record = self._snapshot = None
+        if not self._in_step:
             for hook in self._hooks:
                 hook.remove()
             self._hooks.clear()
@@ -192,8 +195,14 @@ _watches: weakref.WeakKeyDictionary[Optimizer, StepWatch] = weakref.WeakKeyDicti
 
 
 def watch_of(optimizer: Optimizer) -> StepWatch:
-    """The one watch of this optimizer."""
+    """The one watch of this optimizer, made if there is none."""
     return _watches.setdefault(optimizer, StepWatch())
+
+
+def record_of(optimizer: Optimizer) -> StepRecord | None:
+    """What the last step has left, if it was recorded."""
+    watch = _watches.get(optimizer)
+    return None if watch is None else watch.record
 
 
 @torch.no_grad()

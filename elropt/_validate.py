@@ -45,7 +45,7 @@ def validate_numbers(group: Mapping[str, Any], *, read_tensors: bool) -> None:
     for name in ("lr", "momentum", "dampening", "weight_decay"):
         if not isinstance(group[name], numbers.Real | Tensor):
             raise ValueError(f"{name}={group[name]!r} is not valid: it must be a number")
-    for name in ("lr", "weight_decay"):
+    for name in ("lr", "momentum", "dampening", "weight_decay"):
         value = group[name]
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(
@@ -64,6 +64,12 @@ def validate_numbers(group: Mapping[str, Any], *, read_tensors: bool) -> None:
 
 def validate_choices(group: Mapping[str, Any]) -> None:
     """The part of `validate` that reads no tensor: the rule, and what goes together. Same errors."""
+    for name in ("nesterov", "project", "maximize", "differentiable"):
+        if group[name] not in (False, True):
+            raise ValueError(f"{name}={group[name]!r} is not valid: it must be True or False")
+    for name in ("foreach", "fused"):
+        if group[name] not in (None, False, True):
+            raise ValueError(f"{name}={group[name]!r} is not valid: it must be True, False or None")
     momentum, dampening = group["momentum"], group["dampening"]
     rule, granularity, flag = group["rule"], group["granularity"], group.get("scale_invariant")
     if group["nesterov"] and (momentum == 0 or dampening != 0):

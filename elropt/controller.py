@@ -24,7 +24,7 @@ from ._state_dict import params_by_index
 from ._unwrap import type_name, unwrap
 from ._validate import refuse_flattened
 from .backend import UpdateOptions, choose_backend
-from .layer_table import Tracked, check_tracked
+from .layer_table import Tracked, params_of
 from .optimizer import ELRSGD, LARGE_ANGLE
 from .rules import (
     RULES,
@@ -75,8 +75,9 @@ def control(
         granularity: what one norm is taken over: "layer" (a tensor), "filter" (each index of its dimension 0, a neuron)
             or, for "angle", "network" (all tracked tensors together, the largest ``lr`` among them counts).
         tracked: the layers: what `find_scale_invariant` returned, or names or parameters. Names need an optimizer that
-            was made with `model.named_parameters()`. Layers of param groups with ``scale_invariant=True`` (see
-            `elropt.param_groups`) are always tracked, also of groups that are added later. None: only these.
+            was made with `model.named_parameters()`; of a dict, those that it does not have are left out. Layers of
+            param groups with ``scale_invariant=True`` (see `elropt.param_groups`) are always tracked, also of groups
+            that are added later. None: only these.
 
     Returns:
         A handle; `Controller.remove` ends the control.
@@ -130,7 +131,7 @@ def control(
         raise ValueError(
             "this optimizer is controlled already: keep what control returned, and call its remove() first"
         )
-    return Controller(base, holder, rule, granularity, check_tracked(holder, tracked) or frozenset())
+    return Controller(base, holder, rule, granularity, params_of(holder, tracked) or frozenset())
 
 
 def controller_of(optimizer: Optimizer) -> Controller | None:
@@ -443,7 +444,7 @@ class _Rows:
 
     def turn(self, weights: list[Tensor], angle: Tensor | None, *, whole: bool) -> None:
         """Turn the parameters from where they were before the step, `weights`, in the direction that it took. If that
-        fails they are where they were."""
+        fails each is where it was, or is turned, and the radii are those of before."""
         if not weights:
             return
         changes = [local(p).detach() for p in self.params]

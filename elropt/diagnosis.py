@@ -576,7 +576,9 @@ def _against(seen: _Seen, records: Indices, layers: Indices) -> str:
     formula = "for independent gradients"
     if optimizer in ("Adam", "AdamW"):
         formula = "√(2λω(1−β₁)/(1+β₁))"
-    elif optimizer in ("SGD", "ELRSGD") and not seen.option(int(layers[0]), "nesterov"):
+    elif optimizer in ("SGD", "ELRSGD") and not any(
+        seen.option(int(layers[0]), option) for option in ("nesterov", "dampening")
+    ):
         formula = "√(2λω/(1+μ))"
     return f"; at the equilibrium of this learning rate and decay it is {_range(settled)} rad ({formula})"
 

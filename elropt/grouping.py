@@ -1,6 +1,7 @@
 """Parameter groups for an optimizer: by scale invariance, and with learning rates that scale with the width."""
 
 import math
+import numbers
 import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -70,8 +71,8 @@ def param_groups(
         TypeError: `exclude` is a single string.
     """
     for argument, value in (("weight_decay", weight_decay), ("tracked_lr", tracked_lr)):
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{argument} is {value}; it must be finite and >= 0")
+        if value is not None and not (isinstance(value, numbers.Real) and 0 <= value < math.inf):
+            raise ValueError(f"{argument}={value!r} is not valid: it must be a finite number, at least 0")
     excluded = _matching(
         "exclude",
         exclude,
@@ -120,7 +121,13 @@ def param_groups(
         elif weight_decay is not None:
             group["weight_decay"] = weight_decay
         if group_name == "sparse":
-            group |= {"rule": None, "project": False}
+            group |= {
+                "rule": None,
+                "project": False,
+                "granularity": "layer",
+                "elr_of": None,
+                "protect": None,
+            }
         if tracked and tracked_lr is not None:
             group["tracked_lr"] = tracked_lr
         groups.append(group)
@@ -184,10 +191,10 @@ def width_scaled_groups(
         >>> optimizer = ELRSGD(width_scaled_groups(model, 256, lr=0.1), momentum=0.9, rule=None)
     """
     for argument, value in (("base_width", base_width), ("width", width)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{argument} is {value}; it must be finite and > 0")
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"lr is {lr}; it must be finite and >= 0")
+        if value is not None and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+            raise ValueError(f"{argument}={value!r} is not valid: it must be a finite number above 0")
+    if not (isinstance(lr, numbers.Real) and 0 <= lr < math.inf):
+        raise ValueError(f"lr={lr!r} is not valid: it must be a finite number, at least 0")
     if (optimizer, loss) not in EXPONENTS:
         known = ", ".join(f"optimizer={name!r} with loss={of!r}" for name, of in EXPONENTS)
         raise ValueError(f"optimizer={optimizer!r} with loss={loss!r} is not known; choose one of {known}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._eager_step import LayerMeasurements
-from ._step_watch import measure_now, watch_of
+from ._step_watch import measure_now, record_of, watch_of
 from ._unwrap import unwrap
 from .optimizer import ELRSGD
 from .weight_change import CHANGES
@@ -32,6 +32,7 @@ __all__ = [
     "last_records",
     "layer_stats",
     "parameter_names",
+    "params_of",
     "record_next_step",
     "table_of",
 ]
@@ -182,7 +183,7 @@ def layer_stats(optimizer: object, *, tracked: Tracked = None) -> LayerTable:
     Args:
         optimizer: any torch optimizer, or what wraps one.
         tracked: what `find_scale_invariant` returned, or names or parameters. None: as above. Names need an optimizer
-            that knows the names of its parameters.
+            that knows the names of its parameters; of a dict, those that it does not have are left out.
 
     Raises:
         RuntimeError: nothing was measured and there are no gradients now.
@@ -230,13 +231,22 @@ def check_tracked(optimizer: Optimizer, tracked: Tracked) -> frozenset[Tensor] |
     Raises:
         ValueError: as `layer_stats`.
     """
-    if tracked is None:
-        return None
-    if isinstance(optimizer, ELRSGD):
+    if tracked is not None and isinstance(optimizer, ELRSGD):
         raise ValueError(
             "tracked is for other optimizers: an ELRSGD says itself what it tracks; give it the groups of "
             "elropt.param_groups, or groups with the key scale_invariant"
         )
+    return params_of(optimizer, tracked)
+
+
+def params_of(optimizer: Optimizer, tracked: Tracked) -> frozenset[Tensor] | None:
+    """The parameters that `tracked` names, of any optimizer; None if it is None.
+
+    Raises:
+        ValueError: it has an entry that is no row here.
+    """
+    if tracked is None:
+        return None
     names = parameter_names(optimizer)
     by_name = {name: p for p, name in names.items()}
     if isinstance(tracked, Mapping):
@@ -267,7 +277,7 @@ def last_records(optimizer: Optimizer) -> list[LayerMeasurements]:
     """What the last step measured and applied; if it measured nothing, weights and gradients as they are now."""
     if isinstance(optimizer, ELRSGD):
         return optimizer.layer_records()
-    recorded = watch_of(optimizer).record
+    recorded = record_of(optimizer)
     measured = measure_now(optimizer) if recorded is None else recorded.measured
     return [] if measured is None else [measured]
 
@@ -276,7 +286,7 @@ def table_of(
     optimizer: Optimizer, records: list[LayerMeasurements], tracked: frozenset[Tensor] | None = None
 ) -> LayerTable:
     """The table of what `last_records` returned, at least one record. One host read. `tracked`: of `check_tracked`."""
-    recorded = watch_of(optimizer).record
+    recorded = record_of(optimizer)
     changes = {} if recorded is None else recorded.changes
     device = records[0].stats.grad_sq.device
     matrices = [torch.cat([_as_matrix(record).double(), _changes(record, changes)]) for record in records]

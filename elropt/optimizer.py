@@ -23,8 +23,9 @@ from ._group_values import (
     has_lr_by_row,
     has_tensor_decay,
     may_be_tracked,
+    reference_lr,
     rule_key,
-    set_reference_lr,
+    set_reference_lrs,
 )
 from ._rule_group import RuleGroup, RuleGroupPlan
 from ._rule_memory import State
@@ -89,7 +90,7 @@ class ELRSGD(Optimizer):
     group has ``scale_invariant=True`` (see `elropt.param_groups`), or, in groups without that key, if it has two or
     more dimensions and its gradient has been orthogonal to it in each of its first 8 steps (or more, as long as the
     steps hardly turn it: a bias that is still at 0 hides a dependence).
-    All other parameters see plain SGD. Groups that name the same rule, granularity and project are decided
+    All other parameters see plain SGD. Groups with the same rule, granularity, project, elr_of and protect are decided
     together, others apart.
 
     Args:
@@ -165,7 +166,8 @@ class ELRSGD(Optimizer):
 
     - a tracked layer whose ‖w‖² or ‖g‖² is zero or not finite in float32 is left out of the rule at that step: its
       gradient enters the update as in SGD, one whose ‖g‖² overflows not at all, and it has no influence on the
-      others (a NaN stays in its own layer); more: docs/guide/faults.md;
+      others (a NaN stays in its own layer). Where the angle of the update is set ("angle" and "equilibrium" with
+      ``elr_of="update"``) it stays where it is; more: docs/guide/faults.md;
     - sparse gradients and complex parameters are never tracked; sparse ones need ``rule=None``, no decay;
     - nothing to track: the rule does nothing, and "warmup" stays armed;
     - layers that join after the hand-over of the warm-up see plain SGD, and are tested for reports;
@@ -174,7 +176,8 @@ class ELRSGD(Optimizer):
 
     State of a parameter: `momentum_buffer`, and with a rule or `project` the float32 tensors `sphere_grad_norm` (c,
     smoothed), `radius`, `tracked` (radial tests passed, or -1), `handed_over` and `largest_lr`
-    (the same for all parameters: 1 while "warmup" is over; the largest λΓ that it acted at).
+    (the same for all parameters: 1 while "warmup" is over; the largest λΓ that it acted at). With
+    `stochastic_rounding` also `rounding_step`, int64.
 
     Source: derived, docs/theory.md; the model is that of Mehmeti-Göpel & Wand, ICML 2024 (arXiv 2306.00700).
 
@@ -240,18 +243,19 @@ class ELRSGD(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group's own hyper-parameters are checked before it is added."""
+        added = {}
         if isinstance(param_group, dict):
             complete = {**self.defaults, **param_group}
             reference = self.defaults if "tracked_lr" not in param_group else complete
-            set_reference_lr(complete, reference["lr"])
             validate(complete)
+            if complete["tracked_lr"] is not None and "reference_lr" not in complete:
+                added["reference_lr"] = reference_lr(complete, reference["lr"])
             refuse_duplicates(complete)
             check_params(complete, inside_zero=self._inside_zero)
-            if complete["tracked_lr"] is not None:
-                param_group["reference_lr"] = complete["reference_lr"]
         super().add_param_group(param_group)
         self._rule_groups = None
         group = self.param_groups[-1]
+        group |= added
         self._given.update({id(p): is_lazy(p) or p.dim() != 1 for p in group["params"]})
         self._warn_of_large_angle(group, float(group["lr"]), stacklevel=4)
 
@@ -277,8 +281,8 @@ class ELRSGD(Optimizer):
         both sides are matched by name.
 
         Warns:
-            UserWarning: rule, granularity or project of the dict are not those of the optimizer, or only one of the
-                two has a tracked_lr; the dict's hold.
+            UserWarning: rule, granularity, project, elr_of or protect of the dict are not those of the optimizer, or
+                only one of the two has a tracked_lr; the dict's hold.
 
         Raises:
             ValueError: a state dict of another optimizer than SGD and ELRSGD, or groups, names, shapes, dtypes, values
@@ -449,7 +453,6 @@ class ELRSGD(Optimizer):
         """Make the rule groups, and put their memory into `state`."""
         together: dict[Any, list[dict[str, Any]]] = {}
         for group in param_groups:
-            set_reference_lr(group, group["lr"])
             validate_choices(group)
             refuse_duplicates(group)
             check_params(group, inside_zero=self._inside_zero)
@@ -457,6 +460,7 @@ class ELRSGD(Optimizer):
         refuse_flattened(param_groups, self._given)
         for groups in together.values():
             refuse_one_of_many(groups)
+        set_reference_lrs(param_groups)
         with torch.inference_mode(False):
             return [RuleGroup(groups, state, number) for number, groups in enumerate(together.values())]
 
@@ -499,17 +503,16 @@ class ELRSGD(Optimizer):
         as_before = bool(others) and others == self._checked[1]
         if as_before and _same_objects(lrs, self._checked[0]):
             return
-        for group, lr in zip(self.param_groups, lrs, strict=True):
-            if group["rule"] is not None or group["project"]:
-                if not (
-                    as_before and type(lr) is float and 0 <= lr < math.inf
-                ):  # at most a scheduler's new lr
-                    validate_numbers(group, read_tensors=False)
-                    validate_choices(group)
-                    check_decay(group)
-                    set_reference_lr(group, group["lr"])
-                if not isinstance(lr, Tensor):
-                    self._warn_of_large_angle(group, lr, stacklevel=7)
+        ruled = [group for group in self.param_groups if group["rule"] is not None or group["project"]]
+        for group in ruled:
+            if not (as_before and type(group["lr"]) is float and 0 <= group["lr"] < math.inf):
+                validate_numbers(group, read_tensors=False)  # more than a scheduler's new lr
+                validate_choices(group)
+                check_decay(group)
+        set_reference_lrs(ruled)
+        for group in ruled:
+            if not isinstance(group["lr"], Tensor):
+                self._warn_of_large_angle(group, group["lr"], stacklevel=7)
         self._checked = lrs, others
 
     def _warn_of_large_angle(self, group: Mapping[str, Any], lr: float, stacklevel: int) -> None:

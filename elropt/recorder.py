@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from torch import distributed
 
 from ._json import to_json
 from ._optimizer_options import describe_optimizer
-from ._step_watch import StepWatch, watch_of
+from ._step_watch import StepWatch, record_of, watch_of
 from ._unwrap import type_name, unwrap
 from .layer_table import LayerTable, Tracked, check_tracked, last_records, table_of
 
@@ -25,6 +26,12 @@ class ScalarWriter(Protocol):
     """What a `Recorder` needs of a writer; `torch.utils.tensorboard.SummaryWriter` has it."""
 
     def add_scalar(self, tag: str, value: float, step: int, /) -> object: ...
+
+
+def check_every(every: int) -> None:
+    """Raises ValueError if records cannot be made every `every` steps."""
+    if isinstance(every, bool) or not isinstance(every, numbers.Integral) or every < 1:
+        raise ValueError(f"every={every!r} is not valid: it must be a whole number, at least 1")
 
 
 class Recorder:
@@ -64,7 +71,8 @@ class Recorder:
         tracked: for other optimizers than ELRSGD, which weights are scale-invariant, see `layer_stats`.
 
     Raises:
-        ValueError: `every` is below 1, or `tracked` does not fit the optimizer.
+        ValueError: `every` is no whole number above 0, `first_step` none from 0 on, or `tracked` does not fit the
+            optimizer.
         TypeError: `optimizer` is no torch optimizer and wraps none; `writer` or `on_record` is not as above.
         OSError: `path` cannot be written.
 
@@ -83,8 +91,9 @@ class Recorder:
         tracked: Tracked = None,
     ) -> None:
         watched = unwrap(optimizer)
-        if every < 1:
-            raise ValueError(f"every={every} is not valid: it must be at least 1")
+        check_every(every)
+        if isinstance(first_step, bool) or not isinstance(first_step, numbers.Integral) or first_step < 0:
+            raise ValueError(f"first_step={first_step!r} is not valid: it must be a whole number, at least 0")
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(
                 f"writer is a {type_name(writer)}, which has no add_scalar(tag, value, step): pass a SummaryWriter, "
@@ -121,7 +130,7 @@ class Recorder:
             with self._going_on("measure the layers"):
                 if failure is not None:
                     raise failure
-                records = last_records(optimizer) if watch_of(optimizer).record is not None else []
+                records = last_records(optimizer) if record_of(optimizer) is not None else []
                 if records and _is_first_rank():
                     self._write(table_of(optimizer, records, self._tracked), describe_optimizer(optimizer))
         self.step += 1

@@ -50,7 +50,7 @@ def report_page(run: RunHistory, found: Sequence[Finding], *, title: str) -> str
 
     Args:
         run: what `read_run` returned.
-        found: what `findings` found in it.
+        found: what `diagnose` found in it.
         title: of the page, such as the name of the file.
     """
     shown = _shown_records(run, found)

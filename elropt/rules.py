@@ -101,7 +101,7 @@ class RuleInputs(NamedTuple):
     state: RuleState
     hyper: RowHyper
     directed: Tensor  # [R] bool: the rows that are tracked and whose ‖w‖ is usable
-    moving: Tensor  # [R] bool: of these, the ones whose ‖g‖ is usable; for `decide_update`, whose ‖u⊥‖ is
+    moving: Tensor  # [R] bool: of these, the ones whose ‖g‖ is usable; for `decide_update`, whose ‖u⊥‖ is too
     whole: bool = False  # granularity "network": one norm over all rows
     absent: Tensor | None = None  # 0-dim bool: rows of earlier steps are missing; None: no
     update: UpdateParts | None = None  # for `decide_update`
@@ -130,8 +130,9 @@ def decide(
 
     Rows that cannot be judged (not tracked, ‖w‖ or ‖g‖ zero or not finite) have no influence on the others. They get
     the factors of plain SGD, except that a gradient too large for its norm (‖g‖² overflows) is left out, s = 0: that is
-    the limit of s as E grows, and a step of such a length could never be made good. With `of_update` a tracked row
-    whose update has no tangential part does not move.
+    the limit of s as E grows, and a step of such a length could never be made good. With `of_update` and a rule that
+    sets an angle, a tracked row does not move at a step at which ‖g‖ or the tangential part of its update is of no use:
+    momentum alone would turn it on by as much.
     """
     spec = RULES[rule]
     before = tracked = state.tracked
@@ -152,7 +153,7 @@ def decide(
     if of_update:
         assert parts is not None
         assert spec.decide_update is not None
-        moving = directed & parts.has_tangent
+        moving = directed & usable(stats.grad_sq) & parts.has_tangent
         whole = granularity == "network"
         inputs = RuleInputs(stats, state, hyper, directed, moving, whole, absent, parts)
         controls, after = spec.decide_update(inputs)
@@ -319,8 +320,8 @@ def equilibrium_update(inputs: RuleInputs) -> tuple[LayerControls, RuleState]:
 def turn_on_sphere(inputs: RuleInputs, angle: Tensor) -> tuple[LayerControls, RuleState]:
     """w' = R·(cos φ·w/‖w‖ − sin φ·u⊥/‖u⊥‖) with φ = `angle` [R]: exactly this angle, and the norm R.
 
-    With `inputs.whole` w and u are those of all rows together, and φ is the largest. Rows without a tangential update
-    are brought back to their norm.
+    With `inputs.whole` w and u are those of all rows together, and φ is the largest. Rows that do not move are brought
+    back to their norm.
     """
     stats, hyper, directed, moving = inputs.stats, inputs.hyper, inputs.directed, inputs.moving
     kept = first_radius(inputs)
@@ -338,7 +339,7 @@ def turn_on_sphere(inputs: RuleInputs, angle: Tensor) -> tuple[LayerControls, Ru
     to_radius = torch.where(directed, radius / weight_norm, 1.0)
     a = torch.where(moving, angle.cos() * to_radius, to_radius)
     per_lr = torch.where(hyper.lr > 0, angle.sin() / hyper.lr, 0.0)
-    f = torch.where(moving, radius / tangent_sq.sqrt() * per_lr, torch.where(directed, 0.0, 1.0))
+    f = torch.where(moving, radius / tangent_sq.sqrt() * per_lr, torch.where(inputs.directed, 0.0, 1.0))
     if inputs.whole:
         kept = renewed_shares(kept, to_radius * stats.weight_sq.sqrt(), directed)
     return controls_of_update(hyper, moving, radial, a, f), inputs.state._replace(radius=kept)

@@ -49,6 +49,14 @@ class Shard:
     groups: tuple[ProcessGroup, ...]
 
 
+def rows_here(shard: Shard | None, count: int, *, by_rows: bool) -> tuple[int, int]:
+    """(first, count) of the `count` rows of a tensor that this rank has a part of. `by_rows`: one row for each index of
+    dimension 0."""
+    if shard is None or count == 0:
+        return 0, count
+    return (shard.first, shard.count) if by_rows else (0, min(shard.count, 1))
+
+
 class Reduction(NamedTuple):
     """One all-reduce: the columns `columns` [n] of the packed sums, over `group`, on `device`."""
 

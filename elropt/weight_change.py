@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 import torch
 from torch import Tensor
 
-from .sharding import Shard, all_reduce_rows, is_dtensor, local, local_grad, reductions, shard_of
+from .sharding import Shard, all_reduce_rows, is_dtensor, local, local_grad, reductions, rows_here, shard_of
 
 __all__ = ["CHANGES", "Rows", "gradient_sums", "weight_change"]
 
@@ -37,11 +37,7 @@ class Rows:
             shard_of(p, by_rows=p in per_filter) if is_dtensor(p) else None for p in self.params
         ]
         self._here = [
-            (0, count)
-            if shard is None
-            else (shard.first, shard.count)
-            if p in per_filter
-            else (0, min(shard.count, 1))
+            rows_here(shard, count, by_rows=p in per_filter)
             for p, count, shard in zip(self.params, self.counts, self._shards, strict=True)
         ]
         longest = max((local(p).numel() for p in self.params), default=0)

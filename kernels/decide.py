@@ -412,7 +412,7 @@ def turn_on_sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr, SETTLES: 
             f = radius / tl.sqrt(tl.where(moving, row.tangent_sq, 1.0))
         tl.store(inputs.radius + row.at, radius, mask=only_if(inputs.skipped == 0, row.exist))
         sine, cosine = sine_and_cosine(turn)
-        f = tl.where(moving, f * per_lr(sine, lr_of(inputs, row)), tl.where(kept, 0.0, 1.0))
+        f = tl.where(moving, f * per_lr(sine, lr_of(inputs, row)), tl.where(row.directed, 0.0, 1.0))
         if PROTECTS:
             f = held_back(inputs, row, limit, f)
         finish_updates(inputs, row, moving, radial, tl.where(moving, cosine * a, a), f)
@@ -476,7 +476,7 @@ def load_updates(inputs, start, PROJECT: tl.constexpr):
     update_sq = parts_sq + 2 * of_g * of_m * gm
     tangent_sq = update_sq - radial * dot
     tangent_sq = tl.where(tangent_sq < 0, 0.0, tangent_sq)
-    moving = row.directed & (tangent_sq >= TINY) & (tangent_sq < INFINITY)
+    moving = row.moving & (tangent_sq >= TINY) & (tangent_sq < INFINITY)
     moving = moving & (tangent_sq > parts_sq * LEAST_TANGENT) & (parts_sq < INFINITY)
     return UpdateBlock(
         row.at, row.exist, row.ww, row.radius, row.passed, row.directed,

@@ -158,6 +158,11 @@ def test_inspect_is_seeded(target: str) -> None:
         (["my_models.py:net", "--input", "float32:16,12:3"], "HIGH is for integers only"),
         (["my_models.py:net", "--input", "uint8:16,12:300"], "HIGH must be between 1 and 255"),
         (["my_models.py:net", "--input", "text:16,12"], "text:16,12: not [NAME=]DTYPE:SHAPE[:HIGH]"),
+        (["my_models.py:net", "--input", "int64:16,12:5,9"], "HIGH is one number, not 5,9"),
+        (
+            ["my_models.py:net", "--input", "x=float32:16,12", "--input", "x=float32:16,12"],
+            "x is given twice",
+        ),
         (["my_models.py:net", "--input", "x=float32:16,12"], "unexpected keyword argument 'x'"),
         (["my_models.py:with_inputs", "--input", "float32:16,12"], "leave out --input"),
         (["my_models.py:images", "--input-shape", "8,3,6,6"], "give a loss of your own"),

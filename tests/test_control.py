@@ -366,6 +366,16 @@ def test_resumes_bit_for_bit(base: str, dtype: torch.dtype, granularity: str) ->
     assert torch.equal(radius, other.state[invariant_weights(again)[0]][RADIUS])
 
 
+def test_an_ELRSGD_without_a_rule_is_told_what_is_tracked() -> None:
+    net = bn_mlp(3)
+    (first, *_) = invariant_weights(net)
+    optimizer = ELRSGD(net.named_parameters(), lr=0.02, rule=None)
+    control(optimizer, tracked=[first])
+    before = first.detach().clone()
+    train(net, optimizer, range(1))
+    assert float(angles(before, first)) == pytest.approx(0.02, rel=1e-5)
+
+
 def test_loading_what_has_no_flags_and_no_radii_begins_anew() -> None:
     """A checkpoint of the base optimizer replaces its groups; what was tracked stays so."""
     net = bn_mlp(3)

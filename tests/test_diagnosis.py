@@ -320,6 +320,10 @@ def test_a_decay_that_does_nothing_is_named_with_one_that_would() -> None:
     assert "About 1 would matter" in finding.advice
     assert not warnings_of(history(constant(), lr=0.1, weight_decay=1e-3))
 
+    of_update = {"optimizer": "elropt.optimizer.ELRSGD", "rule": "uniform", "elr_of": "update"}
+    finding = the("idle_decay", history(constant(), lr=0.1, weight_decay=1e-5, **of_update))
+    assert "0.2 % in all 200 steps" in finding.what  # its radial part is SGD's
+
     l2: dict[str, Any] = {
         "optimizer": "torch.optim.adam.Adam",
         "decoupled_weight_decay": False,

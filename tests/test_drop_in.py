@@ -357,9 +357,13 @@ def test_a_new_bias_in_a_group_of_biases_is_not_flattened() -> None:
 def test_a_group_that_keeps_its_vectors_is_not_flattened() -> None:
     net = bn_mlp(depth=2)
     optimizer = ELRSGD(net.parameters(), lr=0.01)
-    optimizer.param_groups[0]["params"] = [p for p in net.parameters() if p.dim() == 1]
+    vectors = [p for p in net.parameters() if p.dim() == 1]
+    optimizer.param_groups[0]["params"] = vectors
     backward(net, 0)
+    expected = [p.detach() - 0.01 * p.grad for p in vectors if p.grad is not None]
     optimizer.step()
+    assert len(expected) == len(vectors)
+    torch.testing.assert_close([p.detach() for p in vectors], expected)
 
 
 @pytest.mark.parametrize("flagged", [False, True])

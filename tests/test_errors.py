@@ -37,6 +37,13 @@ def make(**kwargs: Any) -> ELRSGD:
         ({"granularity": "filter"}, "no meaning for rule='warmup'"),
         ({"rule": "uniform", "granularity": "network"}, "'layer', 'filter'"),
         ({"rule": None, "granularity": "filter"}, "no meaning for rule=None"),
+        ({"momentum": torch.ones(2)}, r"momentum is a tensor of shape \(2,\)"),
+        ({"lr": "0.1", "tracked_lr": 0.01}, "lr='0.1' is not valid: it must be a number"),
+        ({"project": "no"}, "project='no' is not valid: it must be True or False"),
+        ({"maximize": "no"}, "maximize='no'"),
+        ({"nesterov": None}, "nesterov=None"),
+        ({"foreach": "no"}, "foreach='no' is not valid: it must be True, False or None"),
+        ({"fused": "yes"}, "fused='yes'"),
         ({"differentiable": True}, "rule=None"),
         ({"differentiable": True, "rule": None, "project": True}, "project=False"),
     ],
@@ -47,9 +54,11 @@ def test_hyper_parameters(kwargs: dict[str, Any], message: str) -> None:
         make(**kwargs)
     optimizer = make()
     group = {"params": [nn.Parameter(torch.ones(3, 3))], **kwargs}
+    given = dict(group)
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
+    assert group.keys() == given.keys()
 
 
 def test_fused_with_foreach_or_differentiable() -> None:

@@ -132,9 +132,10 @@ def test_param_groups_warn_when_nothing_is_tracked() -> None:
     [
         ({"exclude": ["head"]}, ValueError, r"exclude has 'head', which matches no parameter.*'head\.\*'"),
         ({"exclude": "0.weight"}, TypeError, r"exclude is the string '0\.weight'; pass an iterable"),
-        ({"weight_decay": -1.0}, ValueError, r"weight_decay is -1\.0; it must be finite and >= 0"),
-        ({"weight_decay": math.nan}, ValueError, "weight_decay is nan; it must be finite and >= 0"),
-        ({"tracked_lr": -0.1}, ValueError, r"tracked_lr is -0\.1; it must be finite and >= 0"),
+        ({"weight_decay": -1.0}, ValueError, r"weight_decay=-1\.0 is not valid: it must be a finite number"),
+        ({"weight_decay": math.nan}, ValueError, "weight_decay=nan is not valid"),
+        ({"weight_decay": "0.1"}, ValueError, "weight_decay='0.1' is not valid"),
+        ({"tracked_lr": -0.1}, ValueError, r"tracked_lr=-0\.1 is not valid"),
     ],
 )
 def test_param_groups_reject(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -173,6 +174,30 @@ def test_sparse_gradients_get_a_group_that_can_apply_them() -> None:
     optimizer.step()
     torch.testing.assert_close(model[0].weight.detach(), expected)
     assert equalize_(model, ids, loss=lambda y: y.exp().mean()).keys() == {"0.weight", "2.weight"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rule": "equilibrium", "granularity": "filter", "weight_decay": 5e-4},
+        {"rule": "equilibrium", "granularity": "network", "weight_decay": 5e-4, "protect": True},
+        {"rule": "angle", "elr_of": "update"},
+        {"rule": "uniform", "project": True},
+    ],
+    ids=str,
+)
+def test_the_group_of_sparse_gradients_is_plain_SGD_whatever_the_rule_of_the_others(
+    options: dict[str, Any],
+) -> None:
+    model = nn.Sequential(nn.Embedding(20, 8, sparse=True), nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8))
+    ids = torch.randint(20, (64,))
+    optimizer = ELRSGD(param_groups(model, ids), lr=0.01, momentum=0.9, **options)
+    model(ids).exp().mean().backward()
+    expected = model[0].weight.detach() - 0.01 * model[0].weight.grad.to_dense()
+    before = model[1].weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(model[0].weight.detach(), expected)
+    assert not torch.equal(model[1].weight, before)
 
 
 def test_param_groups_warn_where_eps_matters() -> None:

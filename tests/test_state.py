@@ -217,6 +217,10 @@ def test_a_copy_knows_which_parameters_it_was_given() -> None:
     vector, matrix = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 3))
     optimizer = copy.deepcopy(ELRSGD([{"params": [vector], "scale_invariant": False}], rule="uniform"))
     optimizer.add_param_group({"params": [matrix]})
-    for p in (*optimizer.param_groups[0]["params"], matrix):
+    (of_the_copy,) = optimizer.param_groups[0]["params"]
+    for p in (of_the_copy, matrix):
         p.grad = torch.ones_like(p)
     optimizer.step()
+    assert torch.equal(of_the_copy, torch.full((3,), 1 - optimizer.defaults["lr"]))
+    assert not torch.equal(matrix, torch.ones(3, 3))
+    assert torch.equal(vector, torch.ones(3))

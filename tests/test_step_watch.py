@@ -15,12 +15,14 @@ from torch.optim import Optimizer
 from elropt import (
     ELRSGD,
     Recorder,
+    _step_watch,
     effective_lrs,
     find_scale_invariant,
     layer_stats,
     param_groups,
     record_next_step,
 )
+from elropt._step_watch import record_of, watch_of
 from elropt.layer_table import LayerRow, LayerTable
 
 from .random_weights import SHAPES, named, tracked_group, train, weights
@@ -69,8 +71,6 @@ def pytorch_optimizer(name: str) -> Callable[..., Optimizer]:
 
 
 def muon(params: Any, **options: Any) -> Optimizer:
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("torch.optim.Muon came with torch 2.9")
     return torch.optim.Muon([p for p in params if p.dim() == 2], **options)
 
 
@@ -414,3 +414,56 @@ def test_nothing_is_kept_of_a_step_that_is_not_recorded(tmp_path: Path) -> None:
             optimizer.step()
             counts.append(len(clones))
     assert counts == [3, 3, 3, 6]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_recorder_closed_after_a_failed_step_keeps_no_copy_of_the_weights(
+    tmp_path: Path, inside: bool
+) -> None:
+    net, x, _ = net_and_data()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = Recorder(optimizer, tmp_path / "run.jsonl", every=1)
+    watch = watch_of(optimizer)
+
+    def fails() -> float:
+        if inside:
+            recorder.close()
+        raise MemoryError
+
+    net(x).sum().backward()
+    with pytest.raises(MemoryError):
+        optimizer.step(fails)
+    recorder.close()
+    assert watch._snapshot is None
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.step()
+    assert not torch.equal(before[0], next(net.parameters()))
+    assert watch.record is None
+    assert (tmp_path / "run.jsonl").read_text() == ""
+
+
+def test_a_question_makes_no_watch() -> None:
+    net, x, _ = net_and_data()
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(x).sum().backward()
+    layer_stats(optimizer)
+    assert record_of(optimizer) is None
+    assert not optimizer._optimizer_step_pre_hooks
+    assert optimizer not in _step_watch._watches
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every=0 is not valid: it must be a whole number, at least 1"),
+        ({"every": 2.5}, "every=2.5 is not valid: it must be a whole number"),
+        ({"first_step": -3}, "first_step=-3 is not valid: it must be a whole number, at least 0"),
+        ({"first_step": 1.5}, "first_step=1.5 is not valid"),
+    ],
+    ids=str,
+)
+def test_steps_are_whole_numbers(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2, 2))], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        Recorder(optimizer, tmp_path / "folder" / "run.jsonl", **options)
+    assert not (tmp_path / "folder").exists()

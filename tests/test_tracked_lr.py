@@ -281,6 +281,24 @@ def test_what_has_no_meaning_is_refused(options: dict[str, Any], message: str) -
     assert len(optimizer.param_groups) == 1
 
 
+def test_a_refused_group_leaves_the_references_of_all_as_they_were() -> None:
+    first, second = bn_mlp(depth=1), bn_mlp(depth=1)
+    optimizer = ELRSGD([{"params": list(net.parameters())} for net in (first, second)], lr=0.1, rule="angle")
+    for group in optimizer.param_groups:
+        group["tracked_lr"] = 0.01
+    optimizer.param_groups[1]["lr"] = 0.0
+    backward(first, 0)
+    with pytest.raises(
+        ValueError, match=r"tracked_lr=0\.01 is kept in proportion to lr, so lr=0\.0 is not valid"
+    ):
+        optimizer.step()
+    assert not any("reference_lr" in group for group in optimizer.param_groups)
+    taken = {"params": [first[0].weight], "tracked_lr": 0.01}
+    with pytest.raises(ValueError, match="appear in more than one parameter group"):
+        optimizer.add_param_group(taken)
+    assert "reference_lr" not in taken
+
+
 @pytest.mark.parametrize("reference_lr", [0, -0.1, float("nan"), float("inf"), "0.1", None])
 def test_a_reference_that_gives_no_proportion_is_refused(reference_lr: Any) -> None:
     group = {"params": list(bn_mlp(depth=1).parameters()), "tracked_lr": 0.01, "reference_lr": reference_lr}

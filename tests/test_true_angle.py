@@ -315,6 +315,47 @@ def test_a_layer_without_a_gradient_stays_as_it_is(rule: str, granularity: str) 
 
 
 @every_form
+@pytest.mark.parametrize(
+    ("backend", "gradient"),
+    [
+        ("reference", 0.0),
+        ("reference", 1e-30),
+        ("reference", 1e30),
+        *((b, 0.0) for b in ("foreach", "triton")),
+    ],
+)
+def test_a_gradient_of_no_use_lets_a_layer_rest(
+    backend: str, gradient: float, rule: str, granularity: str
+) -> None:
+    """Its momentum alone would turn it on by the whole angle. Under "uniform", where lr is SGD's, it is SGD's step."""
+    skip_without_kernels(BACKENDS[backend], rule, "update")
+    problem, hyper = Problem(torch.float32), {"lr": 0.02, "weight_decay": 0.05, "momentum": 0.9}
+    options = {"granularity": granularity, "elr_of": "update", **BACKENDS[backend]}
+    optimizer = ELRSGD([problem.group], rule=rule, **options, **hyper)
+    for _ in range(2):
+        problem.set_gradients()
+        optimizer.step()
+    problem.set_gradients()
+    hit, others = problem.params[1], [problem.params[0], problem.params[2]]
+    assert hit.grad is not None
+    hit.grad.sign_().mul_(gradient)
+    before, momentum = rows_of(others, granularity), optimizer.state[hit]["momentum_buffer"].double()
+    was = hit.detach().double()
+    optimizer.step()
+    decays = 0.05 * was if rule == "uniform" else 0  # where the norm is kept there is no decay to add up
+    torch.testing.assert_close(
+        optimizer.state[hit]["momentum_buffer"].double(), 0.9 * momentum + decays, rtol=1e-5, atol=1e-6
+    )
+    plain = was - 0.02 * (0.9 * momentum + 0.05 * was)
+    torch.testing.assert_close(hit.double(), plain if rule == "uniform" else was, rtol=1e-6, atol=1e-6)
+    turned = angles_between(before, rows_of(others, granularity))
+    if rule != "uniform":
+        angle = 0.02 if rule == "angle" else settled_angle(0.02, 0.05, {"momentum": 0.9})
+        np.testing.assert_allclose(turned, angle, rtol=1e-5)
+    np.testing.assert_allclose(turned, turned.mean(), rtol=1e-3)
+
+
+@every_form
 def test_a_zero_learning_rate_turns_nothing(rule: str, granularity: str) -> None:
     problem = Problem()
     optimizer = ELRSGD(

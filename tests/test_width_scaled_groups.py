@@ -246,10 +246,10 @@ def test_frozen_parameters_are_left_out_but_keep_their_role() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"base_width": 0}, "base_width is 0; it must be finite and > 0"),
+        ({"base_width": 0}, "base_width=0 is not valid: it must be a finite number above 0"),
         ({"base_width": math.nan}, "base_width is nan"),
         ({"width": -1.0}, "width is -1.0"),
-        ({"lr": -0.1}, "lr is -0.1; it must be finite and >= 0"),
+        ({"lr": -0.1}, r"lr=-0\.1 is not valid: it must be a finite number, at least 0"),
         ({"lr": math.inf}, "lr is inf"),
         (
             {"loss": "hinge"},

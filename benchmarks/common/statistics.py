@@ -54,18 +54,6 @@ def interval(values: ArrayLike) -> Interval:
     return Interval(float(values.mean()), float(low), float(high), values.size)
 
 
-def student_interval(values: ArrayLike) -> Interval:
-    """Mean and 95 % interval by Student's t distribution, of one value per seed: right for few seeds, if values scatter
-    normally. NaN … NaN of fewer than 2 values."""
-    values = np.asarray(values, dtype=np.float64)
-    if values.size < 2:
-        return interval(values)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1) * stats.sem(values)
-    return Interval(
-        float(values.mean()), float(values.mean() - half), float(values.mean() + half), values.size
-    )
-
-
 def geometric_interval(values: ArrayLike) -> Interval:
     """Geometric mean and its interval, by `interval` of the logarithms. Only finite values above 0 count."""
     values = np.asarray(values, dtype=np.float64)
@@ -73,11 +61,7 @@ def geometric_interval(values: ArrayLike) -> Interval:
     return Interval(math.exp(mean), math.exp(low), math.exp(high), n)
 
 
-def paired(
-    ours: Mapping[int, float],
-    theirs: Mapping[int, float],
-    interval: Callable[[ArrayLike], Interval] = interval,
-) -> Interval:
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval:
     """ours − theirs by seed, over the seeds that both have."""
     return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..layer_table import Tracked
-from ..recorder import Recorder
+from ..recorder import Recorder, check_every
 
 __all__ = ["RecorderCallback"]
 
@@ -53,7 +53,7 @@ class RecorderCallback(_lightning().Callback):
         recorders: of the last fit, in the order of ``trainer.optimizers``.
 
     Raises:
-        ValueError: `every` is below 1; when the fit starts: `tracked` does not fit the optimizer.
+        ValueError: `every` is no whole number above 0; when the fit starts: `tracked` does not fit the optimizer.
         OSError: when the fit starts: a file cannot be written.
 
     Examples:
@@ -68,8 +68,7 @@ class RecorderCallback(_lightning().Callback):
         prog_bar: bool = False,
         tracked: Tracked = None,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every={every} is not valid: it must be at least 1")
+        check_every(every)
         self.path = path
         self.every = every
         self.prog_bar = prog_bar

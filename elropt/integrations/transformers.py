@@ -13,7 +13,7 @@ from .._model_copy import Outputs
 from ..grouping import param_groups
 from ..layer_table import Tracked
 from ..optimizer import ELRSGD
-from ..recorder import Recorder
+from ..recorder import Recorder, check_every
 
 try:
     from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
@@ -42,7 +42,7 @@ class RecorderCallback(TrainerCallback):  # pyright: ignore[reportGeneralTypeIss
         recorder: of the last training; None before the first.
 
     Raises:
-        ValueError: `every` is below 1; when the training starts: `tracked` does not fit the optimizer.
+        ValueError: `every` is no whole number above 0; when the training starts: `tracked` does not fit the optimizer.
         OSError: when the training starts: the file cannot be written.
 
     Examples:
@@ -57,8 +57,7 @@ class RecorderCallback(TrainerCallback):  # pyright: ignore[reportGeneralTypeIss
         tracked: Tracked = None,
         log: Callable[[dict[str, float]], object] | None = None,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every={every} is not valid: it must be at least 1")
+        check_every(every)
         self.path = path
         self.every = every
         self.tracked = tracked

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from benchmarks.common import statistics
 from benchmarks.studies import comparison
@@ -34,18 +33,6 @@ def test_interval_of_equal_few_and_no_values() -> None:
     assert one.mean == 2.0
     assert math.isnan(one.low)
     assert math.isnan(statistics.interval([]).mean)
-
-
-def test_student_interval_is_scipys() -> None:
-    values = [1.0, 2.0, 6.0]
-    found = statistics.student_interval(values)
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (found.mean, found.n) == (3.0, 3)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    assert statistics.student_interval([2.0, 2.0]) == (2.0, 2.0, 2.0, 2)
-    assert math.isnan(statistics.student_interval([2.0]).low)
-    by_seed = statistics.paired({0: 3.0, 1: 5.0}, {0: 2.0, 1: 1.0}, statistics.student_interval)
-    assert by_seed == statistics.student_interval([1.0, 4.0])
 
 
 def test_geometric_interval_leaves_out_what_has_no_logarithm() -> None:
