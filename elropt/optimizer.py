@@ -150,7 +150,8 @@ class ELRSGD(Optimizer):
         maximize: maximize the objective.
         foreach: whether to step by `torch._foreach_*`. None, as for `fused`, picks fused on CUDA where every tensor of
             the group qualifies, else foreach on CUDA and, in float32 and float64, on the CPU (there without a rule to
-            the bits of torch's for-loop; the sums of a rule round otherwise), else one tensor after the other.
+            the bits of torch's for-loop; the sums of a rule round otherwise), else one tensor after the other. Where
+            some gradients are sparse, the group is stepped one tensor after the other, as in torch.
         fused: whether to step by the Triton kernels (CUDA only).
         differentiable: let autograd run through the step; needs ``rule=None`` and ``project=False``.
 

@@ -141,3 +141,22 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(app, []).exit_code == 0
     assert page.read_text() == "It takes <!-- value: host-h200 | config / rounds -->60<!-- end --> rounds."
     assert CliRunner().invoke(app, ["--check"]).output == "all pages are up to date\n"
+
+
+def test_sentences_about_the_swapped_in_rule_have_the_numbers_of_the_study() -> None:
+    """Points of "equilibrium" by filter at SGD's learning rate, on the residual net after 5, 15 and 40 epochs."""
+    found = json.loads((RESULTS / "evidence-medium.json").read_text(encoding="utf-8"))["summary"]
+    tasks = [f"resnet-20-w8, cifar10 16×16, batch 128, {epochs} epochs" for epochs in (5, 15, 40)]
+    name = "equilibrium-filter at SGD's lr"
+    to_best = [found["tasks"][task][name]["better_than_best_sgd"]["mean"] for task in tasks]
+    untuned = found["questions"]["untuned"]["found"]
+    to_plain = [untuned[task]["equilibrium-filter"]["better"]["mean"] for task in tasks[:2]]
+    a, b, c, d, e = (f"{points:.1f}" for points in (*to_plain, *to_best))
+    ahead = f"{a} points ahead of SGD after 5 epochs and {b} after 15; ahead of SGD with a warm-up"
+    for page, sentence in {
+        "docs/index.md": f"{ahead} by {c} and {d}, and by {e} after 40",
+        "docs/guide/rules.md": f"{ahead} {c} and {d}",
+        "docs/results/index.md": f"it was {b} points ahead of SGD on the residual net. "
+        f"Ahead of SGD with a warm-up it was by {d}, and by {e} after 40 epochs",
+    }.items():
+        assert sentence in " ".join((ROOT / page).read_text(encoding="utf-8").split()), page
