@@ -70,7 +70,8 @@ def copied(model: nn.Module, *, dtype: torch.dtype | None = None, training: bool
 
     Args:
         dtype: float64 or float32, for its real parameters and buffers. None: those of the model.
-        training: whether it is in training mode. None: the modes that the modules of the model are in.
+        training: whether it is in training mode. None: the modes that the modules of the model are in. So too with True
+            if the model is in training mode: a BatchNorm in eval mode is frozen.
     """
     # torch.nn.utils.weight_norm and spectral_norm keep a computed weight, which deepcopy would refuse.
     computed = {
@@ -92,7 +93,7 @@ def copied(model: nn.Module, *, dtype: torch.dtype | None = None, training: bool
         twin = {torch.float64: twin.double, torch.float32: twin.float}[dtype]()
     for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         mine.requires_grad_(theirs.requires_grad)
-    if training is not None:
+    if training is not None and not (training and model.training):
         with suppress(
             NotImplementedError
         ):  # a program of torch.export keeps the mode that it was exported in

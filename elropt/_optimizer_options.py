@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         items = [_plain(item) for item in value]
         return _UNKNOWN if any(item is _UNKNOWN for item in items) else items
-    if isinstance(value, float):
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else _UNKNOWN
+    return _UNKNOWN

@@ -6,6 +6,7 @@ A step that nobody records costs two calls. One that is recorded costs a copy of
 from __future__ import annotations
 
 import functools
+import numbers
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -277,7 +278,7 @@ def _lrs(values: Iterable[object]) -> list[float | Tensor]:
         local(value).detach().clone()
         if isinstance(value, Tensor)
         else float(value)
-        if isinstance(value, int | float)
+        if isinstance(value, numbers.Real)
         else torch.nan
         for value in values
     ]

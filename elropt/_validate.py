@@ -76,7 +76,7 @@ def validate_choices(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"nesterov=True needs momentum > 0 and dampening=0, not momentum={momentum}, dampening={dampening}"
         )
-    if rule not in RULES:
+    if not isinstance(rule, str | None) or rule not in RULES:
         raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(map(repr, RULES))}")
     if granularity not in RULES[rule].granularities:
         allowed = ", ".join(map(repr, RULES[rule].granularities))

@@ -155,6 +155,7 @@ class Controller:
         self._rows: _Rows | None = None
         self._pending: list[_Snapshot] = []  # of the steps that have begun
         self._loading: Mapping[str, Any] = {}
+        self._loaded: dict[Tensor, Tensor] = {}  # radii of parameters that the base optimizer has no state of
         self._warned = False
         self._holder = weakref.ref(holder)
         found = self._find_tracked(holder)
@@ -210,7 +211,8 @@ class Controller:
             # a step may call the hooked step of its base class: both are controlled; what failed is forgotten
             depth = sum(getattr(vars(kind).get("step"), "hooked", False) for kind in type(optimizer).__mro__)
             self._pending = self._pending[max(0, len(self._pending) - depth + 1) :]
-            self._rows.take_radii(holder)
+            self._rows.take_radii(holder, self._loaded)
+            self._loaded.clear()
             self._pending.append(
                 _Snapshot(self._rows, self._rows.copies(), self._rows.by_row(self._angles(params)))
             )
@@ -223,7 +225,9 @@ class Controller:
         rows, copies, angle = self._pending.pop()
         with torch.inference_mode(False), torch.no_grad():
             rows.turn(copies, angle, whole=self.granularity == "network")
-        rows.return_radii(_holder(optimizer))
+        holder = _holder(optimizer)
+        rows.count_moved(holder)
+        rows.return_radii(holder)
 
     def _angles(self, params: Mapping[Tensor, Mapping[str, Any]]) -> list[float | Tensor] | None:
         """Of each parameter of the rows; None: the rule has no angle of its own."""
@@ -247,18 +251,28 @@ class Controller:
             for index in group["params"]:
                 state.setdefault(index, {RADIUS: torch.empty(0, device=radii[0].device)})
 
-    def _before_load(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+    def _before_load(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Without the states that are a radius alone: many optimizers take any state for one of their own."""
         self._loading = state_dict
+        own = {index: held for index, held in state_dict["state"].items() if set(held) != {RADIUS}}
+        return {**state_dict, "state": own}
 
     def _after_load(self, holder: Optimizer) -> None:
         """The radii stay float32: torch casts state to the dtype of the parameters."""
         loaded, self._loading = self._loading, {}
         by_index = params_by_index(loaded["param_groups"], holder.param_groups)
         _take_radii(holder, [p for _, p in by_index])
+        self._loaded.clear()
+        keeps_state = bool(holder.state)
         for index, p in by_index:
             radius = loaded["state"].get(index, {}).get(RADIUS)
-            if radius is not None and radius.numel():
-                holder.state[p][RADIUS] = radius.detach().to(p.device, torch.float32, copy=True)
+            if radius is None or not radius.numel():
+                continue
+            radius = radius.detach().to(p.device, torch.float32, copy=True)
+            if keeps_state and not holder.state.get(p):
+                self._loaded[p] = radius
+            else:
+                holder.state[p][RADIUS] = radius
         self._rows = None
 
     def _find_tracked(self, optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
@@ -393,6 +407,7 @@ class _Rows:
             self.device,
         )
         self._sent: tuple[list[float], Tensor] = [], self.radius
+        self._moved = [False] * len(self.params)
 
     def _by_param(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.params, self.radius.split(self.counts), strict=True))
@@ -404,19 +419,29 @@ class _Rows:
             a[0] is b[0] and a[1:] == b[1:] for a, b in zip(now, self._given, strict=True)
         )
 
-    def take_radii(self, optimizer: Optimizer) -> None:
-        """Out of the state of the optimizer; what somebody else has put there is taken over."""
+    def take_radii(self, optimizer: Optimizer, loaded: Mapping[Tensor, Tensor]) -> None:
+        """Out of the state of the optimizer; what somebody else has put there, or was `loaded`, is taken over."""
         held = _take_radii(optimizer, self.params)
+        self._moved = [before or its is not None for before, its in zip(self._moved, held, strict=True)]
+        held = [loaded.get(p) if its is None else its for p, its in zip(self.params, held, strict=True)]
         for own, count, its in zip(self.radii, self.counts, held, strict=True):
             if its is not own and its is not None and its.numel() == count:  # else of another granularity
                 own.copy_(its.view(count))
         if any(own.device != self.device for own in self.radii):
             self.radius.copy_(torch.cat([own.to(self.device) for own in self.radii]))
 
+    def count_moved(self, optimizer: Optimizer) -> None:
+        """After a step: which parameters it may have moved."""
+        self._moved = [
+            before or p.grad is not None or bool(optimizer.state.get(p))
+            for before, p in zip(self._moved, self.params, strict=True)
+        ]
+
     def return_radii(self, optimizer: Optimizer, *, only_missing: bool = False) -> None:
-        """Into the state of the optimizer."""
-        for p, own in zip(self.params, self.radii, strict=True):
-            if not only_missing or RADIUS not in optimizer.state.get(p, {}):
+        """Into the state of the optimizer, but for parameters that have not moved yet: it has no state of these, and
+        many take any for one of their own. Their norms can be measured again."""
+        for p, own, moved in zip(self.params, self.radii, self._moved, strict=True):
+            if moved and not (only_missing and RADIUS in optimizer.state.get(p, {})):
                 optimizer.state[p][RADIUS] = own
 
     def copies(self) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from ._model_copy import Inputs, Outputs, owner_of
+from ._model_copy import Inputs, Outputs, check_model, owner_of
 from .scale_invariance import explain, warn_of_eps
 
 __all__ = ["param_groups", "width_scaled_groups"]
@@ -68,11 +68,12 @@ def param_groups(
     Raises:
         ValueError: a number that is negative or not finite, an entry of `exclude` that matches no parameter,
             a model without trainable parameters; and those of `find_scale_invariant`.
-        TypeError: `exclude` is a single string.
+        TypeError: `exclude` is a single string, or `model` no module.
     """
     for argument, value in (("weight_decay", weight_decay), ("tracked_lr", tracked_lr)):
         if value is not None and not (isinstance(value, numbers.Real) and 0 <= value < math.inf):
             raise ValueError(f"{argument}={value!r} is not valid: it must be a finite number, at least 0")
+    check_model(model)
     excluded = _matching(
         "exclude",
         exclude,

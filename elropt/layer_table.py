@@ -247,6 +247,10 @@ def params_of(optimizer: Optimizer, tracked: Tracked) -> frozenset[Tensor] | Non
     """
     if tracked is None:
         return None
+    if isinstance(tracked, str):
+        raise ValueError(
+            f"tracked is the string {tracked!r}; pass an iterable of names, such as [{tracked!r}]"
+        )
     names = parameter_names(optimizer)
     by_name = {name: p for p, name in names.items()}
     if isinstance(tracked, Mapping):

@@ -118,9 +118,9 @@ class ELRSGD(Optimizer):
               norm.
             - "sphere": SGD with learning rate ``lr`` on the unit sphere (Kodryan et al., NeurIPS 2022), norm kept.
             - "equilibrium": every tracked layer turns, from the first step on, by the angle at which SGD with this lr,
-              weight decay and momentum would settle, √(2·lr·weight_decay/(1+μ)), and keeps its norm. All other
-              parameters are held back where they would move further (`protect`). Needs ``weight_decay > 0`` for tracked
-              layers.
+              weight decay and momentum would settle, √(2·lr·weight_decay/(1+μ)) without Nesterov momentum, and keeps
+              its norm. All other parameters are held back where they would move further (`protect`). Needs
+              ``weight_decay > 0`` for tracked layers.
             - None: plain SGD.
 
             In "sphere", and in "angle" and "equilibrium" with ``elr_of="gradient"``, the stored weight is one step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import numbers
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,10 +28,19 @@ class ScalarWriter(Protocol):
     def add_scalar(self, tag: str, value: float, step: int, /) -> object: ...
 
 
-def check_every(every: int) -> None:
-    """Raises ValueError if records cannot be made every `every` steps."""
-    if isinstance(every, bool) or not isinstance(every, numbers.Integral) or every < 1:
-        raise ValueError(f"every={every!r} is not valid: it must be a whole number, at least 1")
+def whole_number(name: str, value: object, *, at_least: int) -> int:
+    """`value` as Python's own; NumPy's and one-element tensors of integers are taken too.
+
+    Raises:
+        ValueError: it is no whole number, or below `at_least`.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < at_least:
+        raise ValueError(f"{name}={value!r} is not valid: it must be a whole number, at least {at_least}")
+    return number
 
 
 class Recorder:
@@ -91,9 +100,8 @@ class Recorder:
         tracked: Tracked = None,
     ) -> None:
         watched = unwrap(optimizer)
-        check_every(every)
-        if isinstance(first_step, bool) or not isinstance(first_step, numbers.Integral) or first_step < 0:
-            raise ValueError(f"first_step={first_step!r} is not valid: it must be a whole number, at least 0")
+        every = whole_number("every", every, at_least=1)
+        first_step = whole_number("first_step", first_step, at_least=0)
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(
                 f"writer is a {type_name(writer)}, which has no add_scalar(tag, value, step): pass a SummaryWriter, "

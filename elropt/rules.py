@@ -339,7 +339,8 @@ def turn_on_sphere(inputs: RuleInputs, angle: Tensor) -> tuple[LayerControls, Ru
     to_radius = torch.where(directed, radius / weight_norm, 1.0)
     a = torch.where(moving, angle.cos() * to_radius, to_radius)
     per_lr = torch.where(hyper.lr > 0, angle.sin() / hyper.lr, 0.0)
-    f = torch.where(moving, radius / tangent_sq.sqrt() * per_lr, torch.where(inputs.directed, 0.0, 1.0))
+    rests = inputs.directed & ~inputs.moving
+    f = torch.where(moving, radius / tangent_sq.sqrt() * per_lr, torch.where(rests, 0.0, 1.0))
     if inputs.whole:
         kept = renewed_shares(kept, to_radius * stats.weight_sq.sqrt(), directed)
     return controls_of_update(hyper, moving, radial, a, f), inputs.state._replace(radius=kept)

@@ -63,8 +63,9 @@ def find_scale_invariant(
     A deep copy of the model, in float64, runs forward, and backward from random gradients of its outputs. Then
     ⟨w, g⟩ = 0 is tested for all parameters at once, also for frozen ones.
 
-    - Mode: the copy runs as after `model.train()`, whatever the mode of `model`. (In eval mode BatchNorm divides by a
-      constant, and nothing in front of it is scale-invariant.)
+    - Mode: the copy of a model in eval mode runs as after `model.train()`, that of one in training mode in the modes of
+      its modules: a BatchNorm that is frozen, in eval mode, divides by a constant, and nothing in front of it is
+      scale-invariant. So freeze it before.
     - Points: the test is made at two random points near the parameters. At a single point ⟨w, g⟩ may be zero by
       chance, and an entry that is still at its initial 0 may hide a dependence.
     - eps: it breaks the invariance by about eps / (σ² + eps), where σ² is the variance that is normalized. So every

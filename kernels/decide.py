@@ -412,7 +412,8 @@ def turn_on_sphere(inputs, WHOLE: tl.constexpr, PROJECT: tl.constexpr, SETTLES: 
             f = radius / tl.sqrt(tl.where(moving, row.tangent_sq, 1.0))
         tl.store(inputs.radius + row.at, radius, mask=only_if(inputs.skipped == 0, row.exist))
         sine, cosine = sine_and_cosine(turn)
-        f = tl.where(moving, f * per_lr(sine, lr_of(inputs, row)), tl.where(row.directed, 0.0, 1.0))
+        at_rest = tl.where(row.directed, tl.where(row.moving, 1.0, 0.0), 1.0)
+        f = tl.where(moving, f * per_lr(sine, lr_of(inputs, row)), at_rest)
         if PROTECTS:
             f = held_back(inputs, row, limit, f)
         finish_updates(inputs, row, moving, radial, tl.where(moving, cosine * a, a), f)

@@ -376,6 +376,65 @@ def test_an_ELRSGD_without_a_rule_is_told_what_is_tracked() -> None:
     assert float(angles(before, first)) == pytest.approx(0.02, rel=1e-5)
 
 
+WITH_STATE = [
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "Adamax",
+    "AdamW",
+    "ASGD",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "Adafactor",
+    "SGD",
+    "Muon",
+]
+
+
+@pytest.mark.parametrize("way", ["load", "load a file of before", "deepcopy", "pickle"])
+@pytest.mark.parametrize("base", WITH_STATE)
+def test_a_layer_that_has_not_moved_yet_does_not_keep_others_from_their_state(base: str, way: str) -> None:
+    """torch's optimizers take a state that is not empty for one of their own."""
+    options = {"momentum": 0.9} if base == "SGD" else {}
+
+    def make(net: nn.Sequential) -> torch.optim.Optimizer:
+        return getattr(torch.optim, base)(groups_of(net, others=base != "Muon"), **options)
+
+    net = bn_mlp(3)
+    optimizer = make(net)
+    control(optimizer)
+    late = invariant_weights(net)[1]
+    late.requires_grad_(False)
+    train(net, optimizer, range(2))
+    assert base == "Adagrad" or not optimizer.state.get(late)  # Adagrad makes its state at the start
+    if way == "deepcopy":
+        again, other = copy.deepcopy((net, optimizer))
+    elif way == "pickle":
+        again, other = pickle.loads(pickle.dumps((net, optimizer)))
+    else:
+        again = copy.deepcopy(net)
+        other = make(again)
+    control(other)
+    if way.startswith("load"):
+        saved = copy.deepcopy(optimizer.state_dict())
+        if way == "load a file of before":
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            (index,) = [i for i, p in enumerate(params) if p is late]
+            saved["state"].setdefault(index, {})[RADIUS] = late.detach().norm().reshape(1)
+        other.load_state_dict(saved)
+    for each in (net, again):
+        for p in each.parameters():
+            p.requires_grad_(True)
+    before = invariant_weights(again)[1].detach().clone()
+    train(net, optimizer, range(2, 4))
+    train(again, other, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(before, invariant_weights(again)[1])
+    assert RADIUS in other.state[invariant_weights(again)[1]]
+
+
 def test_loading_what_has_no_flags_and_no_radii_begins_anew() -> None:
     """A checkpoint of the base optimizer replaces its groups; what was tracked stays so."""
     net = bn_mlp(3)
@@ -531,6 +590,12 @@ def errors() -> Iterator[Any]:
         ValueError,
         "tracked has 'a', which is no parameter",
         lambda: control(adamw(), tracked=["a"]),
+    )
+    yield case(
+        "string",
+        ValueError,
+        r"tracked is the string 'a'; pass an iterable of names, such as \['a'\]",
+        lambda: control(adamw(), tracked="a"),
     )
     yield case(
         "stranger",

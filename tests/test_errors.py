@@ -33,6 +33,7 @@ def make(**kwargs: Any) -> ELRSGD:
         ({"nesterov": True}, "momentum > 0"),
         ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "dampening=0"),
         ({"rule": "lars"}, "'lars'.*'warmup'.*'sphere'"),
+        ({"rule": ["warmup"]}, r"rule=\['warmup'\] is not known"),
         ({"granularity": "channel"}, "'channel'"),
         ({"granularity": "filter"}, "no meaning for rule='warmup'"),
         ({"rule": "uniform", "granularity": "network"}, "'layer', 'filter'"),

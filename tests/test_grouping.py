@@ -200,6 +200,27 @@ def test_the_group_of_sparse_gradients_is_plain_SGD_whatever_the_rule_of_the_oth
     assert not torch.equal(model[1].weight, before)
 
 
+def test_param_groups_want_a_model() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"model is a generator, not a torch\.nn\.Module"):
+        param_groups(model.parameters(), torch.ones(8, 2))  # type: ignore[arg-type]
+
+
+def test_a_layer_in_front_of_a_frozen_norm_is_not_tracked() -> None:
+    model = nn.Sequential(
+        *(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU()),
+        *(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8)),
+    )
+    x = torch.randn(64, 6)
+    assert param_groups(model.eval(), x)[0]["param_names"] == ["0.weight", "3.weight"]  # as in training
+    model.train()
+    model[1].eval()
+    groups = {group["name"]: group["param_names"] for group in param_groups(model, x)}
+    assert groups["scale_invariant"] == ["3.weight"]
+    assert groups["other"] == ["0.weight"]
+    assert not model[1].training
+
+
 def test_param_groups_warn_where_eps_matters() -> None:
     """MobileNets have eps = 1e-3 and depthwise weights that leave a small variance."""
     model = nn.Sequential(

@@ -24,6 +24,7 @@ from elropt import (
 )
 from elropt._step_watch import record_of, watch_of
 from elropt.layer_table import LayerRow, LayerTable
+from elropt.run_history import read_run
 
 from .random_weights import SHAPES, named, tracked_group, train, weights
 
@@ -458,7 +459,9 @@ def test_a_question_makes_no_watch() -> None:
         ({"every": 0}, "every=0 is not valid: it must be a whole number, at least 1"),
         ({"every": 2.5}, "every=2.5 is not valid: it must be a whole number"),
         ({"first_step": -3}, "first_step=-3 is not valid: it must be a whole number, at least 0"),
-        ({"first_step": 1.5}, "first_step=1.5 is not valid"),
+        ({"first_step": 4.0}, r"first_step=4\.0 is not valid"),
+        ({"every": "3"}, "every='3' is not valid"),
+        ({"every": True}, "every=True is not valid"),
     ],
     ids=str,
 )
@@ -467,3 +470,19 @@ def test_steps_are_whole_numbers(tmp_path: Path, options: dict[str, Any], messag
     with pytest.raises(ValueError, match=message):
         Recorder(optimizer, tmp_path / "folder" / "run.jsonl", **options)
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("first", [np.int64(4), torch.tensor(4)], ids=str)
+def test_a_number_of_a_step_may_come_from_a_checkpoint(tmp_path: Path, first: Any) -> None:
+    net, x, y = net_and_data()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=np.float32(0.01), weight_decay=np.float32(0.5))
+    path = tmp_path / "run.jsonl"
+    with Recorder(optimizer, path, every=np.int64(2), first_step=first, tracked=[net[0].weight]):
+        for _ in range(3):
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    run = read_run(path)
+    assert run.steps.tolist() == [4, 6]
+    assert int(first) == 4  # as it was
+    assert run.weight_decay == pytest.approx(0.5)
+    assert run.lr == pytest.approx(0.01)

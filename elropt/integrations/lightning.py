@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..layer_table import Tracked
-from ..recorder import Recorder, check_every
+from ..recorder import Recorder, whole_number
 
 __all__ = ["RecorderCallback"]
 
@@ -68,9 +68,8 @@ class RecorderCallback(_lightning().Callback):
         prog_bar: bool = False,
         tracked: Tracked = None,
     ) -> None:
-        check_every(every)
         self.path = path
-        self.every = every
+        self.every = whole_number("every", every, at_least=1)
         self.prog_bar = prog_bar
         self.tracked = tracked
         self.recorders: list[Recorder] = []

@@ -13,7 +13,7 @@ from .._model_copy import Outputs
 from ..grouping import param_groups
 from ..layer_table import Tracked
 from ..optimizer import ELRSGD
-from ..recorder import Recorder, check_every
+from ..recorder import Recorder, whole_number
 
 try:
     from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
@@ -57,9 +57,8 @@ class RecorderCallback(TrainerCallback):  # pyright: ignore[reportGeneralTypeIss
         tracked: Tracked = None,
         log: Callable[[dict[str, float]], object] | None = None,
     ) -> None:
-        check_every(every)
         self.path = path
-        self.every = every
+        self.every = whole_number("every", every, at_least=1)
         self.tracked = tracked
         self.log = log
         self.recorder: Recorder | None = None
