@@ -269,17 +269,17 @@ def blocks(nets: Nets) -> list[Block]:
         for model in nets.models
     ]
     result += transfer[:2]
+    result.append(largest)
     for seeds in (1, 2):
-        result.append(largest._replace(seeds=seeds))
+        result += [
+            Block("tuned", nets.deep, OF_DEEP, seeds),
+            Block("untuned", nets.deep, ("equilibrium-filter",), seeds, lr_of="sgd"),
+        ]
         if nets.large is not None:
             result += [
                 Block("large", nets.large, ("sgd+linear",), seeds, lrs_from=residual),
                 Block("large", nets.large, OURS, seeds, lrs_from=residual, lr_of="sgd"),
             ]
-        result += [
-            Block("tuned", nets.deep, OF_DEEP, seeds),
-            Block("untuned", nets.deep, ("equilibrium-filter",), seeds, lr_of="sgd"),
-        ]
     result += transfer[2:]
     result += middle
     if has_heavyball():  # a check of AdamH by another implementation
