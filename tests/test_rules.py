@@ -130,8 +130,8 @@ def test_untracked_parameters_see_plain_sgd(rule: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_which_layers_are_tracked_is_measured(dtype: torch.dtype, autocast: bool) -> None:
-    """Bare parameters: exactly the weights in front of a normalization, also with half-precision gradients. A CPU without
-    AVX-512 rounds more in bfloat16 convolutions: there an invariant weight of some hundred entries may fail a test."""
+    """Bare parameters: exactly the weights in front of a normalization, also with half-precision gradients. A CPU
+    without AVX-512 rounds more in bfloat16 convolutions: there an invariant weight may fail by chance."""
     halves = autocast or dtype == torch.bfloat16
     rounds_more = halves and torch.backends.cpu.get_cpu_capability() != "AVX512"
     for seed in range(4):
