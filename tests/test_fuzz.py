@@ -269,7 +269,8 @@ class Fuzz(RuleBasedStateMachine):
         rows, expected = layer_stats(self.optimizer), layer_stats(reference)
         assert len(rows) == len(expected)
         for row, other in zip(rows, expected, strict=True):
-            assert (row.name, row.tracked, row.lr) == (other.name, other.tracked, pytest.approx(other.lr))
+            assert (row.name, row.tracked) == (other.name, other.tracked)
+            assert row.lr == pytest.approx(other.lr, rel=1e-4)  # "equilibrium" has a measured factor in it
             for column in ("weight_norm", "grad_norm", "elr", "grad_factor", "weight_factor"):
                 value, wanted = getattr(row, column), getattr(other, column)
                 assert value == pytest.approx(wanted, rel=1e-3, nan_ok=True), (column, row, other)
