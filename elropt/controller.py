@@ -190,6 +190,7 @@ class Controller:
         for handle in self._handles:
             handle.remove()
         self._pending.clear()
+        self._loaded.clear()
         holder = self._holder()
         if holder is not None:
             _take_radii(holder, [p for group in holder.param_groups for p in group["params"]])

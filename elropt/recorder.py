@@ -28,14 +28,14 @@ class ScalarWriter(Protocol):
     def add_scalar(self, tag: str, value: float, step: int, /) -> object: ...
 
 
-def whole_number(name: str, value: object, *, at_least: int) -> int:
+def whole_number(name: str, value: Any, *, at_least: int) -> int:
     """`value` as Python's own; NumPy's and one-element tensors of integers are taken too.
 
     Raises:
         ValueError: it is no whole number, or below `at_least`.
     """
     try:
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or number < at_least:

@@ -335,6 +335,19 @@ def test_a_decay_that_does_nothing_is_named_with_one_that_would() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "formula"),
+    [({"momentum": 0.9}, "√(2λω/(1+μ))"), ({"momentum": 0.9, "dampening": 0.5}, "for independent gradients")],
+    ids=str,
+)
+def test_a_formula_is_named_only_where_it_holds(options: dict[str, Any], formula: str) -> None:
+    settled = np.sqrt(2 * 0.1 * 5e-3 * (1 - options.get("dampening", 0)) / 1.9)
+    run = history(constant(1000, angle=settled / 2), lr=0.1, weight_decay=5e-3, **options)
+    said = [finding.what for finding in diagnose(run) if "at the equilibrium of this" in finding.what]
+    assert said
+    assert all(f"it is {settled:.2g} rad ({formula})" in what for what in said)
+
+
+@pytest.mark.parametrize(
     ("optimizer", "options", "settled"),
     [
         ("torch.optim.sgd.SGD", {"momentum": 0.9}, np.sqrt(2 * 0.1 * 0.01 / 1.9)),

@@ -270,7 +270,10 @@ class Fuzz(RuleBasedStateMachine):
         assert len(rows) == len(expected)
         for row, other in zip(rows, expected, strict=True):
             assert (row.name, row.tracked) == (other.name, other.tracked)
-            assert row.lr == pytest.approx(other.lr, rel=1e-4)  # "equilibrium" has a measured factor in it
+            group = self.optimizer.param_groups[int(row.name.split(".")[0])]
+            has_factor = acts_on_update(group["rule"], group["elr_of"]) or group["rule"] == "equilibrium"
+            # a factor that was measured is as exact as the sums: less, the more of the update is radial
+            assert row.lr == pytest.approx(other.lr, rel=1e-3 if has_factor else 1e-6)
             for column in ("weight_norm", "grad_norm", "elr", "grad_factor", "weight_factor"):
                 value, wanted = getattr(row, column), getattr(other, column)
                 assert value == pytest.approx(wanted, rel=1e-3, nan_ok=True), (column, row, other)
