@@ -269,23 +269,25 @@ def blocks(nets: Nets) -> list[Block]:
         for model in nets.models
     ]
     result += transfer[:2]
+    if has_heavyball():  # a check of AdamH by another implementation
+        result += [
+            Block("tuned", task, ("hyperball",), 1) for task in (residual, nets.text) if task is not None
+        ]
     result.append(largest)
     for seeds in (1, 2):
         result += [
             Block("tuned", nets.deep, OF_DEEP, seeds),
             Block("untuned", nets.deep, ("equilibrium-filter",), seeds, lr_of="sgd"),
         ]
+    for seeds in (1, 2):
         if nets.large is not None:
             result += [
                 Block("large", nets.large, ("sgd+linear",), seeds, lrs_from=residual),
                 Block("large", nets.large, OURS, seeds, lrs_from=residual, lr_of="sgd"),
             ]
+        if seeds == 1:
+            result += middle
     result += transfer[2:]
-    result += middle
-    if has_heavyball():  # a check of AdamH by another implementation
-        result += [
-            Block("tuned", task, ("hyperball",), 1) for task in (residual, nets.text) if task is not None
-        ]
     return result
 
 
@@ -338,7 +340,7 @@ def medium(device: str) -> list[Block]:
         device=device,
     )
     large = dataclasses.replace(residual, model="resnet-20", image_size=None, epochs=10, curve=10)
-    others = ("resnet-20-w4", "resnet-8-w8", "resnet-20-w16", "resnet-56-w8")
+    others = ("resnet-20-w4", "resnet-8-w8")
     return blocks(Nets(residual, plain, deep, text, (5, 40), (1024, 4096), others, large))
 
 
