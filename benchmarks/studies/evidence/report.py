@@ -152,7 +152,6 @@ def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
     the learning rate, of the methods with SGD's unit."""
     found = find(rows)
     metrics = {label(vars(task)): metric for task, metric in found.metric.items()}
-    names = list(dict.fromkeys(name for of_one in summary["tasks"].values() for name in of_one))
     curves = {
         task: {name: it["curve"] for name, it in of_one.items() if it["curve"] and name in DRAWN}
         for task, of_one in summary["tasks"].items()
@@ -166,6 +165,7 @@ def draw(rows: list[Row], summary: dict[str, Any]) -> dict[str, Figure]:
         for task, choosing in found.choosing.items()
     }
     figures = {"evidence-curves": (curves, "epoch", "linear"), "evidence-lrs": (lrs, "learning rate", "log")}
+    names = list(dict.fromkeys(name for of_one in (*curves.values(), *lrs.values()) for name in of_one))
     return {
         stem: lines_figure(
             {task: of_one for task, of_one in lines.items() if of_one}, names, metrics, xlabel, xscale

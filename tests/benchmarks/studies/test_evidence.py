@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from benchmarks.common.optimizers import METHODS
 from benchmarks.common.sweep import spec_key, without_nan
 from benchmarks.common.training import Run, Task, run_of
+from benchmarks.figures import RESULTS
 from benchmarks.studies import study
 from benchmarks.studies.__main__ import app
 from benchmarks.studies.comparison import FRESH_SEEDS, label
@@ -528,6 +529,18 @@ def test_figures_have_a_panel_for_each_task_with_results() -> None:
     assert len(drawn["evidence-curves"].axes[0].lines) == 4  # not another end of the schedule
     assert len(drawn["evidence-lrs"].axes[0].lines) == 3
     assert draw([], summarize.summarize([])) == {}
+
+
+def test_every_method_in_the_committed_figures_has_a_look_of_its_own() -> None:
+    result = json.loads((RESULTS / "evidence-medium.json").read_text(encoding="utf-8"))
+    drawn = draw(result["rows"], summarize.summarize(result["rows"]))
+    looks: dict[str, set[Any]] = {}
+    for figure in drawn.values():
+        for key in figure.legends[0].get_lines():
+            look = (key.get_color(), key.get_marker(), key.get_linestyle())
+            looks.setdefault(str(key.get_label()), set()).add(look)
+    assert len(looks) > 7
+    assert len(set.union(*looks.values())) == len(looks)
 
 
 def test_only_the_first_fresh_seed_keeps_its_trace() -> None:
