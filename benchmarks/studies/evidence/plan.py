@@ -283,7 +283,7 @@ def blocks(nets: Nets) -> list[Block]:
         if nets.large is not None:
             result += [
                 Block("large", nets.large, ("sgd+linear",), seeds, lrs_from=residual),
-                Block("large", nets.large, OURS, seeds, lrs_from=residual, lr_of="sgd"),
+                Block("large", nets.large, ("equilibrium-filter",), seeds, lrs_from=residual, lr_of="sgd"),
             ]
         if seeds == 1:
             result += middle
