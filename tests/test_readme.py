@@ -67,18 +67,22 @@ def test_make_targets_exist() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-METHODS = {  # of the study of evidence, on the residual and on the plain net
-    "SGD": ("sgd", "sgd"),
-    "SGD + linear warm-up": ("sgd+linear", "sgd+linear"),
-    "AdamW": ("adamw", "adamw"),
-    "AdamW + linear warm-up": ("adamw+linear", None),
-    "Muon": ("muon", "muon"),
-    "Muon behind `elropt.control`": ("muonh", None),
-    'ELRSGD "warmup" (default)': ("warmup", "warmup"),
-    'ELRSGD "angle"': ("angle", None),
-    'ELRSGD "equilibrium", by filter': ("equilibrium-filter", "equilibrium-filter"),
-    # On the plain net SGD's learning rate is its own.
-    "… at SGD's `lr`": ("equilibrium-filter at SGD's lr", "equilibrium-filter"),
+METHODS = {  # of the study of evidence, on the residual net and on the plain ones of 20 and 56 layers
+    "SGD": ("sgd", "sgd", "sgd"),
+    "SGD + linear warm-up": ("sgd+linear", "sgd+linear", "sgd+linear"),
+    "AdamW": ("adamw", "adamw", None),
+    "AdamW + linear warm-up": ("adamw+linear", None, None),
+    "Muon": ("muon", "muon", "muon"),
+    "Muon behind `elropt.control`": ("muonh", None, None),
+    'ELRSGD "warmup" (default)': ("warmup", "warmup", "warmup"),
+    'ELRSGD "angle"': ("angle", None, None),
+    'ELRSGD "equilibrium", by filter': ("equilibrium-filter",) * 3,
+    # On the plain net of 20 layers SGD's learning rate is its own.
+    "… at SGD's `lr`": (
+        "equilibrium-filter at SGD's lr",
+        "equilibrium-filter",
+        "equilibrium-filter at SGD's lr",
+    ),
 }
 
 
@@ -88,18 +92,18 @@ def test_accuracies_are_those_of_the_result_files() -> None:
         json.loads((RESULTS / name).read_text(encoding="utf-8"))
         for name in ("evidence-medium.json", "accuracy-digits.json")
     )
-    residual, plain = (
-        evidence["summary"]["tasks"][f"{net}-20-w8, cifar10 16×16, batch 128, 15 epochs"]
-        for net in ("resnet", "plain")
+    residual, plain, plain_56 = (
+        evidence["summary"]["tasks"][f"{net}-w8, cifar10 16×16, batch 128, {epochs} epochs"]
+        for net, epochs in (("resnet-20", 15), ("plain-20", 15), ("plain-56", 10))
     )
     (deep,) = (of_task for task, of_task in digits["summary"].items() if task.startswith("bn-mlp-30"))
     assert plain["sgd"]["lr"] == plain["equilibrium-filter"]["lr"]
     shown = dict(re.findall(r"^\| (.*?) \| (\d.*) \|$", README, flags=re.M))
     for name, methods in METHODS.items():
         cells = []
-        for of_task, method in zip((residual, plain), methods, strict=True):
+        for of_task, method in zip((residual, plain, plain_56), methods, strict=True):
             test = of_task[method]["test"] if method else None
-            mark = {3: "", 1: "\\*"}[test["n"]] if test else ""
+            mark = {3: "", 2: "†", 1: "\\*"}[test["n"]] if test else ""
             cells.append(f"{test['mean']:.1f}{mark} ± {test['high'] - test['mean']:.1f}" if test else "–")
         of_digits = deep[methods[0]]["test_accuracy"] if methods[0] in deep else None
         if of_digits:
