@@ -6,7 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FRAMEWORKS ?= .venv-frameworks
 
-.PHONY: demo figures docs test frameworks lint slow clean
+.PHONY: help demo figures docs test frameworks lint slow clean
+
+help:
+	@sed -n 's/^# //p' Makefile
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.accuracy

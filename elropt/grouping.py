@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 
 from ._model_copy import Inputs, Outputs, check_model, owner_of
-from .scale_invariance import explain, warn_of_eps
+from .scale_invariance import explain, warn_of_eps, warn_of_frozen_norms
 
 __all__ = ["param_groups", "width_scaled_groups"]
 
@@ -63,7 +63,8 @@ def param_groups(
         outputs: what of the outputs counts, as for `find_scale_invariant`.
 
     Warns:
-        UserWarning: nothing is tracked. Or: the invariance is only approximate, see `find_scale_invariant`.
+        UserWarning: nothing is tracked. Or: the invariance is only approximate, or frozen norms were measured as if
+            they were not, see `find_scale_invariant`.
 
     Raises:
         ValueError: a number that is negative or not finite, an entry of `exclude` that matches no parameter,
@@ -96,6 +97,7 @@ def param_groups(
             members["scale_invariant"].append(name)
         else:
             members["other"].append(name)
+    warn_of_frozen_norms(model)
     warn_of_eps(model, call, outputs, {name: explained[name] for name in members["scale_invariant"]})
     if not members["scale_invariant"]:
         warnings.warn(

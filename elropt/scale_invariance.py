@@ -27,6 +27,7 @@ __all__ = [
     "explain_scale_invariance",
     "find_scale_invariant",
     "warn_of_eps",
+    "warn_of_frozen_norms",
 ]
 
 InvarianceKind: TypeAlias = Literal["channel", "tensor"] | None
@@ -94,7 +95,8 @@ def find_scale_invariant(
 
     Warns:
         UserWarning: in the model as it is, halving the invariant weights changes the outputs by more than 1 %: the
-            eps of a normalization is not small beside the variance that it is added to.
+            eps of a normalization is not small beside the variance that it is added to. Or: the model is in eval mode,
+            and gain and bias of a BatchNorm are frozen, as if it were to stay in eval mode.
 
     Raises:
         TypeError: `model` is no module.
@@ -106,6 +108,7 @@ def find_scale_invariant(
     """
     call = Inputs(inputs, kwargs)
     explained = explain(model, call, outputs, training=True)
+    warn_of_frozen_norms(model)
     warn_of_eps(model, call, outputs, explained)
     return {name: found.kind for name, found in explained.items()}
 
@@ -122,6 +125,7 @@ def explain_scale_invariance(
     """
     call = Inputs(inputs, kwargs)
     explained = explain(model, call, outputs, training=True)
+    warn_of_frozen_norms(model)
     warn_of_eps(model, call, outputs, explained)
     return explained
 
@@ -224,6 +228,32 @@ def equalize_(
             for name in usable:
                 weights[name].mul_(factors[name])
     return factors
+
+
+def warn_of_frozen_norms(model: nn.Module) -> None:
+    """Warn if the model is in eval mode and a norm with running statistics looks as if it were to stay so.
+
+    The warning points to the line that called the function that calls this one.
+    """
+    if model.training or not any(param.requires_grad for param in model.parameters()):
+        return
+    frozen = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "running_mean", None) is not None
+        and (own := list(module.parameters(recurse=False)))
+        and not any(param.requires_grad for param in own)
+    ]
+    if frozen:
+        shown = f"{', '.join(frozen[:3])}{', …' if len(frozen) > 3 else ''}"
+        warnings.warn(
+            "the model is in eval mode, so it was measured as after model.train(), its norms with it. But gain and "
+            f"bias of {len(frozen)} of them are frozen ({shown}). A norm that stays in eval mode in training divides "
+            "by a constant, and the weights in front of it are not scale-invariant: call model.train(), then .eval() "
+            "of these norms, before you measure",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def warn_of_eps(

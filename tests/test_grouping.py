@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, lr_scheduler
 
-from elropt import ELRSGD, equalize_, param_groups
+from elropt import ELRSGD, equalize_, explain_scale_invariance, find_scale_invariant, param_groups
 from tests.architectures import ARCHITECTURES, PreActivationResNet
 
 
@@ -219,6 +220,25 @@ def test_a_layer_in_front_of_a_frozen_norm_is_not_tracked() -> None:
     assert groups["scale_invariant"] == ["3.weight"]
     assert groups["other"] == ["0.weight"]
     assert not model[1].training
+
+
+@pytest.mark.parametrize("measure", [param_groups, find_scale_invariant, explain_scale_invariance])
+def test_frozen_norms_of_a_model_in_eval_mode_are_named(measure: Callable[..., Any]) -> None:
+    model = nn.Sequential(
+        *(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU()),
+        *(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8)),
+    ).eval()
+    x = torch.randn(64, 6)
+    measure(model, x)  # no norm is frozen: no warning
+    model[1].requires_grad_(False)
+    with pytest.warns(
+        UserWarning, match=r"eval mode.*1 of them are frozen \(1\).*call model\.train\(\), then"
+    ) as seen:
+        measure(model, x)
+    assert seen[0].filename == __file__
+    model.train()
+    model[1].eval()
+    measure(model, x)
 
 
 def test_param_groups_warn_where_eps_matters() -> None:

@@ -73,9 +73,9 @@ METHODS = {  # of the study of evidence, on the residual net and on the plain on
     "AdamW": ("adamw", "adamw", None),
     "AdamW + linear warm-up": ("adamw+linear", None, None),
     "Muon": ("muon", "muon", "muon"),
+    "… at a third of its `lr`": ("muon at lr ∝ 1/steps", "muon at lr ∝ 1/steps", None),
     "Muon behind `elropt.control`": ("muonh", None, None),
     'ELRSGD "warmup" (default)': ("warmup", "warmup", "warmup"),
-    'ELRSGD "angle"': ("angle", None, None),
     'ELRSGD "equilibrium", by filter': ("equilibrium-filter",) * 3,
     # On the plain net of 20 layers SGD's learning rate is its own.
     "… at SGD's `lr`": (
@@ -110,9 +110,8 @@ def test_accuracies_are_those_of_the_result_files() -> None:
             assert of_digits["n"] == 5
             cells.append(f"{of_digits['mean']:.1f} [{of_digits['low']:.1f}, {of_digits['high']:.1f}]")
         assert shown[name] == " | ".join(cells if of_digits else [*cells, "–"])
-    at_third = residual["muon at lr ∝ 1/steps"]
-    assert at_third["lr"] == plan.neighbour(residual["muon"]["lr"], -1)
-    assert f"At a third of its `lr` Muon has {at_third['test']['mean']:.1f} % on ResNet-20" in README
+    for of_task in (residual, plain):
+        assert of_task["muon at lr ∝ 1/steps"]["lr"] == plan.neighbour(of_task["muon"]["lr"], -1)
     for env in (evidence["env"], digits["env"]):
         for text in (f"torch {env['torch'].split('+')[0]}", env["date"][:10], env["cpu"]):
             assert text in README

@@ -141,7 +141,7 @@ def dumps(result: dict[str, Any]) -> str:
 def make_console() -> Console:
     """A console wide enough for the tables where nobody looks at it, as in a log file."""
     console = Console()
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(width=200)
 
 
 def default_device() -> str:

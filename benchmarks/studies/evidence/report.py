@@ -29,6 +29,7 @@ DRAWN = (
     "warmup",
     *OURS,
     *(name + end for end in (AT_SGDS, BY_STEPS) for name in OURS),
+    "muon" + BY_STEPS,
 )
 
 

@@ -37,12 +37,12 @@ def stages(size: str, device: str) -> Sequence[Stage]:
 
 
 def left(size: str, device: str, rows: Sequence[Row]) -> Table:
-    """What is left of every block, and about how long it takes in core hours."""
+    """What is left of the blocks that are not finished, and about how long it takes in core hours."""
     known = Known(rows)
     without = "" if plan.has_heavyball() else "; without heavyball, which is not installed"
     table = table_of(
         f"evidence, {size}: what is left",
-        *("task", "block", "done", "to choose by", "with fresh seeds", "core hours"),
+        *("task", "block", "methods", "done", "to choose by", "with fresh seeds", "core hours"),
         caption="at the speed of the rows of the same task, else by a guess for a quiet machine; while a learning rate "
         f"is not chosen yet, its grid can grow{without}",
     )
@@ -53,19 +53,23 @@ def left(size: str, device: str, rows: Sequence[Row]) -> Table:
         new = [run for run in every if run not in counted]
         counted.update(new)
         missing = [run for run in new if run not in known.rows]
+        names = list(dict.fromkeys(run.method.name for run in missing))
         choose = sum(run.part == "val" for run in missing)
         hours = sum(plan.estimated_seconds(run, known) for run in missing) / 3600
         hours_in_all += hours
+        if not missing:
+            continue
         table.add_row(
             comparison.label(vars(block.task)),
             block.question,
+            names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more",
             str(len(new) - len(missing)),
             str(choose),
             str(len(missing) - choose),
             f"{hours:.1f}",
         )
     table.add_section()
-    table.add_row("together", *[""] * 4, f"{hours_in_all:.1f}")
+    table.add_row("together", *[""] * 5, f"{hours_in_all:.1f}")
     return table
 
 

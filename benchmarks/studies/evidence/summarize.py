@@ -137,6 +137,11 @@ def around(mean: float, error: float, freedom: int, n: int) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
+def times(ratio: float) -> str:
+    """A ratio with two digits, as "×250"."""
+    return f"×{float(f'{ratio:.2g}'):g}"
+
+
 def plain_name(method: str) -> str:
     """The name of a method, whatever its learning rate."""
     return method.removesuffix(AT_SGDS).removesuffix(BY_STEPS)
@@ -329,14 +334,14 @@ def budget(found: Found) -> dict[str, Any]:
             better = {
                 name: gain for name, gain in gains[task].items() if gain and name != found.best_sgd(task)
             }
-            result[label(vars(task))] = {"baseline": found.best_sgd(task), "better": better}
+            result[label(vars(task))] = {"baseline": found.best_sgd(task), **comparison(better)}
         for name in names:
             means = [gain["mean"] for of_one in gains.values() if (gain := of_one[name])]
             if len(means) == len(tasks) and name not in BASELINES:
                 words.append(f"{name} {', '.join(f'{mean:+.1f}' for mean in means)}")
         epochs = ", ".join(str(task.epochs) for task in tasks)
         words = [f"points at {epochs} epochs: {'; '.join(words) or 'no method has all of them'}"]
-    return {"found": result, "verdict": ". ".join(words) or NOT_YET}
+    return {"found": result, "verdict": ". ".join([*words, told_apart(result)] if result else [NOT_YET])}
 
 
 def horizon(found: Found) -> dict[str, Any]:
@@ -392,9 +397,9 @@ def ranges(found: Found) -> dict[str, Any]:
             shown = {name: widths.get(name) for name in (*OURS, "muon") if name in usable}
             result[label(vars(task))] = {"widths": widths, "sgd": sgd, "shown": shown}
     words = [
-        f"{task}: SGD ×{it['sgd']:.2g}; "
+        f"{task}: SGD {times(it['sgd'])}; "
         + ", ".join(
-            f"{name} {'none' if width is None else f'×{width:.2g}'}" for name, width in it["shown"].items()
+            f"{name} {'none' if width is None else times(width)}" for name, width in it["shown"].items()
         )
         for task, it in result.items()
         if it["shown"]
@@ -434,7 +439,7 @@ def transfer(found: Found) -> dict[str, Any]:
                 "worst_loss": max(losses.values()) if len(losses) == len(tasks) else None,
             }
     words = [
-        f"{name} ×{it['range']:.2g}, "
+        f"{name} {times(it['range'])}, "
         f"{'not measured' if it['worst_loss'] is None else format(it['worst_loss'], '.1f')} points"
         for name, it in result.items()
     ]
