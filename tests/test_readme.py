@@ -112,6 +112,11 @@ def test_accuracies_are_those_of_the_result_files() -> None:
         assert shown[name] == " | ".join(cells if of_digits else [*cells, "–"])
     for of_task in (residual, plain):
         assert of_task["muon at lr ∝ 1/steps"]["lr"] == plan.neighbour(of_task["muon"]["lr"], -1)
+    large = evidence["summary"]["tasks"]["resnet-20, cifar10, batch 128, 10 epochs"]
+    sgd, ours = (large[name]["test"] for name in ("sgd+linear", "equilibrium-filter at SGD's lr"))
+    assert (sgd["n"], ours["n"]) == (2, 2)
+    words = f'{sgd["mean"]:.1f} with SGD + warm-up, {ours["mean"]:.1f} with "equilibrium" (2 seeds)'
+    assert words in " ".join(README.split())
     for env in (evidence["env"], digits["env"]):
         for text in (f"torch {env['torch'].split('+')[0]}", env["date"][:10], env["cpu"]):
             assert text in README

@@ -160,3 +160,47 @@ def test_sentences_about_the_swapped_in_rule_have_the_numbers_of_the_study() -> 
         f"Ahead of SGD with a warm-up it was by {d}, and by {e} after 40 epochs",
     }.items():
         assert sentence in " ".join((ROOT / page).read_text(encoding="utf-8").split()), page
+
+
+def test_sentences_of_the_page_of_evidence_have_the_numbers_of_the_study() -> None:
+    """Where a verdict can change with a row: usable ranges, the rule to recommend, large batches."""
+    found = json.loads((RESULTS / "evidence-medium.json").read_text(encoding="utf-8"))["summary"]
+    questions = {name: it["found"] for name, it in found["questions"].items()}
+    residual, plain = (
+        questions["range"][f"{net}-20-w8, cifar10 16×16, batch 128, 15 epochs"] for net in ("resnet", "plain")
+    )
+    two_digits = [
+        f"{float(f'{width:.2g}'):g}"
+        for width in (
+            *(residual["widths"][name] for name in ("equilibrium-gradient", "equilibrium-filter")),
+            residual["sgd"],
+            plain["widths"]["equilibrium-filter"],
+            plain["sgd"],
+        )
+    ]
+    rules = questions["default"]
+    means = [
+        f"{-rules[name][key]:.1f}"
+        for name in ("equilibrium-filter at SGD's lr", "equilibrium-filter", "warmup")
+        for key in ("mean", "worst")
+    ]
+    of_batch = {
+        size: found["tasks"][f"resnet-20-w8, cifar10 16×16, batch {size}, 15 epochs"] for size in (1024, 4096)
+    }
+    at_1024, ahead = (
+        of_batch[1024]["equilibrium-filter"]["test"]["mean"],
+        [of_batch[size]["equilibrium-filter"]["better_than_best_sgd"]["mean"] for size in of_batch],
+    )
+    page = " ".join((ROOT / "docs/results/evidence.md").read_text(encoding="utf-8").split())
+    a, b, c, d, e = two_digits
+    f, g, h, i, j, k = means
+    for sentence in (
+        f"a range of {a} (by gradient) and {b} (by filter), for SGD {c} with a warm-up",
+        f"On plain-20 {d} by filter, against {e};",
+        f"at SGD's learning rate is {f} points behind (worst {g}), at its own {h} (worst {i}), "
+        f'"warmup" {j} (worst {k})',
+        f'At 1,024 "equilibrium-filter" has {at_1024:.1f} %',
+        f'"equilibrium-filter" is {ahead[0]:.1f} points (±6.7) ahead of SGD there',
+        f'There "equilibrium-filter" and Muon are {ahead[1]:.1f} and ',
+    ):
+        assert sentence in page, sentence
