@@ -54,13 +54,13 @@ def check_model(model: object) -> None:
         )
     if sharded := [name for name, param in params.items() if is_dtensor(param)]:
         raise ValueError(
-            f"{_first(sharded)} are DTensors: measure the model before fully_shard or parallelize_module. Groups made "
-            "before hold their names: afterwards set group['params'] = [model.get_parameter(name) for name in "
+            f"{first_of(sharded)} are DTensors: measure the model before fully_shard or parallelize_module. Groups "
+            "made before hold their names: afterwards set group['params'] = [model.get_parameter(name) for name in "
             "group['param_names']]"
         )
     if empty := [name for name, tensor in _named_tensors(model) if tensor.is_meta]:
         raise ValueError(
-            f"{_first(empty)}: on the meta device, without data. Materialize and initialize the model first: "
+            f"{first_of(empty)}: on the meta device, without data. Materialize and initialize the model first: "
             "model.to_empty(device='cpu'), then its initialization or load_state_dict"
         )
 
@@ -216,5 +216,6 @@ def _cuda_devices(model: nn.Module) -> list[int]:
     return sorted({tensor.device.index for _, tensor in _named_tensors(model) if tensor.is_cuda})
 
 
-def _first(names: list[str]) -> str:
+def first_of(names: list[str]) -> str:
+    """At most three of the names, in words."""
     return f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}"

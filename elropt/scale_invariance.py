@@ -14,7 +14,16 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ._model_copy import Inputs, Outputs, backward_from_loss, check_model, copied, owner_of, untouched
+from ._model_copy import (
+    Inputs,
+    Outputs,
+    backward_from_loss,
+    check_model,
+    copied,
+    first_of,
+    owner_of,
+    untouched,
+)
 from ._outputs_change import outputs_change
 from ._radial_test import PRECISIONS, RadialSums, coarsest_dtype, radial_sums
 
@@ -245,12 +254,11 @@ def warn_of_frozen_norms(model: nn.Module) -> None:
         and not any(param.requires_grad for param in own)
     ]
     if frozen:
-        shown = f"{', '.join(frozen[:3])}{', …' if len(frozen) > 3 else ''}"
         warnings.warn(
             "the model is in eval mode, so it was measured as after model.train(), its norms with it. But gain and "
-            f"bias of {len(frozen)} of them are frozen ({shown}). A norm that stays in eval mode in training divides "
-            "by a constant, and the weights in front of it are not scale-invariant: call model.train(), then .eval() "
-            "of these norms, before you measure",
+            f"bias of {len(frozen)} of them are frozen ({first_of(frozen)}). A norm that stays in eval mode in "
+            "training divides by a constant, and the weights in front of it are not scale-invariant: call "
+            "model.train(), then .eval() of these norms, before you measure",
             UserWarning,
             stacklevel=3,
         )

@@ -168,6 +168,11 @@ def label(task: dict[str, Any]) -> str:
     return f"{task['model']}, {task['data']}{size}, batch {task['batch_size']}, {task['epochs']} epochs"
 
 
+def times(ratio: float) -> str:
+    """A ratio with two digits, as "×250"."""
+    return f"×{float(f'{ratio:.2g}'):g}"
+
+
 def validation_curve(rows: Iterable[Row]) -> Curve:
     """Validation score against the learning rate."""
     return curve(

@@ -169,8 +169,8 @@ def test_sentences_of_the_page_of_evidence_have_the_numbers_of_the_study() -> No
     residual, plain = (
         questions["range"][f"{net}-20-w8, cifar10 16×16, batch 128, 15 epochs"] for net in ("resnet", "plain")
     )
-    two_digits = [
-        f"{float(f'{width:.2g}'):g}"
+    ranges = [
+        f"{width:.2g}"
         for width in (
             *(residual["widths"][name] for name in ("equilibrium-gradient", "equilibrium-filter")),
             residual["sgd"],
@@ -192,7 +192,7 @@ def test_sentences_of_the_page_of_evidence_have_the_numbers_of_the_study() -> No
         [of_batch[size]["equilibrium-filter"]["better_than_best_sgd"]["mean"] for size in of_batch],
     )
     page = " ".join((ROOT / "docs/results/evidence.md").read_text(encoding="utf-8").split())
-    a, b, c, d, e = two_digits
+    a, b, c, d, e = ranges
     f, g, h, i, j, k = means
     for sentence in (
         f"a range of {a} (by gradient) and {b} (by filter), for SGD {c} with a warm-up",

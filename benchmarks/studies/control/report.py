@@ -61,7 +61,7 @@ def usable(found: dict[str, Any] | None) -> str:
     """A usable range as "×10", with ≥ where the grid ends it."""
     if found is None:
         return "–"
-    return f"{'≥ ' if found['cut_low'] or found['cut_high'] else ''}×{found['width']:.2g}"
+    return f"{'≥ ' if found['cut_low'] or found['cut_high'] else ''}{comparison.times(found['width'])}"
 
 
 def pairs_table(task: str, of_task: Sequence[Entry], found: Sequence[dict[str, Any]]) -> Table:

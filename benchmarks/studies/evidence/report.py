@@ -14,7 +14,7 @@ from benchmarks.common.dataset import Metric
 from benchmarks.common.figures import finish, legend_below, legend_key, panels
 from benchmarks.common.statistics import Interval
 from benchmarks.common.sweep import Row
-from benchmarks.studies.comparison import label
+from benchmarks.studies.comparison import label, times
 from benchmarks.studies.control.report import usable
 from benchmarks.studies.evidence.plan import OURS
 from benchmarks.studies.evidence.summarize import AT_SGDS, BASELINES, BY_STEPS, LEVELS, find
@@ -95,7 +95,7 @@ def transfer(found: dict[str, Any]) -> Table:
     for name, it in found.items():
         lost = it["worst_loss"]
         lrs = [f"{it['lrs'][net]:.2g}" for net in nets]
-        table.add_row(name, *lrs, f"×{it['range']:.2g}", "–" if lost is None else f"{lost:.1f}")
+        table.add_row(name, *lrs, times(it["range"]), "–" if lost is None else f"{lost:.1f}")
     return table
 
 

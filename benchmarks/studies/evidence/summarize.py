@@ -23,7 +23,7 @@ from benchmarks.common.dataset import Metric, metric_of
 from benchmarks.common.statistics import CONFIDENCE, curve, grouped, usable_range
 from benchmarks.common.sweep import Row
 from benchmarks.common.training import Task, run_of
-from benchmarks.studies.comparison import USABLE, label, top
+from benchmarks.studies.comparison import USABLE, label, times, top
 from benchmarks.studies.evidence.plan import (
     COSINE_SQUARED,
     OURS,
@@ -135,11 +135,6 @@ def around(mean: float, error: float, freedom: int, n: int) -> dict[str, Any]:
     """Student's interval."""
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error if freedom else math.nan
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
-
-
-def times(ratio: float) -> str:
-    """A ratio with two digits, as "×250"."""
-    return f"×{float(f'{ratio:.2g}'):g}"
 
 
 def plain_name(method: str) -> str:

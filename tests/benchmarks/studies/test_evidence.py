@@ -534,6 +534,11 @@ def test_figures_have_a_panel_for_each_task_with_results() -> None:
     assert draw([], summarize.summarize([])) == {}
 
 
+def test_what_is_finished_is_not_listed_as_left() -> None:
+    rows = simulate(plan.tiny("cpu"), peak(0.1), at_once=50)
+    assert cells(run.left("tiny", "cpu", rows)) == [("together", *[""] * 5, "0.0")]
+
+
 def test_every_method_in_the_committed_figures_has_a_look_of_its_own() -> None:
     result = json.loads((RESULTS / "evidence-medium.json").read_text(encoding="utf-8"))
     drawn = draw(result["rows"], summarize.summarize(result["rows"]))
